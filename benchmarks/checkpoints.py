@@ -1,0 +1,227 @@
+"""Adapting from files to files beside `cp`, and loading beside keras-hub: time and peak memory.
+
+    python benchmarks/checkpoints.py adapt --encoder 2b --decoder 2b     # 5 GB in, 11 GB out
+    python benchmarks/checkpoints.py adapt --encoder 9b --decoder 2b     # 24 GB in (sparse), 25 GB out
+    python benchmarks/checkpoints.py load                                # 625 MB, on every backend installed
+
+Weights are random. Each measured program runs in a process of its own, all in one run on the same disk.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from keras_t5gemma.checkpoints.hf_config import Gemma2Config, write_t5gemma_config
+from keras_t5gemma.checkpoints.name_maps import tensors
+from keras_t5gemma.checkpoints.new_folder import new_folder
+from keras_t5gemma.checkpoints.tensors import CHUNK_BYTES, DTYPES, TensorSource
+from keras_t5gemma.checkpoints.writing import write_json, write_tensors
+from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.presets import STACKS
+
+VOCABULARY_SIZE = 256_000
+
+
+class RandomTensors(TensorSource):
+    """bfloat16 weights of a config: one block of random numbers over and over, which no file system compresses."""
+
+    def __init__(self, shapes):
+        self._shapes = shapes
+        block = np.random.default_rng(0).standard_normal(CHUNK_BYTES // 2, dtype="float32") * np.float32(0.02)
+        self._block = block.astype(DTYPES["BF16"])
+
+    def names(self):
+        return list(self._shapes)
+
+    def shape(self, name):
+        return self._shapes[name]
+
+    def dtype(self, name):
+        del name
+        return DTYPES["BF16"]
+
+    def read(self, name):
+        return np.resize(self._block, self._shapes[name])
+
+    def chunks(self, name):
+        left = int(np.prod(self._shapes[name]))
+        while left > 0:
+            yield self._block[:left]
+            left -= len(self._block)
+
+    def where(self, name=None):
+        return f"random ({name})"
+
+
+def write_gemma2(folder, size, sparse):
+    """A Gemma 2 of random weights, or of a hole as large on disk as its header."""
+    config = Gemma2Config(STACKS[size], VOCABULARY_SIZE, 30.0)
+    both = write_t5gemma_config(T5GemmaConfig(config.stack, config.stack), "bfloat16")
+    shapes = {tensor.gemma2: tensor.stored_shape for tensor in config.tensors()}
+    with new_folder(folder) as partial:
+        write_json(
+            partial / "config.json",
+            both["decoder"] | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"},
+        )
+        if not sparse:
+            write_tensors(partial, RandomTensors(shapes))
+            return
+        header, position = {}, 0
+        for name, shape in shapes.items():
+            end = position + 2 * int(np.prod(shape))
+            header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [position, end]}
+            position = end
+        text = json.dumps(header).encode()
+        with (partial / "model.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + position)
+
+
+def timed(*command):
+    """(seconds with everything on disk, peak MB) of a command."""
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    os.sync()
+    if status:
+        raise SystemExit(f"{command} failed with {status}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def size_of(folder):
+    return sum(path.stat().st_size for path in Path(folder).iterdir())
+
+
+def benchmark_adapt(folder, encoder, decoder, repeats):
+    sources = {}
+    for size in (encoder, decoder):
+        sources[size] = folder / f"gemma2-{size}"
+        if not sources[size].exists():
+            write_gemma2(sources[size], size, sparse=size == "9b")
+    os.sync()
+    table = Table(title=f"Gemma 2 {encoder} and {decoder} into T5Gemma {encoder}-{decoder}, bfloat16")
+    for heading in ("run", "GB out", "adapt s", "cp s", "adapt / cp", "adapt peak MB", "largest tensor MB"):
+        table.add_column(heading, justify="right")
+    out, copy = folder / "out", folder / "copy"
+    program = "from keras_t5gemma.cli import app; app()"
+    for run in range(1, repeats + 1):
+        for path in (out, copy):
+            shutil.rmtree(path, ignore_errors=True)
+        os.sync()
+        adapt = (sys.executable, "-c", program, "adapt", str(sources[encoder]), str(sources[decoder]), str(out))
+        seconds, peak = timed(*adapt)
+        copied, _ = timed("cp", "-r", "--reflink=never", str(out), str(copy))
+        largest = max(STACKS[size].hidden_dim for size in (encoder, decoder)) * VOCABULARY_SIZE * 2 / 2**20
+        row = (size_of(out) / 1e9, seconds, copied, seconds / copied, peak, largest)
+        table.add_row(str(run), *(f"{value:.2f}" for value in row))
+    Console(width=120).print(table)
+
+
+LOAD = """
+import json, sys, time
+which, folder = sys.argv[1:]
+import keras, keras_hub
+from keras import ops
+if which == "ours":
+    import keras_t5gemma as kt
+    cls = kt.T5GemmaBackbone
+else:
+    cls = keras_hub.models.T5GemmaBackbone
+ops.convert_to_numpy(ops.matmul(ops.ones((64, 64)), ops.ones((64, 64))))
+def memory(field):
+    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+before, start = memory("VmRSS"), time.perf_counter()
+model = cls.from_preset(folder, dtype="bfloat16")
+for weight in model.weights:
+    ops.convert_to_numpy(ops.sum(ops.cast(weight[:1], "float32")))
+seconds = time.perf_counter() - start
+print(json.dumps([seconds, memory("VmHWM") - before, memory("VmRSS") - before]))
+"""
+MAKE_KERAS_HUB = """
+import sys, keras, keras_hub
+from keras_hub.models import T5GemmaBackbone
+types = ["sliding_attention", "full_attention"] * 4
+sizes = dict(hidden_dim=512, intermediate_dim=1024, num_layers=8, num_attention_heads=8, num_key_value_heads=8)
+sizes |= dict(head_dim=64, layer_types=types)
+both = {f"{stack}_{name}": value for stack in ("encoder", "decoder") for name, value in sizes.items()}
+model = T5GemmaBackbone(vocabulary_size=256000, query_pre_attn_scalar=64, sliding_window=4096,
+    attn_logit_softcapping=50.0, final_logit_softcapping=30.0, cross_attention_hidden_size=512, dtype="bfloat16",
+    **both)
+model.save_to_preset(sys.argv[1])
+"""
+
+
+def benchmark_load(folder, repeats):
+    config = T5GemmaConfig(STACKS["s"], STACKS["s"])
+    ours, theirs = folder / "t5gemma-s-s", folder / "keras-hub-s-s"
+    if not ours.exists():
+        with new_folder(ours) as partial:
+            write_json(partial / "config.json", write_t5gemma_config(config, "bfloat16"))
+            write_tensors(partial, RandomTensors({tensor.name: tensor.stored_shape for tensor in tensors(config)}))
+    backends = [name for name in ("jax", "tensorflow", "torch") if importlib.util.find_spec(name)]
+    quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    if not theirs.exists():
+        environment = {**quiet, "KERAS_BACKEND": backends[0]}
+        subprocess.run([sys.executable, "-c", MAKE_KERAS_HUB, theirs], check=True, env=environment)
+    weights = size_of(ours) / 2**20
+    table = Table(title=f"Loading Small-Small in bfloat16, {weights:.0f} MB of weights; medians of {repeats}")
+    for heading in ("backend", "program", "from", "seconds", "to keras-hub", "peak MB above import", "peak / weights"):
+        table.add_column(heading, justify="right" if heading not in ("backend", "program", "from") else "left")
+    for backend in backends:
+        runs = {}
+        for _ in range(repeats):
+            for program, which, source in (
+                ("keras-hub", "theirs", theirs),
+                ("keras-t5gemma", "ours", ours),
+                ("keras-t5gemma", "ours", theirs),
+            ):
+                result = subprocess.run(
+                    [sys.executable, "-c", LOAD, which, str(source)],
+                    check=True,
+                    capture_output=True,
+                    text=True,
+                    env={**quiet, "KERAS_BACKEND": backend},
+                )
+                runs.setdefault((program, source.name), []).append(json.loads(result.stdout.splitlines()[-1]))
+        medians = {key: np.median(values, axis=0) for key, values in runs.items()}
+        reference = medians["keras-hub", theirs.name][0]
+        for (program, source), (seconds, peak, _) in medians.items():
+            form = "safetensors" if source == ours.name else "h5"
+            row = (f"{seconds:.2f}", f"{seconds / reference:.2f}", f"{peak:.0f}", f"{peak / weights:.2f}")
+            table.add_row(backend, program, form, *row)
+    Console(width=120).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["adapt", "load"])
+    parser.add_argument(
+        "--folder", type=Path, help="Where to write; a temporary folder, removed at the end, if not given."
+    )
+    parser.add_argument("--encoder", default="2b", choices=STACKS)
+    parser.add_argument("--decoder", default="2b", choices=STACKS)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if arguments.what == "load":
+            benchmark_load(folder, arguments.repeats)
+        else:
+            benchmark_adapt(folder, arguments.encoder, arguments.decoder, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()

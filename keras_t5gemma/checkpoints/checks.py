@@ -1,0 +1,85 @@
+"""Whether a source's tensors are those of its config, without reading any data."""
+
+from keras_t5gemma.checkpoints.name_maps import tensors
+from keras_t5gemma.checkpoints.tensors import DTYPES, CheckpointError
+
+
+def check_source(config, source):
+    """Compares names, shapes and dtypes of a source with those of a config, reading no data.
+
+    Args:
+        config: a `T5GemmaConfig`.
+        source: a `TensorSource` under the names of Hugging Face's T5Gemma.
+
+    Returns:
+        The names that are redundant.
+
+    Raises:
+        CheckpointError: where they do not agree; the message names file, tensor, found and expected.
+    """
+    for stack in ("encoder", "decoder"):
+        check_depth(source, stack, getattr(config, stack))
+    return check_tensors(source, {tensor.name: tensor.stored_shape for tensor in tensors(config)}, "T5Gemma")
+
+
+def check_depth(source, title, stack):
+    """Refuses an absurd number of layers before a table of their tensors fills the memory.
+
+    Args:
+        source: a `TensorSource`.
+        title: what the stack is, for messages.
+        stack: the `StackConfig`.
+
+    Raises:
+        CheckpointError: where there are fewer tensors than layers.
+    """
+    count = len(source.names())
+    if stack.num_layers > count:
+        raise CheckpointError(
+            f"{source.where()}: the {title} has {stack.num_layers} layers by its config, but there are only {count} "
+            f"tensors."
+        )
+
+
+def check_tensors(source, shapes, title):
+    """Compares names, shapes and dtypes of a source with those expected, reading no data.
+
+    Args:
+        source: a `TensorSource`.
+        shapes: the expected shape of each name.
+        title: what the source should be, for messages.
+
+    Returns:
+        The names besides that are known to be redundant.
+
+    Raises:
+        CheckpointError: where they do not agree; the message names file, tensor, found and expected.
+    """
+    names = set(source.names())
+    if missing := sorted(shapes.keys() - names):
+        raise CheckpointError(
+            f"{source.where()}: {len(missing)} tensor(s) missing, among them {missing[0]!r}, expected with shape "
+            f"{shapes[missing[0]]}."
+        )
+    surplus = sorted(names - shapes.keys())
+    if unknown := [name for name in surplus if not _redundant(name)]:
+        raise CheckpointError(
+            f"{source.where(unknown[0])}: {len(unknown)} tensor(s) that this {title} does not have by its config, "
+            f"among them {unknown[0]!r}."
+        )
+    for name, shape in shapes.items():
+        if tuple(source.shape(name)) != shape:
+            raise CheckpointError(
+                f"{source.where(name)}: tensor {name!r} has shape {tuple(source.shape(name))}. Expected {shape}."
+            )
+        if source.dtype(name) not in DTYPES.values():
+            raise CheckpointError(
+                f"{source.where(name)}: tensor {name!r} has dtype {source.dtype(name)}. Expected one of "
+                f"{[str(dtype) for dtype in DTYPES.values()]}."
+            )
+    return surplus
+
+
+def _redundant(name):
+    # A tied output projection equals the decoder's embedding; RoPE's frequencies follow from the config.
+    return name in ("lm_head.out_proj.weight", "lm_head.weight") or name.endswith(".rotary_emb.inv_freq")

@@ -1,0 +1,166 @@
+"""Tensors into a model's variables, strictly both ways."""
+
+import keras
+import numpy as np
+
+from keras_t5gemma.checkpoints.checks import check_source
+from keras_t5gemma.checkpoints.name_maps import tensors
+from keras_t5gemma.checkpoints.tensors import DTYPES, check_finite
+from keras_t5gemma.layers.weights import weights_from
+
+
+def load(make, config, source, *, allow_non_finite=False):
+    """A new model whose weights are a checkpoint's: each tensor becomes its variable when the layer is built.
+
+    Nothing is drawn at random, and no tensor is in memory twice but the one being read. Under a `keras.distribution`
+    variables start as zeros where their layout says, and each tensor goes there from the host's memory.
+
+    Args:
+        make: called once, returns the model: a `T5GemmaBackbone` (or whatever has its `weights`).
+        config: the model's `T5GemmaConfig`.
+        source: a `TensorSource` under the names of Hugging Face's T5Gemma, e.g. a `CheckpointFolder`.
+        allow_non_finite: whether tensors may hold infinities and NaNs.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: where a tensor is missing, superfluous, of another shape, no floating-point numbers, or not
+            finite.
+        ValueError: where the model's variables are not those of `config`.
+    """
+    check_source(config, source)
+    expected = {tensor.path: tensor for tensor in tensors(config)}
+    distributed = keras.distribution.distribution() is not None
+
+    def read(path, shape, dtype):
+        if distributed:
+            return keras.ops.zeros(shape, dtype)
+        tensor = expected.get(path)
+        if tensor is None or tensor.shape != shape:
+            raise ValueError(f"The model is not that of the config: it has {path} of shape {shape}.")
+        return _tensor(_read_as(source, tensor, dtype, allow_non_finite))
+
+    with weights_from(read):
+        model = make()
+    if distributed:
+        load_into(model, config, source, allow_non_finite=allow_non_finite)
+    else:
+        _match_variables(plain_variables(model), expected.values())
+    return model
+
+
+def load_into(model, config, source, *, allow_non_finite=False):
+    """Assigns every tensor of a T5Gemma to its variable in a model that exists.
+
+    Everything is compared before anything is assigned: each tensor of the source is used or known to be redundant, each
+    variable gets exactly one, and all shapes and dtypes fit.
+
+    Args:
+        model: a `T5GemmaBackbone` (or whatever has its `weights`), neither quantized nor with LoRA.
+        config: as for `load`.
+        source: as for `load`.
+        allow_non_finite: as for `load`.
+
+    Returns:
+        The names of the tensors that were ignored as redundant: the output projection where it is tied, and RoPE's
+        frequencies.
+
+    Raises:
+        CheckpointError, ValueError: as for `load`.
+    """
+    variables = plain_variables(model)
+    ignored = check_source(config, source)
+    expected = tensors(config)
+    _match_variables(variables, expected)
+    for tensor in expected:
+        variable = variables[tensor.path]
+        variable.assign(_tensor(_read_as(source, tensor, variable.dtype, allow_non_finite), variable))
+    return ignored
+
+
+def _read_as(source, tensor, dtype, allow_non_finite):
+    """One tensor as an array in our layout and dtype, cast piece by piece."""
+    target = DTYPES["BF16"] if dtype == "bfloat16" else np.dtype(dtype)
+    stored = _aligned(tensor.stored_shape, target)
+    flat, start = stored.reshape(-1), 0
+    for piece in source.chunks(tensor.name):
+        if not allow_non_finite:
+            check_finite(source, tensor.name, piece)
+        flat[start : start + piece.size] = piece
+        start += piece.size
+    if not tensor.row.transposed:
+        return stored
+    array = _aligned(tensor.shape, target)
+    # In blocks that fit in a processor's cache, several times as fast as in one go.
+    for begin in range(0, len(stored), _BLOCK):
+        array[:, begin : begin + _BLOCK] = tensor.from_stored(stored[begin : begin + _BLOCK])
+    return array
+
+
+_BLOCK = 64
+_ALIGNMENT = 64  # bytes; what JAX and TensorFlow need to take an array's memory as it is instead of copying it
+
+
+def _aligned(shape, dtype):
+    size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
+    buffer = np.empty(size + _ALIGNMENT, "uint8")
+    begin = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _tensor(array, variable=None):
+    """An array of nobody else's as a tensor on the same memory, where the device is the CPU; else a copy there.
+
+    Keras's own conversion makes one copy on JAX and TensorFlow and two on PyTorch, which for the embedding of a large
+    vocabulary is what decides how much memory loading takes.
+    """
+    backend = keras.config.backend()
+    bits = array.view("int16") if array.dtype == DTYPES["BF16"] else array  # numpy shares no bfloat16 with others
+    if backend == "torch":
+        import torch
+
+        return torch.from_numpy(bits).view(torch.bfloat16) if bits is not array else torch.from_numpy(array)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.device("CPU"):
+            tensor = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
+            return tf.bitcast(tensor, tf.bfloat16) if bits is not array else tensor
+    import jax
+
+    layout = getattr(variable, "_layout", None)
+    # With a layout straight to the shards: Keras would put the whole tensor onto the first device before.
+    return jax.device_put(array) if layout is None else keras.distribution.distribute_tensor(array, layout)
+
+
+def plain_variables(model):
+    """The model's weights by path, of a model without LoRA and not quantized.
+
+    Raises:
+        ValueError: where it is either; the message names a variable and the remedy.
+    """
+    # `weights` are `variables` without the random state of dropout, which no checkpoint holds.
+    variables = {variable.path: variable for variable in model.weights}
+    for path, variable in variables.items():
+        if "lora_" in path.rsplit("/", 1)[-1]:
+            raise ValueError(f"The model has LoRA weights ({path}). Load the checkpoint first, then `enable_lora`.")
+        if path.endswith("_scale") or str(variable.dtype) not in map(str, DTYPES.values()):
+            raise ValueError(
+                f"The model is quantized ({path} is {variable.dtype}). Load the checkpoint into a floating-point "
+                f"model, then `quantize`."
+            )
+    return variables
+
+
+def _match_variables(variables, expected):
+    paths = {tensor.path for tensor in expected}
+    if different := sorted(paths ^ variables.keys()):
+        side = "does not have" if different[0] in paths else "has besides"
+        raise ValueError(f"The model is not that of the config: it {side} the variable {different[0]}.")
+    for tensor in expected:
+        if tuple(variables[tensor.path].shape) != tensor.shape:
+            raise ValueError(
+                f"The model is not that of the config: {tensor.path} has shape {tuple(variables[tensor.path].shape)}. "
+                f"Expected {tensor.shape}."
+            )

@@ -1,0 +1,180 @@
+"""The one table of T5Gemma's tensors: a row a kind, from which loading, export, adapting and counting all follow.
+
+Letters in shapes: V vocabulary, D width, E the encoder's width, N query heads, K key/value heads, H head size, F
+feed-forward. Letters written together are one axis: "D NH" is a matrix of D rows and N x H columns.
+"""
+
+import dataclasses
+import math
+
+STACKS = ("encoder", "decoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One kind of tensor; `{s}` stands for the stack, `{i}` for the layer.
+
+    Attributes:
+        path: of our Keras variable.
+        letters: our variable's shape.
+        t5gemma: the name in a Hugging Face T5Gemma.
+        gemma2: the name in a Hugging Face Gemma 2, or `None` where Gemma 2 has no such tensor.
+        transposed: whether Hugging Face's tensor is the transpose of ours: its linear layers are [out, in].
+        untied_only: whether it exists only where the output projection is not the decoder's embedding.
+    """
+
+    path: str
+    letters: str
+    t5gemma: str
+    gemma2: str | None
+    transposed: bool = False
+    untied_only: bool = False
+
+    @property
+    def stacks(self):
+        """Which stacks have it: what Gemma 2 lacks, only the decoder has."""
+        return ("decoder",) if self.gemma2 is None else STACKS
+
+    @property
+    def stored_letters(self):
+        """The shape in a Hugging Face file."""
+        return " ".join(reversed(self.letters.split())) if self.transposed else self.letters
+
+    @property
+    def per_layer(self):
+        """Whether there is one a layer."""
+        return "{i}" in self.path
+
+
+def _in_layer(path, letters, t5gemma, gemma2, transposed):
+    gemma2 = None if gemma2 is None else f"model.layers.{{i}}.{gemma2}.weight"
+    return Row(f"{{s}}/layer_{{i}}/{path}", letters, f"model.{{s}}.layers.{{i}}.{t5gemma}.weight", gemma2, transposed)
+
+
+def _scale(path, t5gemma, gemma2):
+    return _in_layer(f"{path}/scale", "D", t5gemma, gemma2, False)
+
+
+def _kernel(path, letters, t5gemma, gemma2):
+    return _in_layer(f"{path}/kernel", letters, t5gemma, gemma2, True)
+
+
+# fmt: off
+TABLE = (
+    Row("{s}/token_embedding/embeddings", "V D", "model.{s}.embed_tokens.weight", "model.embed_tokens.weight"),
+    Row("{s}/token_embedding/reverse_embeddings", "D V", "lm_head.out_proj.weight", None, True, untied_only=True),
+    #       our layer                    kernel  in T5Gemma                    in Gemma 2
+    _scale("pre_self_attention_norm",            "pre_self_attn_layernorm",    "input_layernorm"),
+    _kernel("self_attention/query",      "D NH", "self_attn.q_proj",           "self_attn.q_proj"),
+    _kernel("self_attention/key",        "D KH", "self_attn.k_proj",           "self_attn.k_proj"),
+    _kernel("self_attention/value",      "D KH", "self_attn.v_proj",           "self_attn.v_proj"),
+    _kernel("self_attention/output",     "NH D", "self_attn.o_proj",           "self_attn.o_proj"),
+    _scale("post_self_attention_norm",           "post_self_attn_layernorm",   "post_attention_layernorm"),
+    _scale("pre_cross_attention_norm",           "pre_cross_attn_layernorm",   None),
+    _kernel("cross_attention/query",     "D NH", "cross_attn.q_proj",          None),
+    _kernel("cross_attention/key",       "E KH", "cross_attn.k_proj",          None),
+    _kernel("cross_attention/value",     "E KH", "cross_attn.v_proj",          None),
+    _kernel("cross_attention/output",    "NH D", "cross_attn.o_proj",          None),
+    _scale("post_cross_attention_norm",          "post_cross_attn_layernorm",  None),
+    _scale("pre_feed_forward_norm",              "pre_feedforward_layernorm",  "pre_feedforward_layernorm"),
+    _kernel("feed_forward/gate",         "D F",  "mlp.gate_proj",              "mlp.gate_proj"),
+    _kernel("feed_forward/up",           "D F",  "mlp.up_proj",                "mlp.up_proj"),
+    _kernel("feed_forward/down",         "F D",  "mlp.down_proj",              "mlp.down_proj"),
+    _scale("post_feed_forward_norm",             "post_feedforward_layernorm", "post_feedforward_layernorm"),
+    Row("{s}/final_norm/scale", "D", "model.{s}.norm.weight", "model.norm.weight"),
+)
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One tensor of one model: a row with its letters filled in.
+
+    Attributes:
+        row: the table's row.
+        stack: "encoder" or "decoder".
+        layer: the layer's index, or `None`.
+        path: of our Keras variable.
+        name: in a Hugging Face T5Gemma.
+        gemma2: the name in the Gemma 2 that this stack could come from, or `None`.
+        shape: of our variable.
+    """
+
+    row: Row
+    stack: str
+    layer: int | None
+    path: str
+    name: str
+    gemma2: str | None
+    shape: tuple[int, ...]
+
+    @property
+    def stored_shape(self):
+        """The shape in a Hugging Face file."""
+        return self.shape[::-1] if self.row.transposed else self.shape
+
+    def from_stored(self, array):
+        """Our layout of an array that lies as in a Hugging Face file; a view."""
+        return array.T if self.row.transposed else array
+
+    def to_stored(self, array):
+        """The layout of a Hugging Face file for an array that lies as ours; a view."""
+        return array.T if self.row.transposed else array
+
+
+def tensors(config):
+    """Every tensor of a T5Gemma, once: encoder then decoder, each from its embedding through its layers.
+
+    Args:
+        config: a `T5GemmaConfig`.
+
+    Returns:
+        A list of `Tensor`.
+    """
+    entries = []
+    for stack in STACKS:
+        sizes = _letters(config, stack)
+        rows = [row for row in TABLE if stack in row.stacks and not (row.untied_only and config.tie_embeddings)]
+        for per_layer, group in _runs(rows):
+            for layer in range(getattr(config, stack).num_layers) if per_layer else (None,):
+                entries += [_tensor(row, stack, layer, sizes) for row in group]
+    return entries
+
+
+def parameter_count(config):
+    """How many parameters a `T5GemmaConfig` describes, computed from the table without allocating any.
+
+    The tied output projection counts once, as in the published counts.
+    """
+    return sum(math.prod(tensor.shape) for tensor in tensors(config))
+
+
+def _tensor(row, stack, layer, sizes):
+    def fill(text):
+        return None if text is None else text.format(s=stack, i=layer)
+
+    shape = tuple(math.prod(sizes[letter] for letter in axis) for axis in row.letters.split())
+    return Tensor(row, stack, layer, fill(row.path), fill(row.t5gemma), fill(row.gemma2), shape)
+
+
+def _runs(rows):
+    """Consecutive rows that are all one a layer, or all one a stack."""
+    runs = []
+    for row in rows:
+        if not runs or runs[-1][0] != row.per_layer:
+            runs.append((row.per_layer, []))
+        runs[-1][1].append(row)
+    return runs
+
+
+def _letters(config, stack):
+    sizes = getattr(config, stack)
+    return {
+        "V": config.vocabulary_size,
+        "D": sizes.hidden_dim,
+        "E": config.encoder.hidden_dim,
+        "N": sizes.num_query_heads,
+        "K": sizes.num_key_value_heads,
+        "H": sizes.head_dim,
+        "F": sizes.intermediate_dim,
+    }

@@ -1,0 +1,191 @@
+"""The verbs from checkpoint to checkpoint: adapt, export, average, inspect, verify."""
+
+from typing import Annotated
+
+import typer
+
+from keras_t5gemma.cli.options import (
+    BackendOption,
+    DtypeOption,
+    Format,
+    FormatOption,
+    Model,
+    NonFiniteOption,
+    Out,
+    ShardOption,
+)
+from keras_t5gemma.cli.session import (
+    check_free,
+    load_model,
+    one_line_errors,
+    remove_empty,
+    save_model,
+    use_backend,
+    wide_console,
+)
+
+
+def add_checkpoint_verbs(app):
+    """Adds them to the command line."""
+    for verb in (adapt, export, average, inspect, verify):
+        app.command()(verb)
+
+
+def adapt(
+    gemma2: Annotated[list[str], typer.Argument(metavar="ENCODER [DECODER]", help="One Gemma 2 for both, or two.")],
+    out: Out,
+    cross_attention: Annotated[
+        str, typer.Option(help="auto, self-attention or random; auto: random only where the two differ.")
+    ] = "auto",
+    encoder_attention: Annotated[str, typer.Option(help="bidirectional, or causal as an ablation.")] = "bidirectional",
+    encoder_heads: Annotated[
+        str, typer.Option(help="grouped, or multi: key and value heads copied out to every query head.")
+    ] = "grouped",
+    dtype: DtypeOption = None,
+    max_shard_size: ShardOption = "5GB",
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at random.")] = 0,
+    allow_non_finite: NonFiniteOption = False,
+):
+    """Make a T5Gemma of one Gemma 2, or of two: folders, hf://owner/name, or keras-hub's names such as gemma2_2b_en."""
+    if len(gemma2) > 2:
+        raise typer.BadParameter(f"expected ENCODER [DECODER] OUT, got {len(gemma2) + 1} arguments.")
+    with one_line_errors():
+        check_free(out)
+        import keras_t5gemma as kt
+
+        remove_empty(out)
+        kt.adapt_gemma2_files(
+            gemma2[0],
+            gemma2[-1],
+            out,
+            cross_attention=cross_attention,
+            encoder_attention=encoder_attention,
+            encoder_heads=encoder_heads,
+            dtype=dtype and str(dtype),
+            max_shard_size=max_shard_size,
+            seed=seed,
+            allow_non_finite=allow_non_finite,
+        )
+        typer.echo(f"Wrote {out}.")
+
+
+def export(
+    model: Model,
+    out: Out,
+    format: FormatOption = Format.hf,
+    dtype: DtypeOption = None,
+    max_shard_size: ShardOption = "5GB",
+    allow_non_finite: NonFiniteOption = False,
+    backend: BackendOption = None,
+):
+    """Write a checkpoint in another format, or in another dtype."""
+    with one_line_errors():
+        check_free(out)
+        if format == Format.keras:
+            save_model(load_model(model, dtype, backend), out, keras_format=True)
+            return
+        import keras_t5gemma as kt
+
+        remove_empty(out)
+        kt.convert_checkpoint(
+            model, out, dtype=dtype and str(dtype), max_shard_size=max_shard_size, allow_non_finite=allow_non_finite
+        )
+        typer.echo(f"Wrote {out}.")
+
+
+def average(
+    checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more of one config.")],
+    out: Out,
+    weights: Annotated[
+        str | None, typer.Option(help="A number a checkpoint, with commas between them. Default: equal.")
+    ] = None,
+    dtype: DtypeOption = None,
+    max_shard_size: ShardOption = "5GB",
+    allow_non_finite: NonFiniteOption = False,
+):
+    """Write the mean of several checkpoints, such as the last five of a run."""
+    with one_line_errors():
+        check_free(out)
+        import keras_t5gemma as kt
+
+        try:
+            numbers = None if weights is None else [float(weight) for weight in weights.split(",")]
+        except ValueError as error:
+            raise ValueError(f"--weights takes numbers with commas between them. Received: {weights!r}.") from error
+        remove_empty(out)
+        kt.average_checkpoints(
+            checkpoints,
+            out,
+            weights=numbers,
+            dtype=dtype and str(dtype),
+            max_shard_size=max_shard_size,
+            allow_non_finite=allow_non_finite,
+        )
+        typer.echo(f"Wrote {out}.")
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A T5Gemma or a Gemma 2: a folder or a hub's name.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor: shape, dtype, bytes.")] = False,
+):
+    """Show what a checkpoint is, its sizes and its tensors, which are checked against its config."""
+    with one_line_errors():
+        from keras_t5gemma.cli.inspection import config_table, recognise, tensor_table, totals_table
+
+        title, source = recognise(model)
+        console = wide_console()
+        console.print(config_table(title, source.config))
+        if tensors:
+            console.print(tensor_table(source.tensors))
+        console.print(totals_table(source))
+
+
+def verify(
+    model: Model,
+    gemma2: Annotated[
+        list[str] | None,
+        typer.Option(help="A Gemma 2 it was adapted from; twice for the encoder's and the decoder's."),
+    ] = None,
+    against: Annotated[str | None, typer.Option(help="Another checkpoint of the same config.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Of differences, as a fraction of the largest value, before verify fails.")
+    ] = 1e-5,
+    backend: BackendOption = None,
+):
+    """Read every number: compare checksums, or the model with its Gemma 2, or with another checkpoint."""
+    if gemma2 and against:
+        raise typer.BadParameter("--gemma2 and --against are two questions: ask them one after the other.")
+    if gemma2 and len(gemma2) > 2:
+        raise typer.BadParameter(f"--gemma2 is given once or twice, not {len(gemma2)} times.")
+    with one_line_errors():
+        from keras_t5gemma.checkpoints import verify as checks
+
+        if not gemma2 and not against:
+            count, checked = checks.read_all(model)
+            typer.echo(f"{count} tensors read, all finite; {checked} of them have a checksum, and the right one.")
+            return
+        if gemma2:
+            use_backend(backend)
+            differences = checks.check_invariants(model, *gemma2)
+        else:
+            differences = checks.compare_checkpoints(model, against)
+            if not differences:
+                typer.echo("All tensors are the same, bit for bit.")
+        _print_differences(differences)
+        if any(difference.largest > tolerance * difference.scale for difference in differences):
+            typer.secho(f"They differ by more than {tolerance:g} of the largest value.", fg="red", err=True)
+            raise typer.Exit(1)
+
+
+def _print_differences(differences, most=20):
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("", "largest difference", "largest value"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for difference in differences[:most]:
+        table.add_row(difference.name, f"{difference.largest:.3g}", f"{difference.scale:.3g}")
+    if differences:
+        wide_console().print(table)
+    if len(differences) > most:
+        typer.echo(f"... and {len(differences) - most} tensors with smaller differences.")

@@ -1,0 +1,187 @@
+"""What a T5Gemma is, as plain values: no Keras here, so that any program can read, check and write a config."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+ATTENTION_KINDS = ("sliding", "global")
+ENCODER_ATTENTIONS = ("bidirectional", "causal")
+
+
+@dataclasses.dataclass(frozen=True)
+class StackConfig:
+    """One stack: an encoder or a decoder with Gemma 2's block.
+
+    Attributes:
+        num_layers: number of blocks.
+        hidden_dim: D, the width of the residual stream.
+        intermediate_dim: F, the width inside the feed-forward.
+        num_query_heads: N, a multiple of `num_key_value_heads`.
+        num_key_value_heads: K.
+        head_dim: H, even, because RoPE rotates it in halves.
+        sliding_window: tokens a "sliding" layer sees, its own position included; 4096 in Gemma 2
+            (arXiv 2408.00118, table 1). A decoder query `q` sees keys `0 <= q - k < sliding_window`, an
+            encoder query `|q - k| < sliding_window`.
+        layer_pattern: "sliding" or "global" a layer, repeated over the layers from the first; Gemma 2 alternates.
+        query_scalar: attention logits are scaled by `query_scalar ** -0.5`; `None` means `head_dim`, as in every
+            published size.
+        attention_soft_cap: `c` in `c * tanh(x / c)` on attention logits, or `None`; 50 in Gemma 2.
+        rope_wavelength: base of the rotary frequencies, 10,000 in Gemma 2.
+        norm_epsilon: added to the mean square in RMSNorm.
+        dropout: rate on the embeddings and on every sub-layer's output, in training only.
+        initializer_range: standard deviation of freshly drawn kernels and embeddings; 0.02 as in `transformers`.
+
+    Raises:
+        ValueError: where a value is out of range; the message names the field.
+    """
+
+    num_layers: int
+    hidden_dim: int
+    intermediate_dim: int
+    num_query_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    sliding_window: int = 4096
+    layer_pattern: tuple[str, ...] = ATTENTION_KINDS
+    query_scalar: float | None = None
+    attention_soft_cap: float | None = 50.0
+    rope_wavelength: float = 10_000.0
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self):
+        for name in (
+            "num_layers",
+            "hidden_dim",
+            "intermediate_dim",
+            "num_query_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "sliding_window",
+        ):
+            _check_count(name, getattr(self, name))
+        if self.num_query_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"`num_query_heads` must be a multiple of `num_key_value_heads`. Received: num_query_heads="
+                f"{self.num_query_heads}, num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"`head_dim` must be even (RoPE rotates halves). Received: head_dim={self.head_dim}.")
+        object.__setattr__(self, "layer_pattern", tuple(self.layer_pattern))
+        if not self.layer_pattern or set(self.layer_pattern) - set(ATTENTION_KINDS):
+            raise ValueError(
+                f"`layer_pattern` must be a non-empty sequence of {ATTENTION_KINDS}. Received: {self.layer_pattern}."
+            )
+        for name in ("query_scalar", "attention_soft_cap"):
+            if getattr(self, name) is not None:
+                _check_positive(name, getattr(self, name))
+        for name in ("rope_wavelength", "norm_epsilon", "initializer_range"):
+            _check_positive(name, getattr(self, name))
+        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={self.dropout!r}.")
+
+    @property
+    def query_scale(self):
+        """The factor on queries before the dot product."""
+        return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
+
+    @property
+    def layer_kinds(self):
+        """ "sliding" or "global" for each layer, first to last."""
+        return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
+
+    def to_dict(self):
+        """The fields as JSON-ready values; `StackConfig.from_dict` reads them back."""
+        return dataclasses.asdict(self) | {"layer_pattern": list(self.layer_pattern)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping):
+        """A config from a mapping of fields.
+
+        Raises:
+            ValueError: where a key is unknown, a required one is missing, or a value is out of range.
+        """
+        return cls(**_known_fields(cls, values))
+
+
+@dataclasses.dataclass(frozen=True)
+class T5GemmaConfig:
+    """A whole model: two stacks and what they share.
+
+    Attributes:
+        encoder: the encoder's `StackConfig`, or a mapping of its fields.
+        decoder: the decoder's. Its cross-attention has the decoder's heads and reads the encoder's width.
+        vocabulary_size: V, rows of each stack's own embedding table.
+        final_logit_soft_cap: `c` in `c * tanh(x / c)` on the output logits, or `None`; 30 in Gemma 2.
+        encoder_attention: "bidirectional", or "causal" (an ablation in arXiv 2504.06225).
+        tie_embeddings: whether the output projection is the decoder's embedding table.
+
+    Raises:
+        ValueError: where a value is out of range; the message names the field.
+    """
+
+    encoder: StackConfig
+    decoder: StackConfig
+    vocabulary_size: int = 256_000
+    final_logit_soft_cap: float | None = 30.0
+    encoder_attention: str = "bidirectional"
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        for name in ("encoder", "decoder"):
+            stack = getattr(self, name)
+            if isinstance(stack, Mapping):
+                object.__setattr__(self, name, StackConfig.from_dict(stack))
+            elif not isinstance(stack, StackConfig):
+                raise ValueError(f"`{name}` must be a StackConfig or a mapping of its fields. Received: {stack!r}.")
+        _check_count("vocabulary_size", self.vocabulary_size)
+        if self.final_logit_soft_cap is not None:
+            _check_positive("final_logit_soft_cap", self.final_logit_soft_cap)
+        if self.encoder_attention not in ENCODER_ATTENTIONS:
+            raise ValueError(
+                f"`encoder_attention` must be one of {ENCODER_ATTENTIONS}. Received: {self.encoder_attention!r}."
+            )
+        if not isinstance(self.tie_embeddings, bool):
+            raise ValueError(f"`tie_embeddings` must be True or False. Received: {self.tie_embeddings!r}.")
+
+    def to_dict(self):
+        """The fields as JSON-ready values; `T5GemmaConfig.from_dict` reads them back."""
+        return {
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
+            "encoder": self.encoder.to_dict(),
+            "decoder": self.decoder.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping):
+        """A config from a mapping of fields.
+
+        Raises:
+            ValueError: where a key is unknown, a required one is missing, or a value is out of range.
+        """
+        return cls(**_known_fields(cls, values))
+
+
+def _known_fields(cls, values):
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"{cls.__name__} has no field {unknown}. Known fields: {sorted(fields)}.")
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    if missing := sorted(required - set(values)):
+        raise ValueError(f"{cls.__name__} needs the fields {missing}. Received: {sorted(values)}.")
+    return dict(values)
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_count(name, value):
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
+
+
+def _check_positive(name, value):
+    if not _is_number(value) or value <= 0:
+        raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}.")

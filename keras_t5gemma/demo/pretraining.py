@@ -1,0 +1,124 @@
+"""A small Gemma 2, trained from scratch: what the demo has in place of a downloaded checkpoint."""
+
+import grain
+import keras_hub
+import numpy as np
+import sentencepiece
+
+from keras_t5gemma.demo.fitting import READ_OPTIONS, compile_model, mean_loss
+
+# Gemma 2's, arXiv 2408.00118 table 1; no part of a stack's config.
+FINAL_LOGIT_SOFT_CAP = 30.0
+
+
+def build_gemma2(stack, vocabulary_size):
+    """A keras-hub Gemma with Gemma 2's settings and random weights.
+
+    Args:
+        stack: a `StackConfig`.
+        vocabulary_size: V.
+
+    Returns:
+        A `keras_hub.models.GemmaBackbone`.
+    """
+    return keras_hub.models.GemmaBackbone(
+        vocabulary_size=vocabulary_size,
+        num_layers=stack.num_layers,
+        num_query_heads=stack.num_query_heads,
+        num_key_value_heads=stack.num_key_value_heads,
+        hidden_dim=stack.hidden_dim,
+        # keras-hub counts the gate and the up projection together.
+        intermediate_dim=2 * stack.intermediate_dim,
+        head_dim=stack.head_dim,
+        use_post_ffw_norm=True,
+        use_post_attention_norm=True,
+        attention_logit_soft_cap=stack.attention_soft_cap,
+        final_logit_soft_cap=FINAL_LOGIT_SOFT_CAP,
+        use_sliding_window_attention=True,
+        sliding_window_size=stack.sliding_window,
+    )
+
+
+def causal_chunks(texts, proto, length):
+    """Documents as one stream of ids, `<bos>` text `<eos>` each, cut into examples.
+
+    Args:
+        texts: documents.
+        proto: the SentencePiece tokenizer's bytes.
+        length: T, tokens the model sees at once.
+
+    Returns:
+        (token_ids, labels), int32, each [examples, T]; `labels` is one position ahead. The last, incomplete chunk is
+        dropped.
+
+    Raises:
+        ValueError: where the texts do not fill a single chunk.
+    """
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    documents = tokenizer.encode(list(texts), add_bos=True, add_eos=True)
+    stream = np.fromiter((token for document in documents for token in document), "int32")
+    chunks = (len(stream) - 1) // length
+    if chunks < 1:
+        raise ValueError(f"The texts have {len(stream)} tokens, fewer than one chunk of length={length} and one more.")
+    stream = stream[: chunks * length + 1]
+    return stream[:-1].reshape(chunks, length), stream[1:].reshape(chunks, length)
+
+
+def causal_dataset(texts, proto, length, batch_size, seed=None):
+    """Batches for a keras-hub causal model.
+
+    Args:
+        texts: documents.
+        proto: the SentencePiece tokenizer's bytes.
+        length: T.
+        batch_size: B.
+        seed: of the order, another each epoch, for ever; or `None` for one epoch as the documents stand.
+
+    Returns:
+        A `grain.MapDataset` of (inputs, labels), each array [B, T].
+    """
+    token_ids, labels = causal_chunks(texts, proto, length)
+    order = grain.MapDataset.range(len(token_ids))
+    if seed is not None:
+        order = order.shuffle(seed=seed).repeat()
+
+    def rows(index):
+        return {"token_ids": token_ids[index], "padding_mask": np.ones(length, "int32")}, labels[index]
+
+    return order.map(rows).batch(batch_size, drop_remainder=seed is not None)
+
+
+def pretrain_gemma2(stack, corpus, proto, settings, training, callbacks=()):
+    """Train a Gemma 2 from random weights to predict the next token.
+
+    Args:
+        stack: its `StackConfig`.
+        corpus: a `Corpus`.
+        proto: the tokenizer's bytes.
+        settings: the `DemoSettings`.
+        training: the `Training`.
+        callbacks: Keras callbacks.
+
+    Returns:
+        (backbone, held_out_loss): a `keras_hub.models.GemmaBackbone` and its loss a token, in nats.
+    """
+    length = settings.pretraining_length
+    backbone = build_gemma2(stack, settings.vocabulary_size)
+    model = keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
+    compile_model(model, training)
+    batches = causal_dataset(corpus.train, proto, length, training.batch_size, settings.seed)
+    model.fit(
+        batches.to_iter_dataset(READ_OPTIONS),
+        steps_per_epoch=training.steps,
+        verbose=0,
+        shuffle=False,  # for arrays; Keras warns where it is left on with a dataset
+        callbacks=list(callbacks),
+    )
+    held_out = causal_dataset(corpus.held_out, proto, length, training.batch_size)
+    return backbone, mean_loss(model, held_out[: settings.evaluation_batches])
+
+
+def save_gemma2(backbone, proto, folder):
+    """Save a Gemma 2 and its tokenizer as a keras-hub preset, the form in which a user's own lies on disk."""
+    preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(keras_hub.models.GemmaTokenizer(proto=proto))
+    keras_hub.models.GemmaCausalLM(backbone, preprocessor).save_to_preset(str(folder))

@@ -1,0 +1,165 @@
+"""What the demo shows for itself: a table, a picture, completions, and a file with every number."""
+
+import dataclasses
+import json
+import os
+import platform
+from importlib.metadata import version
+
+from rich.table import Table
+
+VERSIONS_OF = ("keras-t5gemma", "keras", "keras-hub", "numpy")
+
+
+def results_table(results):
+    """A rich table with a row a training run."""
+    table = Table(title="Held-out loss a target token, in nats (lower is better)")
+    for heading in ("pair", "objective", "start"):
+        table.add_column(heading)
+    for heading in ("parameters", "steps", "before", "after"):
+        table.add_column(heading, justify="right")
+    for result in results:
+        table.add_row(
+            result.pair,
+            result.objective,
+            result.start,
+            f"{result.parameters:,}",
+            f"{len(result.losses)}",
+            f"{result.before:.2f}",
+            f"{result.after:.2f}",
+            end_section=result.start == "from scratch",
+        )
+    return table
+
+
+def verdict(results):
+    """What the numbers say about adapting, in a sentence a pair."""
+    sentences = []
+    for adapted, scratch in zip(results[::2], results[1::2], strict=True):
+        starts, ends = adapted.before - scratch.before, adapted.after - scratch.after
+        sentences.append(
+            f"{adapted.pair.capitalize()}: adapted from Gemma 2 it starts {_difference(starts)} and ends "
+            f"{_difference(ends)} than from scratch, after the same {len(adapted.losses)} steps."
+        )
+    return "\n".join(sentences)
+
+
+def plot_losses(results, path):
+    """Draw the training loss of each run, a panel a pair, with the held-out loss before and after as dots.
+
+    Args:
+        results: of `Result`.
+        path: the PNG to write.
+
+    Returns:
+        Whether it was drawn: not without Matplotlib, the extra `plots`.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    pairs = list(dict.fromkeys(result.pair for result in results))
+    figure, panels = pyplot.subplots(1, len(pairs), figsize=(5.5 * len(pairs), 4), squeeze=False, layout="constrained")
+    for panel, pair in zip(panels[0], pairs, strict=True):
+        for result in results:
+            if result.pair != pair:
+                continue
+            steps = len(result.losses)
+            (line,) = panel.plot(range(1, steps + 1), _smooth(result.losses), label=result.start)
+            panel.plot([0, steps], [result.before, result.after], "o", color=line.get_color())
+            panel.set_title(f"{pair}, {result.objective}")
+        panel.set_xlabel("step")
+        panel.set_ylabel("loss a target token, nats")
+        panel.grid(alpha=0.3)
+        panel.legend(title="lines: training, dots: held out")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def complete(models, texts, tokenizer, prompt_length, max_length):
+    """Continue held-out texts with each model, by its compiled sampler.
+
+    Args:
+        models: {name: `T5GemmaSeq2SeqLM` with a preprocessor}.
+        texts: documents.
+        tokenizer: splits them after `prompt_length` tokens.
+        prompt_length: tokens of the text the encoder reads.
+        max_length: tokens to generate, `<bos>` included.
+
+    Returns:
+        A list of {"prompt", "truth", name of each model: its completion}.
+    """
+    completions = []
+    for text in texts:
+        ids = tokenizer(text)
+        completions.append(
+            {
+                "prompt": tokenizer.detokenize(ids[:prompt_length]),
+                "truth": tokenizer.detokenize(ids[prompt_length : prompt_length + max_length - 1]),
+            }
+        )
+    prompts = [completion["prompt"] for completion in completions]
+    for name, model in models.items():
+        for completion, text in zip(completions, model.generate(prompts, max_length=max_length), strict=True):
+            completion[name] = text
+    return completions
+
+
+def format_completion(completion):
+    """A completion as text, a paragraph a voice."""
+    return "\n\n".join(f"[{voice}]\n{text}" for voice, text in completion.items())
+
+
+def environment(backend):
+    """Where the numbers come from: machine and versions."""
+    return {
+        "backend": backend,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        **{package: _version(package) for package in (*VERSIONS_OF, backend)},
+    }
+
+
+def write_results(results, pretraining, seconds, backend, path):
+    """Write every number of a run as JSON.
+
+    Args:
+        results: of `Result`.
+        pretraining: {name: held-out loss} of each Gemma 2.
+        seconds: the whole demo's time.
+        backend: Keras's.
+        path: the file to write.
+    """
+    values = {
+        "seconds": round(seconds, 1),
+        "environment": environment(backend),
+        "pretraining_held_out_loss": pretraining,
+        "results": [dataclasses.asdict(result) for result in results],
+    }
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _smooth(losses, keep=0.9):
+    """An exponential mean without the bias of its start: mean_t = sum keep^(t-i) loss_i / sum keep^(t-i)."""
+    means, total, weight = [], 0.0, 0.0
+    for loss in losses:
+        total, weight = total * keep + loss, weight * keep + 1
+        means.append(total / weight)
+    return means
+
+
+def _version(package):
+    try:
+        return version(package)
+    except ModuleNotFoundError:  # a checkout that is not installed
+        return None
+
+
+def _difference(nats):
+    return f"{abs(nats):.2f} nats {'lower' if nats < 0 else 'higher'}"

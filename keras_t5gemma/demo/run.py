@@ -1,0 +1,148 @@
+"""The demo from end to end: text, tokenizer, Gemma 2, T5Gemma, training, measuring, files."""
+
+import time
+from pathlib import Path
+
+import keras
+import keras_hub
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+import keras_t5gemma as kt
+from keras_t5gemma.demo import report
+from keras_t5gemma.demo.adaptation import compare
+from keras_t5gemma.demo.corpus import standard_library_corpus
+from keras_t5gemma.demo.fitting import StepLosses
+from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
+from keras_t5gemma.demo.settings import FULL
+
+
+def run_demo(out, settings=FULL, console=None):
+    """Run the demo.
+
+    Args:
+        out: folder to write into; it must be new or empty.
+        settings: a `DemoSettings`.
+        console: a `rich.console.Console`, by default one on standard output.
+
+    Returns:
+        A list of `Result`: balanced then unbalanced, each adapted then from scratch.
+
+    Raises:
+        ValueError: where `out` has something in it.
+    """
+    out, console = Path(out), console or Console()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"`out` must be a new or an empty folder. Received: {str(out)!r}, which has something in it.")
+    out.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    keras.utils.set_random_seed(settings.seed)
+
+    corpus = standard_library_corpus(max_documents=settings.max_documents)
+    proto = kt.train_tokenizer(corpus.train, settings.vocabulary_size, out / "tokenizer.model")
+    tokenizer = kt.T5GemmaTokenizer(proto=proto)
+    console.print(
+        f"Corpus: {len(corpus.train):,} documentation strings of this Python to learn from, {len(corpus.held_out):,} "
+        f"from other source files held out. Backend: {keras.backend.backend()}."
+    )
+    with _progress(console) as progress:
+        pretraining = _pretrain_both(out, corpus, proto, settings, progress)
+        runs = _compare_both(out, corpus, tokenizer, settings, progress)
+    results = [result for run in runs.values() for _, result in run.values()]
+
+    for pair, run in runs.items():
+        kt.export_to_hugging_face(run["adapted"][0], out / f"t5gemma_{pair}", tokenizer=tokenizer)
+    completions = _complete(runs["balanced"], corpus, tokenizer, settings)
+    (out / "completions.txt").write_text(
+        "\n\n----\n\n".join(report.format_completion(completion) for completion in completions) + "\n", encoding="utf-8"
+    )
+    drawn = report.plot_losses(results, out / "losses.png")
+    seconds = time.monotonic() - started
+    report.write_results(results, pretraining, seconds, keras.backend.backend(), out / "results.json")
+
+    console.print(Panel(Text(report.format_completion(completions[0])), title="A held-out docstring, completed"))
+    console.print(report.results_table(results))
+    console.print(report.verdict(results))
+    console.print(
+        f"{seconds:.0f} s in all. In {out}: {'losses.png' if drawn else 'no losses.png (the extra `plots` draws it)'}, "
+        f"completions.txt, results.json, both Gemma 2, and t5gemma_balanced and t5gemma_unbalanced, which "
+        f"`transformers` loads as well."
+    )
+    return results
+
+
+def _pretrain_both(out, corpus, proto, settings, progress):
+    """Pretrain and save the large and the small Gemma 2; {name: held-out loss}."""
+    losses = {}
+    for name, stack, training in (
+        ("large", settings.large, settings.large_pretraining),
+        ("small", settings.small, settings.small_pretraining),
+    ):
+        show = _bar(progress, f"pretrain the {name} Gemma 2", training.steps)
+        backbone, losses[name] = pretrain_gemma2(stack, corpus, proto, settings, training, [StepLosses(show)])
+        save_gemma2(backbone, proto, out / f"gemma2_{name}")
+    return losses
+
+
+def _compare_both(out, corpus, tokenizer, settings, progress):
+    """Both pairs, adapted and from scratch; {pair: {start: (backbone, Result)}}."""
+    lengths = settings.encoder_length, settings.decoder_length
+    runs = {}
+    for pair, decoder, objective, warmup_steps in (
+        ("balanced", "large", kt.PrefixLM(*lengths), 0),
+        ("unbalanced", "small", kt.UL2(*lengths), settings.warmup_steps),
+    ):
+        bars = {
+            start: _bar(progress, f"train the {pair} T5Gemma, {start}", settings.adaptation.steps)
+            for start in ("adapted", "from scratch")
+        }
+        runs[pair] = compare(
+            pair,
+            out / "gemma2_large",
+            out / f"gemma2_{decoder}",
+            objective,
+            corpus,
+            tokenizer,
+            settings,
+            warmup_steps=warmup_steps,
+            on_step=lambda start, loss, bars=bars: bars[start](loss),
+        )
+    return runs
+
+
+def _complete(run, corpus, tokenizer, settings):
+    """Completions of held-out docstrings by the models of a pair."""
+    length = settings.encoder_length + settings.decoder_length
+    texts = [text for text in corpus.held_out if len(tokenizer(text)) >= length]
+    # Evenly spaced, so that they come from different files.
+    texts = [texts[i * len(texts) // settings.completions] for i in range(min(settings.completions, len(texts)))]
+    preprocessor = kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, settings.encoder_length, settings.decoder_length)
+    models = {start: kt.T5GemmaSeq2SeqLM(backbone, preprocessor) for start, (backbone, _) in run.items()}
+    for model in models.values():
+        # Small models repeat themselves when decoded greedily.
+        model.compile(sampler=keras_hub.samplers.TopKSampler(k=5, seed=settings.seed))
+    return report.complete(models, texts, tokenizer, settings.encoder_length, settings.decoder_length)
+
+
+def _progress(console):
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[loss]}"),
+        console=console,
+    )
+
+
+def _bar(progress, description, steps):
+    """A progress bar; what it returns takes each step's loss."""
+    task = progress.add_task(description, total=steps, loss="", start=False)
+
+    def show(loss):
+        progress.start_task(task)
+        progress.update(task, advance=1, loss=f"loss {loss:.2f}")
+
+    return show

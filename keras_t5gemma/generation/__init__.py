@@ -1,0 +1,1 @@
+"""Decoding: the loop over one cached step, and its samplers."""

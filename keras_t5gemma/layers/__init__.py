@@ -1,0 +1,1 @@
+"""The Keras layers of one block: masks, norm, feed-forward, attention."""

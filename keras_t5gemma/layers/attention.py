@@ -1,0 +1,135 @@
+"""Grouped-query attention with soft caps, and the keys and values a decoding step keeps."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.weights import dense
+
+# Hidden logits become this before the softmax: far below any capped logit, and finite, so that a query that sees no key
+# gives no NaN.
+_HIDDEN = -1e30
+
+
+def rotary_angles(length, start, head_dim, wavelength):
+    """Cosines and sines of RoPE (arXiv 2104.09864) for consecutive positions.
+
+    Args:
+        length: T, how many positions.
+        start: the first position; an int, or a scalar tensor in a decoding step.
+        head_dim: H.
+        wavelength: the base of the frequencies, 10,000 in Gemma 2.
+
+    Returns:
+        A pair of float32 [T, 1, H / 2], ready to multiply [B, T, heads, H / 2].
+    """
+    frequencies = wavelength ** -(np.arange(0, head_dim, 2, dtype="float32") / head_dim)
+    positions = ops.cast(ops.add(ops.arange(length, dtype="int32"), start), "float32")
+    angles = ops.reshape(positions, (-1, 1, 1)) * ops.convert_to_tensor(frequencies, dtype="float32")
+    return ops.cos(angles), ops.sin(angles)
+
+
+def rotate(x, angles):
+    """Rotates the halves of each head of x [B, T, heads, H] by `rotary_angles`, in float32."""
+    cos, sin = angles
+    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
+    rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return ops.cast(rotated, x.dtype)
+
+
+def soft_cap(logits, cap):
+    """`cap * tanh(logits / cap)`, or the logits themselves where `cap` is None."""
+    return logits if cap is None else ops.tanh(logits / cap) * cap
+
+
+def write_at(buffer, update, index):
+    """Puts `update` [B, T, ...] into `buffer` [B, L, ...] from position `index` on."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        # Keras's slice_update clones the whole buffer on PyTorch; compiled backends update in place by themselves.
+        if not torch.is_grad_enabled() and buffer.device.type != "meta":
+            buffer = buffer.contiguous()  # a sampler may have repeated a batch of one without giving it memory
+            buffer[:, index : index + update.shape[1]] = update
+            return buffer
+    return ops.slice_update(buffer, [0, index] + [0] * (len(buffer.shape) - 2), update)
+
+
+class Attention(keras.layers.Layer):
+    """Multi-head attention whose `N` query heads share `K` key and value heads in groups of `G = N / K`.
+
+    The same layer serves self-attention (keys from the queries' own sequence, with RoPE) and cross-attention (keys
+    from the encoder's output, without).
+
+    Args:
+        config: the `StackConfig` of the stack the queries belong to.
+    """
+
+    def __init__(self, config, **kwargs):
+        # No autocast: RoPE's angles stay in float32.
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        heads, kv_heads, size = config.num_query_heads, config.num_key_value_heads, config.head_dim
+        self.query_dense = dense(heads * size, "query", config, self.dtype_policy)
+        self.key_dense = dense(kv_heads * size, "key", config, self.dtype_policy)
+        self.value_dense = dense(kv_heads * size, "value", config, self.dtype_policy)
+        self.output_dense = dense(config.hidden_dim, "output", config, self.dtype_policy)
+
+    def build(self, query_shape, source_shape):
+        """Creates the kernels: query [D, N*H], key and value [D of the source, K*H], output [N*H, D]."""
+        self.query_dense.build(query_shape)
+        self.key_dense.build(source_shape)
+        self.value_dense.build(source_shape)
+        self.output_dense.build((*query_shape[:-1], self.query_dense.units))
+        self.built = True
+
+    def keys_values(self, source, angles=None):
+        """Keys and values of `source`.
+
+        Args:
+            source: [B, S, D] of the sequence attended to.
+            angles: its `rotary_angles`, or None in cross-attention.
+
+        Returns:
+            `{"key", "value"}`, each [B, S, K, H].
+        """
+        key = self._split_heads(self.key_dense(source))
+        if angles is not None:
+            key = rotate(key, angles)
+        return {"key": finite(key), "value": finite(self._split_heads(self.value_dense(source)))}
+
+    def call(self, x, keys_values, mask, angles=None):
+        """Attends.
+
+        Args:
+            x: queries' input [B, T, D].
+            keys_values: what `keys_values()` gave, or a cache of it.
+            mask: bool [B, T, S], True where the query may see the key.
+            angles: the queries' `rotary_angles`, or None in cross-attention.
+
+        Returns:
+            [B, T, D]; zeros for a query that sees no key.
+        """
+        config = self.config
+        query = self._split_heads(self.query_dense(x))
+        if angles is not None:
+            query = rotate(query, angles)
+        batch, length = ops.shape(x)[0], ops.shape(x)[1]
+        groups = config.num_query_heads // config.num_key_value_heads
+        grouped = (batch, length, config.num_key_value_heads, groups, config.head_dim)
+        # Scaled before the product, so that float16 has its range for it.
+        query = ops.reshape(finite(query) * config.query_scale, grouped)
+        logits = ops.cast(finite(ops.einsum("btkgh,bskh->bkgts", query, keys_values["key"])), "float32")
+        logits = soft_cap(logits, config.attention_soft_cap)
+        mask = ops.expand_dims(mask, (1, 2))
+        weights = ops.softmax(ops.where(mask, logits, _HIDDEN), axis=-1)
+        # A query that sees nothing has equal weights on everything here: make them the zeros they should be.
+        weights = ops.cast(ops.where(mask, weights, 0.0), self.compute_dtype)
+        attended = ops.einsum("bkgts,bskh->btkgh", weights, keys_values["value"])
+        width = config.num_query_heads * config.head_dim
+        return self.output_dense(ops.reshape(attended, (batch, length, width)))
+
+    def _split_heads(self, x):
+        shape = (ops.shape(x)[0], ops.shape(x)[1], -1, self.config.head_dim)
+        return ops.reshape(x, shape)

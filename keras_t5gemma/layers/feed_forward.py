@@ -1,0 +1,35 @@
+"""The gated feed-forward of Gemma 2."""
+
+import keras
+
+from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.weights import dense
+
+
+class FeedForward(keras.layers.Layer):
+    """`down(gelu_tanh(gate(x)) * up(x))`, without biases.
+
+    Args:
+        config: the stack's `StackConfig`; `hidden_dim` D and `intermediate_dim` F give the kernels.
+    """
+
+    def __init__(self, config, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.gate_dense = dense(config.intermediate_dim, "gate", config, self.dtype_policy)
+        self.up_dense = dense(config.intermediate_dim, "up", config, self.dtype_policy)
+        self.down_dense = dense(config.hidden_dim, "down", config, self.dtype_policy)
+
+    def build(self, input_shape):
+        """Creates the kernels: gate and up [D, F], down [F, D]."""
+        self.gate_dense.build(input_shape)
+        self.up_dense.build(input_shape)
+        self.down_dense.build((*input_shape[:-1], self.gate_dense.units))
+
+    def call(self, x):
+        """Maps [B, T, D] to [B, T, D]."""
+        gate, up = finite(self.gate_dense(x)), finite(self.up_dense(x))
+        return self.down_dense(finite(keras.activations.gelu(gate, approximate=True) * up))
+
+    def compute_output_shape(self, input_shape):
+        """The input's shape."""
+        return input_shape

@@ -1,0 +1,35 @@
+"""RMSNorm with a `1 + scale` weight, as Gemma stores it."""
+
+import keras
+from keras import ops
+
+from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.weights import FirstValue
+
+
+class RMSNorm(keras.layers.Layer):
+    """`x / sqrt(mean(x ** 2) + epsilon) * (1 + scale)` over the last axis, computed in float32.
+
+    Args:
+        epsilon: added to the mean square.
+    """
+
+    def __init__(self, epsilon=1e-6, **kwargs):
+        # No autocast: the scale is used in float32 whatever the compute dtype.
+        super().__init__(autocast=False, **kwargs)
+        self.epsilon = epsilon
+
+    def build(self, input_shape):
+        """Creates `scale` [D], zero at the start, so that the norm starts with weight one."""
+        first = FirstValue(keras.initializers.Zeros(), "scale", layer=self)
+        self.scale = self.add_weight(name="scale", shape=(input_shape[-1],), initializer=first)
+
+    def call(self, x):
+        """Normalises [..., D] and returns it in the compute dtype."""
+        x = ops.cast(finite(x), "float32")
+        x = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return ops.cast(x * (1.0 + ops.cast(self.scale, "float32")), self.compute_dtype)
+
+    def compute_output_shape(self, input_shape):
+        """The input's shape."""
+        return input_shape

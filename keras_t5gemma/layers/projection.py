@@ -1,0 +1,48 @@
+"""From the decoder's hidden states to logits over the vocabulary."""
+
+import keras
+from keras import ops
+
+from keras_t5gemma.layers.attention import soft_cap
+from keras_t5gemma.layers.finite import finite
+
+
+class VocabularyProjection(keras.layers.Layer):
+    """The output projection: the decoder's embedding table, transposed where tied, and the final soft cap.
+
+    Args:
+        embedding: the decoder's built `keras.layers.ReversibleEmbedding`.
+        cap: `c` in `c * tanh(x / c)`, or None.
+    """
+
+    def __init__(self, embedding, cap=None, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.embedding = embedding
+        self.cap = cap
+        self.built = True
+
+    def call(self, x):
+        """Maps [B, T, D] to float32 logits [B, T, V]."""
+        return soft_cap(ops.cast(finite(self._project(x)), "float32"), self.cap)
+
+    @property
+    def is_quantized(self):
+        """Whether there is no `table()` of floating-point numbers."""
+        return self.embedding.quantization_mode is not None
+
+    def table(self):
+        """The projection as one differentiable [V, D], LoRA included."""
+        embedding = self.embedding
+        return embedding.embeddings if embedding.tie_weights else ops.transpose(embedding.reverse_embeddings)
+
+    def _project(self, x):
+        embedding = self.embedding
+        if self.is_quantized or not embedding.tie_weights:
+            return embedding(x, reverse=True)
+        # The table as it is stored: through `reverse=True` XLA:CPU transposes it anew for every token decoded.
+        table = ops.cast(embedding.embeddings, x.dtype)
+        return ops.einsum("btd,vd->btv", x, table)
+
+    def compute_output_shape(self, input_shape):
+        """[B, T, V]."""
+        return (*input_shape[:-1], self.embedding.input_dim)

@@ -1,0 +1,1 @@
+"""The models: the two stacks, the backbone, the sequence-to-sequence task."""

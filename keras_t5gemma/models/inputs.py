@@ -1,0 +1,185 @@
+"""What a user hands to the model, checked and laid out as the model wants it."""
+
+import random
+from collections.abc import Mapping
+
+import grain
+import keras
+import numpy as np
+
+START_TOKEN_ID = 2  # <bos> in Gemma's vocabulary
+
+
+def check_token_ids(x, vocabulary_size):
+    """Checks the token ids among model inputs that are numpy arrays; anything else passes.
+
+    Raises:
+        ValueError: where an id is not in `[0, vocabulary_size)`; the message names the input.
+    """
+    if not isinstance(x, Mapping):
+        return
+    for name in ("encoder_token_ids", "decoder_token_ids"):
+        ids = x.get(name)
+        if not isinstance(ids, np.ndarray) or not ids.size:
+            continue
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"`{name}` must hold integers. Received: dtype={ids.dtype}.")
+        if ids.min() < 0 or ids.max() >= vocabulary_size:
+            raise ValueError(
+                f"`{name}` must be in [0, {vocabulary_size}), the backbone's vocabulary. Received ids from {ids.min()} "
+                f"to {ids.max()}."
+            )
+
+
+def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=False):
+    """Batches of what lies in memory, for `fit`: in another order each epoch, where asked.
+
+    keras-hub would batch it too, but always in its given order, and not conversations of unequal length.
+
+    Args:
+        x: a mapping of arrays or lists of B rows: token ids, strings or conversations.
+        y: labels, an array of B rows, or None.
+        sample_weight: likewise.
+        batch_size: rows a batch, 32 where None as in Keras.
+        shuffle: whether rows are shuffled, by `random`, which `keras.utils.set_random_seed` seeds too.
+
+    Returns:
+        A `grain.MapDataset` of `(x, y, sample_weight)`; columns that were arrays are arrays, and lists are lists.
+
+    Raises:
+        ValueError: where the columns have no rows or differ in their number.
+    """
+    columns = {**x, **{name: value for name, value in (("y", y), ("weight", sample_weight)) if value is not None}}
+    for name, column in columns.items():
+        if isinstance(column, (str, bytes)) or not hasattr(column, "__len__"):
+            raise ValueError(f"`{name}` must hold a row an example: an array or a list. Received: {column!r:.80}.")
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+        raise ValueError(f"All columns need the same number of rows, at least one. Received: {lengths}.")
+    stacked = {name for name, column in columns.items() if not isinstance(column, (list, tuple))}
+
+    def batch(rows):
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        columns = {name: np.stack(column) if name in stacked else column for name, column in columns.items()}
+        return keras.utils.pack_x_y_sample_weight(
+            {name: columns[name] for name in x}, columns.get("y"), columns.get("weight")
+        )
+
+    rows = grain.MapDataset.range(next(iter(lengths.values())))
+    if shuffle:
+        rows = rows.shuffle(seed=random.getrandbits(31))
+    rows = rows.map(lambda i: {name: column[i] for name, column in columns.items()})
+    return rows.batch(32 if batch_size is None else batch_size, batch_fn=batch)
+
+
+def split_rows(x, y, sample_weight, fraction):
+    """`(x, y, sample_weight)` twice: the first rows, and the last `fraction` of them for validation, as Keras does.
+
+    Raises:
+        ValueError: where either would have no rows.
+    """
+    total = len(next(iter(x.values())))
+    cut = int(total * (1 - fraction))
+    if not 0 < cut < total:
+        raise ValueError(
+            f"`validation_split` leaves training or validation empty. Received: {fraction} of {total} rows."
+        )
+
+    def part(rows):
+        columns = {name: column[rows] for name, column in x.items()}
+        return columns, *(None if column is None else column[rows] for column in (y, sample_weight))
+
+    return part(slice(cut)), part(slice(cut, None))
+
+
+def prompt_arrays(inputs, max_length, vocabulary_size):
+    """The arrays one decoding run takes, from token ids.
+
+    Args:
+        inputs: `encoder_token_ids` [B, S] or [S], and optionally `encoder_padding_mask`, `decoder_token_ids` ([B, T] or
+            [T]; `<bos>` where left out) and `decoder_padding_mask`.
+        max_length: L, the length of the result; T where None.
+        vocabulary_size: V.
+
+    Returns:
+        A dict of int32 arrays: `encoder_token_ids`, `encoder_padding_mask` [B, S]; `decoder_token_ids`,
+        `decoder_padding_mask` [B, L], prompts moved to the left; `prefill` [P], where P is 0 or a power of two that
+        covers the positions that are prompt in every row, so that few programs are compiled.
+
+    Raises:
+        ValueError: for ids outside the vocabulary, shapes that do not fit, an empty prompt, or a `max_length` shorter
+            than a prompt.
+    """
+    if not isinstance(inputs, Mapping) or "encoder_token_ids" not in inputs:
+        keys = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(
+            f"Without a preprocessor the model takes a dict with `encoder_token_ids` (and optionally "
+            f"`encoder_padding_mask`, `decoder_token_ids`, `decoder_padding_mask`). Received: {keys}."
+        )
+    encoder_ids, encoder_mask = _ids_and_mask(inputs, "encoder", None)
+    batch = encoder_ids.shape[0]
+    decoder_ids, decoder_mask = _ids_and_mask(inputs, "decoder", np.full((batch, 1), START_TOKEN_ID))
+    check_token_ids({"encoder_token_ids": encoder_ids, "decoder_token_ids": decoder_ids}, vocabulary_size)
+    if decoder_ids.shape[0] != batch:
+        raise ValueError(
+            f"`decoder_token_ids` has {decoder_ids.shape[0]} rows and `encoder_token_ids` {batch}; they must match."
+        )
+    if not encoder_mask.any(axis=1).all():
+        raise ValueError("`encoder_token_ids` has a row with no token that is not padding: an empty prompt.")
+    lengths = (decoder_mask != 0).sum(axis=1)
+    if not lengths.all():
+        raise ValueError("`decoder_token_ids` has an empty row; a decoder prompt holds at least `<bos>`.")
+    length = decoder_ids.shape[1] if max_length is None else max_length
+    if lengths.max() > length:
+        raise ValueError(
+            f"`max_length` counts the decoder prompt too, and the longest here has {lengths.max()} tokens. Received: "
+            f"max_length={length}."
+        )
+    token_ids, mask = np.zeros((batch, length), "int32"), np.zeros((batch, length), "int32")
+    for row, (ids, keep) in enumerate(zip(decoder_ids, decoder_mask, strict=True)):
+        token_ids[row, : lengths[row]], mask[row, : lengths[row]] = ids[keep != 0], 1
+    shared = int(lengths.min()) - 1
+    prefill = min(length, 1 << (shared - 1).bit_length()) if shared else 0
+    return {
+        "encoder_token_ids": encoder_ids,
+        "encoder_padding_mask": encoder_mask,
+        "decoder_token_ids": token_ids,
+        "decoder_padding_mask": mask,
+        "prefill": np.zeros((prefill,), "int32"),
+    }
+
+
+def result_arrays(outputs, prompts, strip_prompt):
+    """The generated sequences as arrays: ids with padding zeroed, and their mask.
+
+    Args:
+        outputs: `decoder_token_ids`, `decoder_padding_mask` [B, L] as generated.
+        prompts: what `prompt_arrays` gave.
+        strip_prompt: drop the prompts and move what follows to the left.
+
+    Returns:
+        A dict of `decoder_token_ids` int32 and `decoder_padding_mask` bool, both [B, L].
+    """
+    token_ids, mask = outputs["decoder_token_ids"], outputs["decoder_padding_mask"].astype(bool)
+    if strip_prompt:
+        mask = mask & (prompts["decoder_padding_mask"] == 0)
+        order = np.argsort(~mask, axis=1, kind="stable")
+        token_ids, mask = np.take_along_axis(token_ids, order, 1), np.take_along_axis(mask, order, 1)
+    return {"decoder_token_ids": np.where(mask, token_ids, 0).astype("int32"), "decoder_padding_mask": mask}
+
+
+def _ids_and_mask(inputs, side, default):
+    ids = inputs.get(f"{side}_token_ids", default)
+    ids = np.asarray(ids)
+    ids = np.atleast_2d(ids) if ids.ndim < 2 else ids
+    if ids.ndim != 2 or not ids.size:
+        raise ValueError(f"`{side}_token_ids` must be a non-empty [batch, length]. Received: shape {ids.shape}.")
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"`{side}_token_ids` must hold integers. Received: dtype={ids.dtype}.")
+    mask = np.asarray(inputs.get(f"{side}_padding_mask", np.ones_like(ids)))
+    mask = np.atleast_2d(mask)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"`{side}_padding_mask` must have the shape of `{side}_token_ids`, {ids.shape}. Received: {mask.shape}."
+        )
+    return ids.astype("int32"), mask.astype("int32")

@@ -1,0 +1,331 @@
+"""The task model: logits for training, text for a prompt."""
+
+import contextlib
+import sys
+from collections.abc import Mapping
+
+import grain
+import keras
+import keras_hub
+import numpy as np
+from keras import ops
+
+from keras_t5gemma.checkpoints.sources import locate_t5gemma
+from keras_t5gemma.generation.decode import decode, resolve_sampler
+from keras_t5gemma.layers.projection import VocabularyProjection
+from keras_t5gemma.models.backbone import T5GemmaBackbone
+from keras_t5gemma.models.inputs import check_token_ids, prompt_arrays, result_arrays, split_rows, training_batches
+from keras_t5gemma.objectives.streams import READ_OPTIONS
+from keras_t5gemma.presets import PRESETS, is_hugging_face
+from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
+from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
+from keras_t5gemma.training.losses import ChunkedLoss, VocabularyCrossEntropy
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
+    """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
+
+    Args:
+        backbone: a `T5GemmaBackbone`.
+        preprocessor: a `T5GemmaSeq2SeqLMPreprocessor`, or None for token ids in and out.
+        **kwargs: `name`, and `compile=False` to leave the model uncompiled.
+
+    Raises:
+        ValueError: where the tokenizer's vocabulary is larger than the backbone's.
+
+    Example:
+        >>> lm = kt.T5GemmaSeq2SeqLM.from_preset("t5gemma_2b_2b_prefixlm_it", dtype="bfloat16")
+        >>> lm.generate("Why is the sky blue?", max_length=128)
+        >>> lm.backbone.enable_lora(8)
+        >>> lm.fit({"encoder_text": questions, "decoder_text": answers}, batch_size=4)
+    """
+
+    backbone_cls = T5GemmaBackbone
+    preprocessor_cls = T5GemmaSeq2SeqLMPreprocessor
+    presets = PRESETS
+
+    def __init__(self, backbone, preprocessor=None, **kwargs):
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        config = backbone.config
+        self._chunked = None
+        self._hands_over_hidden_states = False
+        # A saved model's tokenizer reads its vocabulary only after this.
+        has_vocabulary = preprocessor is not None and preprocessor.tokenizer.proto is not None
+        if has_vocabulary and preprocessor.tokenizer.vocabulary_size() > config.vocabulary_size:
+            raise ValueError(
+                f"The tokenizer has {preprocessor.tokenizer.vocabulary_size()} pieces, but the backbone embeds only "
+                f"vocabulary_size={config.vocabulary_size}. Use the tokenizer the backbone was made for, or a backbone "
+                f"with a larger `vocabulary_size`."
+            )
+        head = VocabularyProjection(
+            backbone.decoder.token_embedding, config.final_logit_soft_cap, dtype=backbone.dtype_policy, name="logits"
+        )
+        inputs = backbone.input
+        super().__init__(inputs=inputs, outputs=head(backbone(inputs)["decoder_sequence_output"]), **kwargs)
+        self.head = head
+        self.backbone = backbone  # again: PyTorch's module did not exist yet above, and would miss its parameters
+
+    @classmethod
+    def from_preset(cls, preset, load_weights=True, **kwargs):
+        """The model of a preset, with its preprocessor.
+
+        Args:
+            preset: a built-in name (`keras-t5gemma presets` lists them), "hf://owner/name", "kaggle://...", or a folder
+                in Keras or Hugging Face format.
+            load_weights: False for the architecture with random weights.
+            **kwargs: `dtype`; `preprocessor`, None to do without; or what the class takes.
+
+        Raises:
+            ValueError: where the preset is unknown, or is no T5Gemma.
+            ConnectionError: where a download failed.
+            CheckpointError: where the folder's tensors are not those of its config.
+        """
+        folder = locate_t5gemma(preset)
+        backbone_kwargs = {name: kwargs.pop(name) for name in ("dtype",) if name in kwargs}
+        backbone = cls.backbone_cls.from_preset(folder, load_weights=load_weights, **backbone_kwargs)
+        if "preprocessor" not in kwargs:
+            # A Keras preset of a model without preprocessor has none; any other checkpoint has a tokenizer.
+            is_flax = not (folder / "config.json").is_file()  # holds parameters only
+            has_one = not is_flax and (is_hugging_face(folder) or (folder / PREPROCESSOR_FILE).is_file())
+            # By the preset's name, not its folder: the name says whether it is instruction-tuned.
+            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset) if has_one else None
+        return cls(backbone, **kwargs)
+
+    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):
+        """Configures training and generation.
+
+        Args:
+            optimizer: "auto" for Adam at 2e-5, a name or a `keras.optimizers.Optimizer`.
+            loss: "auto" for `VocabularyCrossEntropy()`, the mean over target tokens; one with options of your own; or
+                any `keras.losses.Loss` on logits.
+            weighted_metrics: "auto" for the accuracy of tokens, or a list. Metrics of your own and losses on logits
+                need the logits [B, T, V], which are not made otherwise.
+            sampler: "greedy", "beam", "top_k", "top_p", "random", "contrastive" or a `keras_hub.samplers.Sampler`. Beam
+                search is this package's `BeamSampler`.
+            **kwargs: what `keras.Model.compile` takes besides.
+
+        Raises:
+            ValueError: where `sampler` is none of these.
+        """
+        sampler = resolve_sampler(sampler)
+        loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
+        own_metrics = weighted_metrics != "auto" or kwargs.get("metrics")
+        self._chunked = None
+        if isinstance(loss, VocabularyCrossEntropy) and not own_metrics:
+            weighted_metrics = None
+            self._chunked = ChunkedLoss(loss, keras.metrics.Mean(name="accuracy"))
+        super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+
+    @property
+    def metrics(self):
+        """The metrics `fit` and `evaluate` report."""
+        return super().metrics + ([self._chunked.accuracy] if self._chunked else [])
+
+    def call(self, inputs, training=None, mask=None):
+        """Logits [B, T, V] of the four inputs; within a training step, hidden states [B, T, D] for its chunked loss."""
+        if self._hands_over_hidden_states:
+            return self.backbone(inputs, training=training)["decoder_sequence_output"]
+        return super().call(inputs, training=training, mask=mask)
+
+    def train_step(self, *args, **kwargs):
+        """One step of `fit`, without logits where the loss can do without."""
+        with self._handing_over_hidden_states():
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args, **kwargs):
+        """One step of `evaluate`, likewise."""
+        with self._handing_over_hidden_states():
+            return super().test_step(*args, **kwargs)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss of a step, and the accuracy, which only it knows."""
+        if not self._hands_over_hidden_states:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        loss = self._chunked(self.head, y_pred, y, sample_weight, training)
+        return loss + sum(self.losses) if self.losses else loss
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """The metrics' results; those of the chunked loss are up to date already."""
+        if self._hands_over_hidden_states:
+            return self.get_metrics_result()
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    @contextlib.contextmanager
+    def _handing_over_hidden_states(self):
+        self._hands_over_hidden_states = self._chunked is not None and not self.head.is_quantized
+        try:
+            yield
+        finally:
+            self._hands_over_hidden_states = False
+
+    def get_compile_config(self):
+        """What `compile` was called with, the sampler included, JSON-ready."""
+        return {**super().get_compile_config(), "sampler": keras.saving.serialize_keras_object(self.sampler)}
+
+    def compile_from_config(self, config):
+        """Compiles as `get_compile_config` says, and makes the optimizer's variables for a saved state to fill."""
+        self.compile(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        sample_weight=None,
+        validation_data=None,
+        validation_split=0.0,
+        *,
+        shuffle=True,
+        **kwargs,
+    ):
+        """Trains, as `keras.Model.fit` does.
+
+        Args:
+            x: a dict of texts (or conversations) or of token ids, B rows each, as `generate` takes them; or a
+                `pretraining_dataset`, another Grain dataset or a `tf.data.Dataset` of batches of either.
+            y: labels for token ids, [B, T]; the preprocessor makes those of texts.
+            batch_size: rows a step, for what is no dataset; 32 where None.
+            sample_weight: [B, T], for token ids.
+            validation_data: as x, or a tuple of x, y and weights.
+            validation_split: the last rows of a dict, as a fraction, to validate on instead.
+            shuffle: whether the rows of a dict come in another order each epoch; a dataset has its own.
+            **kwargs: what `keras.Model.fit` takes besides.
+
+        Returns:
+            A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: for ids outside the vocabulary, columns of unequal length, or a model not compiled.
+        """
+        check_token_ids(x, self.backbone.config.vocabulary_size)
+        if isinstance(x, Mapping):
+            if validation_split and validation_data is None:
+                (x, y, sample_weight), validation_data = split_rows(x, y, sample_weight, validation_split)
+            x = training_batches(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle)
+            if validation_data is not None:
+                parts = keras.utils.unpack_x_y_sample_weight(validation_data)
+                if isinstance(parts[0], Mapping):
+                    validation_data = training_batches(*parts, batch_size=batch_size)
+            y = batch_size = sample_weight = None
+        if isinstance(x, (grain.MapDataset, grain.IterDataset)):
+            shuffle = False  # it has an order of its own, which Keras would warn that it cannot change
+        if isinstance(x, grain.MapDataset) and len(x) == sys.maxsize:
+            x = x.to_iter_dataset(READ_OPTIONS)  # by itself Grain would make 500 batches ahead
+        return super().fit(x, y, batch_size, sample_weight, validation_data, shuffle=shuffle, **kwargs)
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        """Texts through the preprocessor; batches of token ids, e.g. a `pretraining_dataset`'s, as they are."""
+        if isinstance(x, dict) and "encoder_token_ids" in x:
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return super().preprocess_samples(x, y, sample_weight)
+
+    def generate_step(self, inputs, stop_token_ids=None):
+        """Generates for one batch of arrays; compiled as a whole where the backend compiles.
+
+        Args:
+            inputs: `encoder_token_ids` and `encoder_padding_mask` [B, S]; `decoder_token_ids` and
+                `decoder_padding_mask` [B, L], prompts padded on the right; optionally `prefill` [P], whose length says
+                how many positions to run at once before the loop.
+            stop_token_ids: ids that end a row, or None.
+
+        Returns:
+            `{"decoder_token_ids", "decoder_padding_mask"}`, both [B, L].
+        """
+        encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
+        encoder, decoder = self.backbone.encoder, self.backbone.decoder
+        encoder_output = encoder(inputs["encoder_token_ids"], encoder_mask, training=False)
+
+        def step(ids, cache, index):
+            hidden, cache = decoder.step(ids, ops.ones_like(ids), cache, index)
+            return self.head(hidden), hidden, cache
+
+        token_ids, mask = decode(
+            step,
+            self.sampler,
+            token_ids,
+            inputs["decoder_padding_mask"],
+            decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1]),
+            prefill=inputs["prefill"].shape[0] if "prefill" in inputs else 0,
+            stop_token_ids=stop_token_ids,
+            model=self,
+        )
+        return {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}
+
+    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+        """Generates from prompts.
+
+        Args:
+            inputs: with a preprocessor a string, a list of strings, a conversation where the preprocessor is for chats,
+                or a dict of `encoder_text` and, to start the answer with, `decoder_text`. Without one a dict of
+                `encoder_token_ids` [B, S] and optionally `encoder_padding_mask`, `decoder_token_ids` [B, T] (prompts;
+                `<bos>` where left out) and `decoder_padding_mask`. Or a `tf.data.Dataset` of batches of either.
+            max_length: L, tokens of the result with its decoder prompt; the preprocessor's `decoder_sequence_length`
+                where left out, or the width of `decoder_token_ids` without a preprocessor.
+            stop_token_ids: ids that end a sequence; "auto" for the tokenizer's `<eos>` and `<end_of_turn>`; None to
+                always fill `max_length`.
+            strip_prompt: leave the decoder prompt out of the result.
+
+        Returns:
+            A string or a list of strings; without a preprocessor a dict of `decoder_token_ids` and
+            `decoder_padding_mask`, arrays [B, L]. Without B for a single prompt.
+
+        Raises:
+            ValueError: for an empty or over-long prompt, ids outside the vocabulary, a `max_length` too short.
+        """
+        stop_token_ids = self._stop_token_ids(stop_token_ids)
+        batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]
+        results = [self._generate_batch(batch, max_length, stop_token_ids, strip_prompt) for batch in batches]
+        if len(results) == 1:
+            return results[0]
+        if self.preprocessor is None:
+            return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
+        return [text for texts in results for text in texts]
+
+    def _generate_batch(self, batch, max_length, stop_token_ids, strip_prompt):
+        if self.preprocessor is not None:
+            batch = self.preprocessor.generate_preprocess(batch, sequence_length=max_length)
+        prompts = prompt_arrays(batch, max_length, self.backbone.config.vocabulary_size)
+        generate_function = self.make_generate_function()
+        # `prefill` is no batch: its length is all there is to it.
+        inputs = {name: x if name == "prefill" else _distribute(x) for name, x in prompts.items()}
+        outputs = generate_function(inputs, stop_token_ids=stop_token_ids)
+        outputs = {name: ops.convert_to_numpy(x) for name, x in outputs.items()}
+        outputs = result_arrays(outputs, prompts, strip_prompt)
+        if np.ndim(batch["encoder_token_ids"]) == 1:
+            outputs = {name: x[0] for name, x in outputs.items()}
+        return outputs if self.preprocessor is None else self.preprocessor.generate_postprocess(outputs)
+
+    def _stop_token_ids(self, stop_token_ids):
+        if stop_token_ids is None:
+            return None
+        if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+            if self.preprocessor is None:
+                raise ValueError(
+                    'stop_token_ids="auto" reads the ids off the tokenizer, and this model has no `preprocessor`. Pass '
+                    "a sequence of ids, or None to always generate `max_length` tokens."
+                )
+            tokenizer = self.preprocessor.tokenizer
+            return (tokenizer.end_token_id, tokenizer.end_token2_id)
+        ids = tuple(int(i) for i in stop_token_ids)
+        size = self.backbone.config.vocabulary_size
+        if outside := [i for i in ids if not 0 <= i < size]:
+            raise ValueError(f"`stop_token_ids` must be in [0, {size}). Received: {outside}.")
+        return ids
+
+
+# keras-hub finds a backbone's tokenizer and preprocessor by this; their modules rank below and cannot name it.
+T5GemmaTokenizer.backbone_cls = T5GemmaBackbone
+T5GemmaSeq2SeqLMPreprocessor.backbone_cls = T5GemmaBackbone
+
+
+def _distribute(x):
+    """Puts an array where the active `keras.distribution` wants the batch; as it is where there is none."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return x
+    x = ops.convert_to_tensor(x)
+    return keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape))

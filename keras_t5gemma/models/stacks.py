@@ -1,0 +1,179 @@
+"""The two stacks: the package's only forward pass, the same in training, in prefill and in a cached step."""
+
+import keras
+from keras import ops
+
+from keras_t5gemma.layers.attention import rotary_angles, write_at
+from keras_t5gemma.layers.blocks import Block
+from keras_t5gemma.layers.masks import attention_mask
+from keras_t5gemma.layers.norm import RMSNorm
+from keras_t5gemma.layers.weights import embedding
+
+
+class Stack(keras.layers.Layer):
+    """Token ids through an embedding, the blocks and a final norm; what encoder and decoder have in common.
+
+    Args:
+        config: the stack's `StackConfig`.
+        vocabulary_size: V, rows of the embedding table.
+        causal: whether self-attention sees no later position.
+        encoder_dim: the encoder's width where the blocks have cross-attention, else None.
+        tie_embeddings: whether the table serves as output projection too; `False` adds a projection of its own.
+    """
+
+    def __init__(self, config, vocabulary_size, *, causal, encoder_dim=None, tie_embeddings=True, **kwargs):
+        # No autocast: RoPE's angles stay in float32.
+        super().__init__(autocast=False, **kwargs)
+        self.config = config
+        self.causal = causal
+        self.token_embedding = embedding(
+            vocabulary_size, "token_embedding", config, self.dtype_policy, tied=tie_embeddings
+        )
+        self.dropout = keras.layers.Dropout(config.dropout, dtype=self.dtype_policy, name="dropout")
+        self.blocks = [
+            Block(config, encoder_dim, dtype=self.dtype_policy, name=f"layer_{i}") for i in range(config.num_layers)
+        ]
+        self.final_norm = RMSNorm(config.norm_epsilon, dtype=self.dtype_policy, name="final_norm")
+
+    def build(self, input_shape=None):
+        """Builds every layer; all sizes come from the config."""
+        hidden_shape = (None, None, self.config.hidden_dim)
+        self.token_embedding.build(input_shape)
+        for block in self.blocks:
+            block.build(hidden_shape)
+        self.final_norm.build(hidden_shape)
+        self.built = True
+
+    def run(self, token_ids, key_segments, query_segments, *, start=0, encoder=None, caches=None, training=None):
+        """The forward pass.
+
+        Args:
+            token_ids: int [B, T].
+            key_segments: int [B, S], segment ids of the positions attended to: the tokens' own, or a cache's.
+            query_segments: int [B, T], segment ids of the tokens.
+            start: position of the first token among the keys.
+            encoder: a decoder's `(output, mask)`, see `Block.call`.
+            caches: a cache a block, or None.
+            training: whether dropout is on.
+
+        Returns:
+            `(x, caches)`: [B, T, D] after the final norm, and the updated caches.
+        """
+        config = self.config
+        masks = {
+            kind: attention_mask(
+                query_segments,
+                key_segments,
+                query_start=start,
+                causal=self.causal,
+                window=config.sliding_window if kind == "sliding" else None,
+            )
+            for kind in sorted(set(config.layer_kinds))
+        }
+        angles = rotary_angles(ops.shape(token_ids)[1], start, config.head_dim, config.rope_wavelength)
+        x = self.token_embedding(token_ids)
+        # Gemma rounds the factor to the compute dtype: sqrt(3584) is 59.867 in float32, 59.75 in bfloat16.
+        x = x * ops.cast(config.hidden_dim**0.5, x.dtype)
+        x = self.dropout(x, training=training)
+        updated = []
+        for i, (block, kind) in enumerate(zip(self.blocks, config.layer_kinds, strict=True)):
+            cache = None if caches is None else caches[i]
+            x, cache = block(x, masks[kind], angles, encoder=encoder, cache=cache, index=start, training=training)
+            updated.append(cache)
+        return self.final_norm(x), updated
+
+
+class Encoder(Stack):
+    """The encoder: self-attention over the whole input, in both directions unless `causal`."""
+
+    def call(self, token_ids, padding_mask, training=None):
+        """Encodes.
+
+        Args:
+            token_ids: int [B, S].
+            padding_mask: int [B, S], 0 at padding, else the segment id (1 where there is one example a row).
+            training: whether dropout is on.
+
+        Returns:
+            [B, S, D].
+        """
+        segments = ops.cast(padding_mask, "int32")
+        x, _ = self.run(token_ids, segments, segments, training=training)
+        return x
+
+    def compute_output_shape(self, token_ids_shape, **_):
+        """[B, S, D]."""
+        return (*token_ids_shape, self.config.hidden_dim)
+
+
+class Decoder(Stack):
+    """The decoder: causal self-attention, and cross-attention to the encoder's whole output."""
+
+    def call(self, token_ids, padding_mask, encoder_output, encoder_padding_mask, training=None):
+        """Decodes a whole sequence at once.
+
+        Args:
+            token_ids: int [B, T].
+            padding_mask: int [B, T], 0 at padding, else the segment id.
+            encoder_output: [B, S, D of the encoder].
+            encoder_padding_mask: int [B, S]; a decoder position sees the encoder's positions of its own segment.
+            training: whether dropout is on.
+
+        Returns:
+            [B, T, D].
+        """
+        segments = ops.cast(padding_mask, "int32")
+        encoder = (encoder_output, attention_mask(segments, ops.cast(encoder_padding_mask, "int32")))
+        x, _ = self.run(token_ids, segments, segments, encoder=encoder, training=training)
+        return x
+
+    def compute_output_shape(self, token_ids_shape, **_):
+        """[B, T, D]."""
+        return (*token_ids_shape, self.config.hidden_dim)
+
+    def start_cache(self, encoder_output, encoder_padding_mask, length):
+        """An empty cache, cross-attention's keys and values in it once and for all.
+
+        Args:
+            encoder_output: [B, S, D of the encoder].
+            encoder_padding_mask: int [B, S].
+            length: L, the longest sequence it is to hold.
+
+        Returns:
+            A nested structure of tensors, the batch first in each, so that beam search can reorder it:
+            `layers`, a `{"self": {"key", "value"}, "cross": {"key", "value"}}` a block ([B, L, K, H] and [B, S, K, H]);
+            `segments` [B, L] of what is in it so far; `encoder_segments` [B, S].
+        """
+        config, batch = self.config, ops.shape(encoder_output)[0]
+        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+        return {
+            "layers": [
+                {
+                    "self": {name: ops.zeros(shape, dtype=self.compute_dtype) for name in ("key", "value")},
+                    "cross": block.cross_attention.keys_values(encoder_output),
+                }
+                for block in self.blocks
+            ],
+            "segments": ops.zeros((batch, length), dtype="int32"),
+            "encoder_segments": ops.cast(encoder_padding_mask, "int32"),
+        }
+
+    def step(self, token_ids, padding_mask, cache, index):
+        """Decodes the next tokens, one or a whole prompt, after those in the cache.
+
+        Args:
+            token_ids: int [B, T].
+            padding_mask: int [B, T], as in `call`.
+            cache: from `start_cache` or an earlier step.
+            index: position of the first token; an int or a scalar tensor.
+
+        Returns:
+            `(x, cache)`: [B, T, D], equal to what `call` gives at these positions, and the updated cache.
+        """
+        segments = ops.cast(padding_mask, "int32")
+        key_segments = write_at(cache["segments"], segments, index)
+        encoder = (None, attention_mask(segments, cache["encoder_segments"]))
+        x, layers = self.run(
+            token_ids, key_segments, segments, start=index, encoder=encoder, caches=cache["layers"], training=False
+        )
+        return x, {**cache, "layers": layers, "segments": key_segments}

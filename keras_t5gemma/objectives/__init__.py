@@ -1,0 +1,1 @@
+"""Training objectives as data: ids in, examples out, in numpy; and the Grain pipelines around them."""

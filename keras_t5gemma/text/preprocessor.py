@@ -1,0 +1,302 @@
+"""Strings and conversations to the model's four inputs, for `fit` and for `generate`, and ids back to strings."""
+
+import sys
+from functools import partial
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_t5gemma.presets import PRESETS, wants_turns
+from keras_t5gemma.text.packing import Packer, bucket, pad_rows
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, keras_options, open_preset
+
+KERAS_CONFIG_FILE = "preprocessor.json"
+_OPTIONS = ("encoder_sequence_length", "decoder_sequence_length", "chat", "truncate")
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
+    """Tokenizes, adds `<bos>`, `<eos>` and turns, and pads on the right.
+
+    `fit` and `generate` give the encoder the same ids for the same text: the text's own, with neither `<bos>` nor
+    `<eos>`. The decoder starts from `<bos>`; in `fit` the answer is closed:
+
+                        encoder                  decoder input           label              weight
+        fit             a b c . .                <bos> x y .             x y <eos> .        1 1 1 0
+        generate        a b c . . (a bucket)     <bos> . . .             (max_length positions)
+        fit, chat       <start_of_turn>user\\n   <bos> x y               x y <end_of_turn>  1 1 1 1
+                        a b c<end_of_turn>\\n    <end_of_turn>           <eos>
+                        <start_of_turn>model\\n
+
+    With `chat=True` an answer is closed by `<end_of_turn><eos>`, as Gemma 2's instruction-tuned models were trained
+    (arXiv 2408.00118, table of formatting control tokens), so that tuning further neither unlearns the first nor
+    leaves the second untrained; `generate` stops at either. A prompt may then be a string (one user turn) or a
+    conversation, see `keras_t5gemma.text.chat`. Decoder text is taken as it is, whitespace included.
+
+    Everything is done by one Python path that needs no TensorFlow and gives numpy arrays, so that no backend and no
+    data pipeline can disagree; in a traced `tf.data` pipeline the same path runs as a `tf.numpy_function`. `fit` pads
+    to the full lengths; `generate` pads the encoder to the smallest of 16, 32, 64, ... (at most
+    `encoder_sequence_length`) that holds the batch's longest prompt.
+
+    Args:
+        tokenizer: a `T5GemmaTokenizer` that adds no tokens of its own.
+        encoder_sequence_length: S, the most tokens of a prompt (turns included) and its padded length in `fit`.
+        decoder_sequence_length: T, the decoder's padded length in `fit`, `<bos>` included; `generate`'s `max_length`
+            where none is given.
+        chat: whether prompts are put into Gemma's turns, as instruction-tuned models need.
+        truncate: `None`: text that is too long is an error. "right" cuts its end off, "left" its start. Turns are kept:
+            what is cut is the text in them, and "left" drops a conversation's oldest turns first. An answer cut
+            on the right is not closed, so the model does not learn to stop in mid-sentence.
+        **kwargs: as for `keras_hub.models.Seq2SeqLMPreprocessor`.
+
+    Raises:
+        ValueError: where an argument is none of these.
+    """
+
+    tokenizer_cls = T5GemmaTokenizer
+    presets = PRESETS
+
+    def __init__(
+        self,
+        tokenizer,
+        encoder_sequence_length=512,
+        decoder_sequence_length=512,
+        *,
+        chat=False,
+        truncate=None,
+        **kwargs,
+    ):
+        _check_tokenizer(tokenizer)
+        if not isinstance(chat, bool):
+            raise ValueError(f"`chat` must be True or False. Received: {chat!r}.")
+        if truncate not in (None, "left", "right"):
+            raise ValueError(f'`truncate` must be None, "left" or "right". Received: {truncate!r}.')
+        super().__init__(
+            tokenizer,
+            _length(encoder_sequence_length, "encoder_sequence_length"),
+            _length(decoder_sequence_length, "decoder_sequence_length"),
+            **kwargs,
+        )
+        self.chat = chat
+        self.truncate = truncate
+        # Nothing is built, and nothing read from the tokenizer yet: a saved one gets its vocabulary after this.
+        self.built = True
+
+    def call(
+        self,
+        x,
+        y=None,
+        sample_weight=None,
+        *,
+        encoder_sequence_length=None,
+        decoder_sequence_length=None,
+        sequence_length=None,
+    ):
+        """Texts to a training batch.
+
+        Args:
+            x: `{"encoder_text": ..., "decoder_text": ...}`, both a string, a list or an array of strings [B]; prompts
+                may be conversations with `chat=True`.
+            y: `None`: labels are made here.
+            sample_weight: `None`, likewise.
+            encoder_sequence_length: S, instead of the layer's.
+            decoder_sequence_length: T, instead of the layer's.
+            sequence_length: the same, keras-hub's other name for it.
+
+        Returns:
+            `(x, y, sample_weight)`: the inputs `encoder_token_ids`, `encoder_padding_mask` [B, S] and
+            `decoder_token_ids`, `decoder_padding_mask` [B, T], the labels [B, T], all int32, and weights [B, T],
+            float32, 0 at padding. Without B for single strings.
+
+        Raises:
+            ValueError: where a key is missing or unknown, a prompt is empty, a text is too long, the batches differ
+                in size, or `y` or `sample_weight` is given. In a traced `tf.data` pipeline it comes as TensorFlow's
+                `InvalidArgumentError` with the same message.
+        """
+        if y is not None or sample_weight is not None:
+            raise ValueError(
+                '`y` and `sample_weight` are made from x={"encoder_text": ..., "decoder_text": ...}: pass neither.'
+            )
+        prompts, answers = _texts(x)
+        if answers is None:
+            raise ValueError('Training needs x={"encoder_text": ..., "decoder_text": ...}; it has no "decoder_text".')
+        encoder_length = self._encoder_length(encoder_sequence_length)
+        decoder_length = self._decoder_length(decoder_sequence_length, sequence_length)
+        arrays = _run(
+            partial(self._training_arrays, encoder_length=encoder_length, decoder_length=decoder_length),
+            (prompts, answers),
+            widths=(encoder_length,) * 2 + (decoder_length,) * 4,
+            dtypes=("int32",) * 5 + ("float32",),
+        )
+        return _model_inputs(*arrays[:4]), arrays[4], arrays[5]
+
+    def generate_preprocess(
+        self,
+        x,
+        *,
+        encoder_sequence_length=None,
+        decoder_sequence_length=None,
+        sequence_length=None,
+    ):
+        """Prompts to the inputs of generation.
+
+        Args:
+            x: a string, a list or array of strings [B], or a dict of those under "encoder_text" and, optionally, the
+                start of each answer under "decoder_text"; with `chat=True` a prompt may be a conversation.
+            encoder_sequence_length: the most tokens of a prompt, instead of the layer's.
+            decoder_sequence_length: T, instead of the layer's.
+            sequence_length: the same; `generate` passes its `max_length` here.
+
+        Returns:
+            The inputs `encoder_token_ids`, `encoder_padding_mask` [B, S], S a bucket, and `decoder_token_ids`,
+            `decoder_padding_mask` [B, T], int32; without B for a single prompt. The decoder's mask is 1 on `<bos>` and
+            the start of the answer: that is the prompt which `strip_prompt` takes out.
+
+        Raises:
+            ValueError: as for `call`.
+        """
+        prompts, starts = _texts(x)
+        encoder_length = self._encoder_length(encoder_sequence_length)
+        decoder_length = self._decoder_length(decoder_sequence_length, sequence_length)
+        arrays = _run(
+            partial(self._generation_arrays, encoder_length=encoder_length, decoder_length=decoder_length),
+            (prompts,) if starts is None else (prompts, starts),
+            widths=(None, None, decoder_length, decoder_length),
+            dtypes=("int32",) * 4,
+        )
+        return _model_inputs(*arrays)
+
+    def generate_postprocess(self, x):
+        """Generated ids to strings: what the mask shows, without padding, special and turn tokens.
+
+        Ids beyond the tokenizer's vocabulary (a backbone may have more rows than the tokenizer has pieces) have no
+        text and are left out too.
+
+        Args:
+            x: a dict with `decoder_token_ids` and `decoder_padding_mask` [B, T] or [T]; the mask may have holes, e.g.
+                over a prompt to leave out.
+
+        Returns:
+            A list of B strings, or one string.
+        """
+        ids, mask = (_to_numpy(x[key]) for key in ("decoder_token_ids", "decoder_padding_mask"))
+        has_text = (ids < self.tokenizer.vocabulary_size()) & ~np.isin(ids, self.tokenizer.special_token_ids)
+        rows = zip(np.atleast_2d(ids), np.atleast_2d(mask.astype(bool) & has_text), strict=True)
+        texts = [self.tokenizer.detokenize(row[keep].tolist()) for row, keep in rows]
+        return texts if ids.ndim > 1 else texts[0]
+
+    def get_config(self):
+        """The arguments to make this again."""
+        return {**super().get_config(), **{name: getattr(self, name) for name in _OPTIONS}}
+
+    @classmethod
+    def from_preset(cls, preset, config_file=KERAS_CONFIG_FILE, **kwargs):
+        """The preprocessor of a preset.
+
+        Args:
+            preset: as for `T5GemmaTokenizer.from_preset`.
+            config_file: the preprocessor's config in a folder in Keras format.
+            **kwargs: override what was saved, `encoder_sequence_length` for one. `chat` defaults to what was saved,
+                else to whether the preset is instruction-tuned: a published one by its name, a Hugging Face folder
+                by its having a chat template.
+
+        Raises:
+            ValueError, ConnectionError: as for `T5GemmaTokenizer.from_preset`.
+        """
+        folder, hugging_face = open_preset(preset, config_file)
+        tokenizer = kwargs.pop("tokenizer", None) or cls.tokenizer_cls.from_preset(folder)
+        options = {"chat": wants_turns(preset, folder)}
+        if not hugging_face and (folder / config_file).is_file():
+            saved = keras_options(folder, config_file)
+            options |= {name: saved[name] for name in _OPTIONS if name in saved}
+        return cls(tokenizer, **{**options, **kwargs})
+
+    def _encoder_length(self, value):
+        return _length(self.encoder_sequence_length if value is None else value, "encoder_sequence_length")
+
+    def _decoder_length(self, value, alias):
+        value = alias if value is None else value
+        return _length(self.decoder_sequence_length if value is None else value, "decoder_sequence_length")
+
+    def _training_arrays(self, prompts, answers, *, encoder_length, decoder_length):
+        encoder, decoder, batched = self._rows(prompts, answers, encoder_length, decoder_length, closed=True)
+        ids, mask = pad_rows(decoder, decoder_length + 1, self.tokenizer.pad_token_id)
+        labels, weights = ids[:, 1:], mask[:, 1:].astype("float32")
+        encoder = pad_rows(encoder, encoder_length, self.tokenizer.pad_token_id)
+        return _unbatch((*encoder, ids[:, :-1], mask[:, :-1], labels, weights), batched)
+
+    def _generation_arrays(self, prompts, starts=None, *, encoder_length, decoder_length):
+        encoder, decoder, batched = self._rows(prompts, starts, encoder_length, decoder_length, closed=False)
+        width = bucket(max(map(len, encoder)), encoder_length)
+        encoder = pad_rows(encoder, width, self.tokenizer.pad_token_id)
+        return _unbatch((*encoder, *pad_rows(decoder, decoder_length, self.tokenizer.pad_token_id)), batched)
+
+    def _rows(self, prompts, answers, encoder_length, decoder_length, *, closed):
+        packer = Packer(self.tokenizer, self.chat, self.truncate)
+        encoder, batched = packer.prompts(prompts, encoder_length)
+        if answers is None:
+            answers = [""] * len(encoder) if batched else ""
+        decoder, answers_batched = packer.answers(answers, decoder_length, closed=closed)
+        if (len(encoder), batched) != (len(decoder), answers_batched):
+            sizes = (
+                f"{len(rows)}" if many else "a single one"
+                for rows, many in ((encoder, batched), (decoder, answers_batched))
+            )
+            raise ValueError("`encoder_text` and `decoder_text` must match. Received: {} and {}.".format(*sizes))
+        return encoder, decoder, batched
+
+
+def _run(function, texts, widths, dtypes):
+    """Call `function(*texts)`, as an operation of the graph where a text is only known when the graph runs."""
+    # Symbolic tensors exist only where TensorFlow is loaded already: it is never imported from here.
+    tf = sys.modules.get("tensorflow")
+    symbolic = [text for text in texts if tf is not None and tf.is_symbolic_tensor(text)]
+    if not symbolic:
+        return function(*texts)
+    arrays = tf.numpy_function(function, texts, [tf.as_dtype(dtype) for dtype in dtypes], stateful=False)
+    for array, width in zip(arrays, widths, strict=True):
+        array.set_shape(symbolic[0].shape.concatenate([width]))
+    return arrays
+
+
+def _texts(x):
+    """The prompts and the answers (or `None`) in what `fit` or `generate` was given."""
+    if not isinstance(x, dict):
+        return x, None
+    if "encoder_text" not in x or set(x) - {"encoder_text", "decoder_text"}:
+        raise ValueError(f'The keys are "encoder_text" and "decoder_text". Received: {sorted(map(str, x))}.')
+    return x["encoder_text"], x.get("decoder_text")
+
+
+def _model_inputs(encoder_ids, encoder_mask, decoder_ids, decoder_mask):
+    return {
+        "encoder_token_ids": encoder_ids,
+        "encoder_padding_mask": encoder_mask,
+        "decoder_token_ids": decoder_ids,
+        "decoder_padding_mask": decoder_mask,
+    }
+
+
+def _unbatch(arrays, batched):
+    return arrays if batched else tuple(array[0] for array in arrays)
+
+
+def _to_numpy(value):
+    return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
+
+
+def _length(value, name):
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
+    return int(value)
+
+
+def _check_tokenizer(tokenizer):
+    if not isinstance(tokenizer, T5GemmaTokenizer):
+        raise ValueError(f"`tokenizer` must be a T5GemmaTokenizer. Received: {tokenizer!r}.")
+    if tokenizer.add_bos or tokenizer.add_eos or tokenizer.sequence_length:
+        raise ValueError(
+            f"`tokenizer` must neither add tokens nor pad, which the preprocessor does. Received: add_bos="
+            f"{tokenizer.add_bos}, add_eos={tokenizer.add_eos}, sequence_length={tokenizer.sequence_length}."
+        )

@@ -1,0 +1,167 @@
+"""Gemma's SentencePiece vocabulary as a keras-hub tokenizer."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_t5gemma.presets import PRESETS, is_hugging_face, locate
+from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
+
+HUGGING_FACE_FILE = "tokenizer.model"
+KERAS_CONFIG_FILE = "tokenizer.json"
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
+    """Text to ids and back with Gemma's vocabulary: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, turns 106 and 107.
+
+    It adds no token of its own: `<bos>`, `<eos>` and turns are the preprocessor's. The turn tokens and
+    `<unused0>` .. `<unused98>` are recognised inside text; `<bos>`, `<eos>` and `<pad>` are not (they are read as the
+    plain characters), so text cannot end a sequence.
+
+    `end_token` and `end_token2` (`<eos>` and `<end_of_turn>`) are what `generate(stop_token_ids="auto")` stops at.
+
+    Example:
+        tokenizer = T5GemmaTokenizer(proto="tokenizer.model")
+        tokenizer.detokenize(tokenizer("Why is the sky blue?"))
+
+    Args:
+        proto: the SentencePiece model: its path, its bytes, or `None` where it is loaded later.
+        **kwargs: as for `keras_hub.tokenizers.SentencePieceTokenizer`.
+
+    Raises:
+        ValueError: where the file is missing, is no SentencePiece model, or lacks one of Gemma's special tokens.
+    """
+
+    presets = PRESETS
+
+    def __init__(self, proto=None, **kwargs):
+        self._add_special_token("<bos>", "start_token")
+        self._add_special_token("<eos>", "end_token")
+        self._add_special_token(END_OF_TURN, "end_token2")
+        self._add_special_token(START_OF_TURN, "start_of_turn_token")
+        self._add_special_token("<pad>", "pad_token")
+        self._add_special_token("<unk>", "unk_token")
+        super().__init__(proto=proto, **kwargs)
+
+    def set_proto(self, proto):
+        """Take a SentencePiece model: a path, bytes or `None`.
+
+        Raises:
+            ValueError: as for the class.
+        """
+        if isinstance(proto, os.PathLike):
+            proto = os.fspath(proto)
+        try:
+            super().set_proto(proto)
+        except (ValueError, ImportError):
+            raise
+        # The operating system, SentencePiece and TensorFlow (where installed) each raise their own.
+        except Exception as error:
+            what = f"{len(proto)} bytes" if isinstance(proto, bytes) else repr(proto)
+            raise ValueError(
+                f"`proto` must be a SentencePiece model (Gemma's `tokenizer.model`), its path or its bytes. Received "
+                f"{what}, which cannot be read: {type(error).__name__}: {error}"
+            ) from error
+
+    def tokenize(self, inputs):
+        """Ids of a string, or of a list or tensor of strings [B], ragged; in a traced `tf.data` pipeline, too."""
+        # Symbolic tensors exist only where TensorFlow is loaded already: it is never imported from here.
+        tf = sys.modules.get("tensorflow")
+        if tf is None or self.sequence_length or not tf.is_symbolic_tensor(inputs):
+            return super().tokenize(inputs)
+        # keras-hub's operation holds its vocabulary in a cache of TensorFlow's that `keras.utils.set_random_seed`
+        # empties: after that it fails. So a pipeline runs what runs outside it.
+        texts = tf.reshape(inputs, [-1])
+        ids, lengths = tf.numpy_function(self._flat_ids, [texts], [tf.int32, tf.int32], stateful=False)
+        ids.set_shape([None])
+        lengths.set_shape([None])
+        return ids if inputs.shape.rank == 0 else tf.RaggedTensor.from_row_lengths(ids, lengths)
+
+    def _flat_ids(self, texts):
+        rows = [np.asarray(super(T5GemmaTokenizer, self).tokenize(text.decode()), "int32") for text in texts]
+        return np.concatenate([np.empty(0, "int32"), *rows]), np.array([len(row) for row in rows], "int32")
+
+    @classmethod
+    def from_preset(cls, preset, config_file=KERAS_CONFIG_FILE, **kwargs):
+        """The tokenizer of a preset.
+
+        Args:
+            preset: a built-in name, "hf://...", "kaggle://...", a folder in Hugging Face format (with its
+                `tokenizer.model`) or in Keras format, whether saved by this package or by keras-hub; or one of
+                keras-hub's Gemma names, e.g. "gemma2_2b_en".
+            config_file: the tokenizer's config in a folder in Keras format.
+            **kwargs: override what was saved.
+
+        Raises:
+            ValueError: where the name is unknown or the folder holds no tokenizer; the message names what was looked
+                for and where.
+            ConnectionError: where a download failed.
+        """
+        if str(preset) not in PRESETS and str(preset) in keras_hub.models.GemmaTokenizer.presets:
+            return cls(proto=keras_hub.models.GemmaTokenizer.from_preset(str(preset)).proto, **kwargs)
+        folder, hugging_face = open_preset(preset, config_file)
+        if hugging_face:
+            return cls(proto=_read_model(folder, HUGGING_FACE_FILE), **kwargs)
+        options = keras_options(folder, config_file)
+        # Where keras-hub's saver puts it, whichever class saved it.
+        model = f"assets/{Path(config_file).stem}/vocabulary.spm"
+        return cls.from_config({**options, **kwargs, "proto": _read_model(folder, model)})
+
+
+def open_preset(preset, config_file):
+    """A preset's folder, and whether it is in Hugging Face format.
+
+    Args:
+        preset: as for `locate`, or a folder that holds nothing but a saved tokenizer or preprocessor.
+        config_file: the file that tells such a folder.
+
+    Returns:
+        `(folder, hugging_face)`.
+
+    Raises:
+        ValueError, ConnectionError: as for `locate` and `is_hugging_face`.
+    """
+    folder = Path(str(preset))
+    if (folder / config_file).is_file() and not (folder / "config.json").is_file():
+        return folder, False
+    folder = locate(preset, weights=False)
+    return folder, is_hugging_face(folder)
+
+
+def keras_options(folder, config_file):
+    """The constructor's arguments in a config that Keras saved.
+
+    Raises:
+        ValueError: where the file is missing or is no such config.
+    """
+    path = Path(folder) / config_file
+    if not path.is_file():
+        raise ValueError(
+            f"Looked for the tokenizer's `{config_file}` in {folder}, a Keras preset. Found: {_list(folder)}."
+        )
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))["config"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no config saved by Keras ({type(error).__name__}: {error}).") from error
+    return options
+
+
+def _read_model(folder, name):
+    path = folder / name
+    if not path.is_file():
+        raise ValueError(
+            f"Looked for the SentencePiece model `{name}` in {folder}. Found: {_list(folder)}. Copy it there from the "
+            f"checkpoint this one was made from: every Gemma 2 and T5Gemma has the same `{HUGGING_FACE_FILE}` (a "
+            f"`tokenizer.json` alone is not enough)."
+        )
+    return path.read_bytes()
+
+
+def _list(folder):
+    return ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"

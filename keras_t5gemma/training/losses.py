@@ -1,0 +1,281 @@
+"""Cross-entropy over a large vocabulary without its logits: [B, T, 256000] of float32 never exists.
+
+Tokens go through the output projection, the soft cap and the softmax a chunk at a time, and the gradients with respect
+to hidden states and table are formed in the same pass, so that nothing is computed twice: three products of
+tokens x vocabulary x width, as many as the plain loss takes.
+"""
+
+import dataclasses
+
+import keras
+from keras import ops
+
+from keras_t5gemma.layers.attention import soft_cap
+from keras_t5gemma.layers.finite import finite
+
+# Logits in memory at once, in bytes: large products are fast, and a few of these are in use at a time.
+CHUNK_BYTES = 2**28
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class VocabularyCrossEntropy(keras.losses.Loss):
+    """Mean cross-entropy of target tokens, in nats, in float32, each weighted by its sample weight.
+
+    On logits it is a plain Keras loss. A `T5GemmaSeq2SeqLM` compiled with it, which is the default, never makes the
+    logits: see `from_hidden_states`, which gives the same value and gradients.
+
+    Args:
+        z_loss: weight of `log(sum(exp(logits))) ** 2`, which keeps logits from drifting; 1e-4 in PaLM (arXiv
+            2204.02311).
+        label_smoothing: share of the target spread evenly over the vocabulary.
+        name: the loss's name.
+
+    Raises:
+        ValueError: where an argument is out of range.
+    """
+
+    def __init__(self, z_loss=0.0, label_smoothing=0.0, name="vocabulary_cross_entropy", **kwargs):
+        # A mean over target tokens: Keras's usual reduction divides by padding too.
+        super().__init__(**{"reduction": "mean_with_sample_weight", **kwargs}, name=name)
+        if not z_loss >= 0:
+            raise ValueError(f"`z_loss` must be 0 or more. Received: z_loss={z_loss!r}.")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"`label_smoothing` must be in [0, 1). Received: label_smoothing={label_smoothing!r}.")
+        self.z_loss = z_loss
+        self.label_smoothing = label_smoothing
+
+    def call(self, y_true, y_pred):
+        """Losses [B, T] of labels [B, T] and logits [B, T, V], capped already."""
+        logits = ops.cast(y_pred, "float32")
+        log_sum = ops.logsumexp(logits, axis=-1)
+        labels = ops.expand_dims(ops.cast(y_true, "int32"), -1)
+        picked = ops.squeeze(ops.take_along_axis(logits, labels, axis=-1), -1)
+        losses = log_sum - (1 - self.label_smoothing) * picked
+        if self.label_smoothing:
+            losses = losses - self.label_smoothing * ops.mean(logits, axis=-1)
+        if self.z_loss:
+            losses = losses + self.z_loss * ops.square(log_sum)
+        return losses
+
+    def from_hidden_states(
+        self, hidden, table, labels, weights=None, *, cap=None, training=True, train_table=True, chunk_bytes=None
+    ):
+        """The mean loss and the share of tokens whose label has the largest logit, without the logits.
+
+        Args:
+            hidden: [B, T, D] what the projection takes, in the compute dtype.
+            table: [V, D], the projection; its gradient has its dtype.
+            labels: int [B, T].
+            weights: [B, T], 0 at padding; equal where None.
+            cap: soft cap on the logits, or None.
+            training: whether gradients will be asked for.
+            train_table: whether the table's is among them; without it a third of the work is saved.
+            chunk_bytes: of float32 logits at once; `CHUNK_BYTES` where None. What it changes is time and memory.
+
+        Returns:
+            `(loss, accuracy, total weight)`, float32 scalars; no gradient flows through the latter two.
+        """
+        weights = ops.ones_like(labels, "float32") if weights is None else ops.cast(weights, "float32")
+        total = ops.sum(weights)
+        # Keras's own reduction: a batch of nothing but padding has loss zero.
+        shares = ops.divide_no_nan(weights, total)
+        chunks = _Chunks(hidden.shape, table.shape[0], chunk_bytes or CHUNK_BYTES)
+        settings = _Settings(cap, self.z_loss, self.label_smoothing)
+        targets = chunks.cut(ops.cast(labels, "int32")), chunks.cut(shares)
+        if training:
+            sums = _with_gradients(chunks, settings, targets, hidden, table, train_table)
+        else:
+            sums = _sums(chunks, settings, targets, chunks.cut(hidden), table)
+        return sums[0], ops.stop_gradient(sums[1]), total
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {**super().get_config(), "z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
+
+
+class ChunkedLoss:
+    """What a model's training step does in place of logits, loss and accuracy.
+
+    Args:
+        loss: the `VocabularyCrossEntropy`.
+        accuracy: a `keras.metrics.Mean` to keep the share of right tokens in.
+    """
+
+    def __init__(self, loss, accuracy):
+        self.loss = loss
+        self.accuracy = accuracy
+
+    def __call__(self, head, hidden, labels, weights, training):
+        """The loss of hidden states [B, T, D] that `head`, a `VocabularyProjection`, would project."""
+        loss, accuracy, total = self.loss.from_hidden_states(
+            hidden,
+            head.table(),
+            labels,
+            weights,
+            cap=head.cap,
+            training=training,
+            train_table=bool(head.embedding.trainable_variables),
+        )
+        self.accuracy.update_state(accuracy, sample_weight=total)
+        return loss / _replicas()
+
+
+def _replicas():
+    """Among how many devices TensorFlow adds gradients up, which is Keras's way of taking the mean of their means."""
+    if keras.config.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """What makes a loss of logits: see `VocabularyCrossEntropy`."""
+
+    cap: float | None
+    z_loss: float
+    label_smoothing: float
+
+
+class _Chunks:
+    """How [B, T, ...] is cut into [C, B * t, ...]: C chunks of t positions, filled up with zeros.
+
+    Along T, so that a batch that is spread over devices stays where it is. Where B is not known, as when TensorFlow
+    traces a step, all tokens are one long row.
+
+    Args:
+        shape: of the hidden states, (B, T, D).
+        vocabulary_size: V.
+        chunk_bytes: of float32 logits in a chunk, about.
+    """
+
+    def __init__(self, shape, vocabulary_size, chunk_bytes):
+        batch, self._length, self._width = shape
+        self._known = batch is not None and self._length is not None
+        self._batch = batch if self._known else 1
+        tokens = max(1, chunk_bytes // (4 * vocabulary_size * self._batch))
+        if self._known:
+            self.count = -(-self._length // tokens)
+            tokens = -(-self._length // self.count)
+        self.tokens = tokens
+
+    def cut(self, x):
+        """[B, T, ...] as [C, B * t, ...]."""
+        rest = tuple(x.shape[2:])
+        if not self._known:
+            x = ops.reshape(x, (1, -1, *rest))
+            self._length = ops.shape(x)[1]
+            self.count = (self._length + self.tokens - 1) // self.tokens
+        fill = ops.zeros((self._batch, self.count * self.tokens - self._length, *rest), x.dtype)
+        x = ops.reshape(ops.concatenate([x, fill], axis=1), (self._batch, -1, self.tokens, *rest))
+        return ops.reshape(ops.swapaxes(x, 0, 1), (-1, self._batch * self.tokens, *rest))
+
+    def join(self, x, shape):
+        """The inverse, of [C, B * t, D] to `shape`, [B, T, D]."""
+        x = ops.swapaxes(ops.reshape(x, (-1, self._batch, self.tokens, self._width)), 0, 1)
+        x = ops.reshape(x, (self._batch, -1, self._width))
+        return ops.reshape(x[:, : self._length], shape)
+
+
+def _sums(chunks, settings, targets, x, table):
+    """[loss, accuracy] of all chunks x [C, m, D]."""
+
+    def body(i, sums):
+        parts = _logits(settings, x[i], table)
+        return sums + _chunk_sums(settings, parts, targets[0][i], targets[1][i])
+
+    table = ops.cast(table, x.dtype)
+    return ops.fori_loop(0, chunks.count, body, ops.zeros((2,), "float32"))
+
+
+def _with_gradients(chunks, settings, targets, hidden, table, train_table):
+    """`_sums`, whose gradients with respect to hidden states [B, T, D] and table [V, D] are formed on the way."""
+
+    @ops.custom_gradient
+    def sums_of(hidden, table):
+        x, shape = chunks.cut(hidden), ops.shape(hidden)
+        if keras.config.backend() == "torch":
+            # In place; through `keras.ops` it takes several times as long there.
+            from keras_t5gemma.training.losses_torch import sums_and_gradients
+
+            sums, x_gradient, *table_gradient = sums_and_gradients(settings, targets, finite(x), table, train_table)
+        else:
+            sums, x_gradient, *table_gradient = _sums_and_gradients(chunks, settings, targets, x, table, train_table)
+        x_gradient = chunks.join(x_gradient, shape)
+
+        def gradients(*args, upstream=None):
+            scale = ops.cast((args[-1] if upstream is None else upstream)[0], "float32")
+            return (
+                ops.cast(x_gradient * scale, hidden.dtype),
+                ops.cast(table_gradient[0] * scale, table.dtype) if train_table else ops.zeros_like(table),
+            )
+
+        return sums, gradients
+
+    return sums_of(hidden, ops.convert_to_tensor(table))
+
+
+def _sums_and_gradients(chunks, settings, targets, x, table, train_table):
+    compute = ops.cast(table, x.dtype)
+
+    def body(i, carry):
+        sums, x_gradient, *table_gradient = carry
+        labels, shares = targets[0][i], targets[1][i]
+        parts = _logits(settings, x[i], compute)
+        gradient = ops.cast(_logit_gradients(settings, parts, labels, shares), x.dtype)
+        x_gradient = ops.slice_update(
+            x_gradient, [i, 0, 0], ops.expand_dims(ops.cast(ops.matmul(gradient, compute), "float32"), 0)
+        )
+        carry = (sums + _chunk_sums(settings, parts, labels, shares), x_gradient)
+        if train_table:
+            carry += (table_gradient[0] + ops.cast(ops.einsum("mv,md->vd", gradient, x[i]), "float32"),)
+        return carry
+
+    start = (ops.zeros((2,), "float32"), ops.zeros_like(x, "float32"))
+    if train_table:
+        start += (ops.zeros_like(table, "float32"),)
+    return ops.fori_loop(0, chunks.count, body, start)
+
+
+def _logits(settings, x, table):
+    """What loss and gradients of a chunk have in common.
+
+    Args:
+        x: [m, D].
+        table: [V, D].
+
+    Returns:
+        `(logits, slope, largest, log_sum)`: capped, [m, V]; the cap's derivative, [m, V] or None; [m, 1] each.
+    """
+    raw = ops.cast(finite(ops.einsum("md,vd->mv", x, table)), "float32")
+    logits = soft_cap(raw, settings.cap)
+    slope = None if settings.cap is None else 1 - ops.square(logits / settings.cap)
+    largest = ops.max(logits, axis=-1, keepdims=True)
+    log_sum = largest + ops.log(ops.sum(ops.exp(logits - largest), axis=-1, keepdims=True))
+    return logits, slope, largest, log_sum
+
+
+def _chunk_sums(settings, parts, labels, shares):
+    """[loss, accuracy] of a chunk, weighted by its tokens' shares [m]."""
+    logits, _, largest, log_sum = parts
+    picked = ops.take_along_axis(logits, ops.expand_dims(labels, -1), axis=-1)
+    losses = log_sum - (1 - settings.label_smoothing) * picked
+    if settings.label_smoothing:
+        losses = losses - settings.label_smoothing * ops.mean(logits, axis=-1, keepdims=True)
+    if settings.z_loss:
+        losses = losses + settings.z_loss * ops.square(log_sum)
+    correct = ops.cast(picked >= largest, "float32")
+    return ops.sum(ops.expand_dims(shares, -1) * ops.concatenate([losses, correct], axis=-1), axis=0)
+
+
+def _logit_gradients(settings, parts, labels, shares):
+    """The loss's gradient with respect to a chunk's logits before the cap, [m, V]."""
+    logits, slope, _, log_sum = parts
+    shares, labels = ops.expand_dims(shares, -1), ops.expand_dims(labels, -1)
+    gradient = ops.exp(logits - log_sum) * (shares * (1 + 2 * settings.z_loss * log_sum))
+    if settings.label_smoothing:
+        gradient = gradient - shares * (settings.label_smoothing / logits.shape[-1])
+    is_label = ops.equal(ops.arange(logits.shape[-1], dtype="int32"), labels)
+    gradient = ops.where(is_label, gradient - shares * (1 - settings.label_smoothing), gradient)
+    return gradient if slope is None else gradient * slope

@@ -1,0 +1,299 @@
+"""Checkpoints of a training run, from which a killed run goes on to the bit."""
+
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import keras
+
+from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.training import resume_files as files
+from keras_t5gemma.training import resume_state as state
+from keras_t5gemma.training.resume_data import NumberedBatches
+
+# What ends an epoch, not the training: truthy, as `stop_training` must be for that, and nobody else's.
+_END_OF_EPOCH = "end of epoch"
+
+
+class TrainingCheckpoint(keras.callbacks.Callback):
+    """Saves all there is to a run as it goes, and goes on from the newest checkpoint when the run is started again.
+
+        checkpoint = TrainingCheckpoint("run", save_every=500)
+        lm.fit(checkpoint.data(dataset), epochs=10, steps_per_epoch=1000, callbacks=[warmup, checkpoint])
+
+    The program that is started again is the same program: `fit` finds the checkpoint, goes to its epoch and, within it,
+    to the batch after the last one trained on, and ends with the weights of a run that was never stopped: equal bit by
+    bit on JAX and as equal as two runs are on TensorFlow and PyTorch. No example is skipped or comes twice. The first
+    epoch after a restart is what was left of it; its metrics count all of it. Other callbacks see its batches numbered
+    from 0 and do not get their own state back: put this one last, so that it saves after they have acted.
+
+    A checkpoint is a folder `step_00000500`, named by the batches trained on (with gradient accumulation, more than the
+    optimizer's steps). It holds weights, the optimizer's state, metrics, the state of dropout and of the global random
+    generators, epoch and batch, and the position in the data. It is saved every `save_every` batches and when
+    training ends; where that is the end of an epoch, after validation. It is copied into the host's memory and written
+    by a thread as training goes on, one at a time; it appears when it is complete; then older ones are removed. An
+    error of the thread is raised at the next save or at the end. Arrays are safetensors, the rest JSON, each file with
+    its checksum: nothing is pickled.
+
+    The weights of a T5Gemma without LoRA and not quantized are in `model/` as a Hugging Face folder, which is all that
+    `from_preset`, `average_checkpoints` and `transformers` need. So the mean of the last five, as in the paper, is
+
+        average_checkpoints(training_weights("run", last=5), "averaged")
+
+    and with LoRA or quantization `load_training_weights(lm, "run")` fills a model to export.
+
+    What is saved is checked when it is read: another model, optimizer or dataset and a damaged file are refused, and
+    the message says which is meant. Weights that are infinite or NaN are never saved.
+
+    Limits: arrays are gathered in full and written by one process, so under a `keras.distribution` each must be
+    addressable from it; restoring puts them into the layout of the model's variables. One run at a time has a folder.
+    The data must come in the same order each time, which Grain's datasets do.
+
+    Args:
+        folder: of the checkpoints; made where it does not exist. A new run needs a new one.
+        save_every: batches between two checkpoints; a multiple of `steps_per_execution`, or the next such is taken.
+        keep: how many of the newest to keep; None for all.
+        stop_on_nan: whether to stop at the batch whose logs have a `loss` that is NaN or infinite. With False the
+            weights alone are checked, when they are saved: where a loss scale skips such batches, say.
+
+    Raises:
+        ValueError: where an argument is out of range; in `fit`, where the data are not from `data`, or are other data.
+        CheckpointError: in `fit`, where the newest checkpoint is damaged or another model's, or the folder cannot be
+            written to.
+        FloatingPointError: in `fit`, where loss or weights are not finite; the message names the last good checkpoint.
+    """
+
+    def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True):
+        super().__init__()
+        for name, value in (("save_every", save_every), ("keep", keep)):
+            optional = name == "keep" and value is None
+            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
+        self.folder, self.save_every, self.keep, self.stop_on_nan = folder, save_every, keep, stop_on_nan
+        self._data = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending = None
+
+    def data(self, dataset):
+        """The dataset to pass to `fit`, whose position is saved and restored.
+
+        It is endless where `fit` gets `steps_per_epoch`: what ends begins again.
+
+        Args:
+            dataset: a Grain dataset of batches, e.g. a `pretraining_dataset`. Without `steps_per_epoch` it must end.
+
+        Returns:
+            A `grain.IterDataset` of the same batches.
+        """
+        self._data = NumberedBatches(dataset)
+        return self._data
+
+    def set_params(self, params):
+        """Restores.
+
+        Keras calls this for every callback before `on_train_begin` of any, and the model is built: so the others,
+        which look at the optimizer's steps there, find them restored wherever this one stands among them.
+        """
+        super().set_params(params)
+        if self._data is None:
+            raise ValueError(
+                "TrainingCheckpoint saves the position in the data, too: pass `checkpoint.data(dataset)` to `fit`, "
+                "before the callback is used."
+            )
+        self._wait()
+        files.prepare(self.folder)
+        self._thread = threading.current_thread()
+        self._steps = params["steps"]  # a batch count an epoch; None where the data end epochs
+        self._number = self._saved = 0  # batches, of all epochs
+        self._epoch, self._offset, self._batch = None, 0, 0  # offset: batches of the epoch trained on before a restart
+        self._restored = self._random = None
+        self._data.endless = self._steps is not None
+        if not self.model.optimizer.built:  # by Keras on TensorFlow in the first step only
+            self.model.optimizer.build(self.model.trainable_variables)
+        self._run = state.description(self.model) | {"steps_per_epoch": self._steps}
+        found = files.newest(self.folder)
+        if found is None:
+            self._data.start(0)
+        else:
+            self._restore(*found)
+
+    def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002 Keras's signature
+        """Restores the metrics of an epoch that was interrupted, and has the data go on."""
+        model = self.model
+        model._initial_epoch = None  # has been read; another `fit` has its own
+        if self._epoch is None:
+            self._epoch = epoch
+        elif epoch != self._epoch:
+            raise ValueError(
+                f"The checkpoint in {self.folder} is of epoch {self._epoch}, and `fit` begins with {epoch}. Leave "
+                f"`initial_epoch` out: it is restored."
+            )
+        if self._offset:
+            state.restore_metrics(model, self._restored)
+        elif self._steps is None:
+            self._data.start(self._number)
+        self._batch = self._offset
+
+    def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002
+        """Restores the random states that reading data and beginning an epoch have changed since."""
+        saved, self._random = self._random, None
+        if saved is None:
+            return
+        if self._offset:
+            state.set_random_state(saved)
+        elif self._steps is not None:
+            # PyTorch's loader draws a number for each iterator: not here in the run that was never stopped.
+            state.set_torch_random_state(saved)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Counts, saves, and ends the epoch where Keras would not."""
+        if threading.current_thread() is not self._thread:
+            raise ValueError("Pass `callbacks` to `fit` as a list: Keras runs one that comes alone in other threads.")
+        done = self._offset + batch + 1
+        if self._data.ends is not None and self._steps is None:
+            # `steps_per_execution` counts steps that the end of the data left out.
+            done = min(done, self._batch + self._data.ends - self._number)
+        before = self._number
+        self._number += done - self._batch
+        self._batch = done
+        loss = (logs or {}).get("loss")
+        if self.stop_on_nan and loss is not None and not math.isfinite(loss):
+            self._stop(f"The loss is {loss} at batch {self._number}, number {done} of epoch {self._epoch}.")
+        if self._is_last():
+            # Keras goes through as many batches as in any epoch, or until an iterator ends; and then takes that many
+            # for the length of each. So we end it ourselves, where an epoch was interrupted or the data end it.
+            if (self._offset or self._steps is None) and not self._model.stop_training:
+                self._model.stop_training = _END_OF_EPOCH
+        elif self._number // self.save_every > before // self.save_every:
+            self._save(self._epoch, done)
+
+    def on_epoch_end(self, epoch, logs=None):  # noqa: ARG002
+        """Saves what an epoch's last batch put off, and at the end of training."""
+        model = self.model
+        if model.stop_training is _END_OF_EPOCH:
+            model.stop_training = False
+        last = model.stop_training or epoch + 1 == self.params["epochs"]
+        complete = self._is_last()
+        due = self._number // self.save_every > self._saved // self.save_every
+        if self._number > self._saved and (last or (complete and due)):
+            self._save(epoch + complete, 0 if complete else self._batch)
+        self._epoch, self._offset, self._batch = epoch + 1, 0, 0
+
+    def on_train_end(self, logs=None):  # noqa: ARG002
+        """Waits for the last checkpoint."""
+        self.model._initial_epoch = None
+        self._wait()
+
+    def _is_last(self):
+        """Whether the batch just trained on is the last of its epoch."""
+        return self._number == self._data.ends if self._steps is None else self._batch >= self._steps
+
+    def _save(self, epoch, batch):
+        self._wait()
+        content = {
+            "epoch": epoch,
+            "batch": batch,
+            "data": self._data.position(self._number),
+            "random": state.random_state(),
+            "run": self._run,
+            "metrics": state.metrics_description(self.model),
+            "keras": keras.__version__,
+            "backend": keras.config.backend(),
+        }
+        # Here and now: the next step changes all of it.
+        arrays, model = state.host_copy(self.model)
+        self._saved = self._number
+        self._pending = self._writer.submit(self._write, self._number, content, arrays, model)
+
+    def _write(self, number, content, arrays, model):
+        """In the thread."""
+        try:
+            state.check_finite(arrays, model)
+        except FloatingPointError as error:
+            self._stop(f"{error} It was to be saved after batch {number}.")
+        files.write_step(self.folder, number, content, arrays, model)
+        if self.keep is not None:
+            files.prune(self.folder, self.keep)
+
+    def _wait(self):
+        """Waits for the thread and raises its error, once."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _stop(self, why):
+        if threading.current_thread() is self._thread:
+            self._wait()
+        steps = files.steps_in(self.folder)
+        good = f"The last good checkpoint is {steps[-1]}." if steps else "No checkpoint was saved before."
+        raise FloatingPointError(f"{why} {good}")
+
+    def _restore(self, path, content):
+        state.check(self.model, content["run"], path)
+        if content["run"]["steps_per_epoch"] != self._steps:
+            raise ValueError(
+                f"`steps_per_epoch` was {content['run']['steps_per_epoch']} in the run of {path}, and is "
+                f"{self._steps}. Pass the same to go on with it."
+            )
+        batch = self._data.seek(content["data"])
+        state.restore(self.model, path)
+        if content["batch"]:
+            state.build_metrics(self.model, batch)
+            state.check_variables(state.metrics_description(self.model), content["metrics"], "list of metrics", path)
+        self._restored = path
+        self._random = content["random"]
+        state.set_random_state(self._random)
+        self._number = self._saved = content["data"]["number"]
+        self._epoch, self._offset = content["epoch"], content["batch"]
+        # Keras's own way to begin later (`BackupAndRestore` does the same); it has no public one.
+        self.model._initial_epoch = self._epoch
+
+
+def training_weights(folder, last=None):
+    """The weights that a run's checkpoints hold, for `average_checkpoints` and `from_preset`.
+
+    >>> average_checkpoints(training_weights("run", last=5), "averaged")
+
+    Args:
+        folder: of a `TrainingCheckpoint`, of a T5Gemma without LoRA and not quantized.
+        last: how many of the newest; all where None.
+
+    Returns:
+        A list of paths of Hugging Face folders, oldest first.
+
+    Raises:
+        CheckpointError: where there are fewer, or one holds no such weights.
+    """
+    steps = files.steps_in(folder)
+    if not steps or len(steps) < (last or 0):
+        raise CheckpointError(f"{folder} holds {len(steps)} training checkpoint(s). Expected {last or 'at least one'}.")
+    folders = [path / files.MODEL_FOLDER for path in (steps[-last:] if last else steps)]
+    for path in folders:
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{path.parent} holds the weights of no plain T5Gemma, but e.g. of one with LoRA. Fill a model with "
+                f"`load_training_weights`, and export that."
+            )
+    return folders
+
+
+def load_training_weights(model, folder, step=None):
+    """Fills a model with the weights of a training checkpoint, LoRA's included; to export it, say.
+
+    >>> lm.backbone.enable_lora(8)
+    >>> load_training_weights(lm, "run")
+    >>> lm.save_to_preset("answer")
+
+    Args:
+        model: a model like the one trained.
+        folder: of a `TrainingCheckpoint`.
+        step: the batches trained on; the newest checkpoint where None.
+
+    Raises:
+        CheckpointError: where there is none, it is damaged, or another model's.
+    """
+    steps = {files.step_of(path): path for path in files.steps_in(folder)}
+    if not steps or (step is not None and step not in steps):
+        raise CheckpointError(f"{folder} holds training checkpoints of steps {sorted(steps)}. Received: step={step}.")
+    path = steps[max(steps) if step is None else step]
+    state.restore_weights(model, files.verified(path), path)

@@ -1,0 +1,16 @@
+"""One backend a run, chosen by KERAS_BACKEND as for any Keras program; no network."""
+
+import os
+
+# Before Keras is imported. JAX is the reference; `nox -s tests` runs all three.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if os.environ["KERAS_BACKEND"] == "jax":
+    # Compiling is most of the time there, and what is compiled is tiny.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Tiny tensors: threads cost more than they give (on PyTorch ten times over).
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test that reaches for a hub by mistake fails at once, the same with and without a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Figures are drawn into files.
+os.environ.setdefault("MPLBACKEND", "agg")
