@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.layers.finite import finite
-from keras_t5gemma.layers.weights import dense
+from keras_t5gemma.layers.weights import as_rows, dense
 
 # Hidden logits become this before the softmax: far below any capped logit, and finite, so that a query that sees no key
 # gives no NaN.
@@ -94,10 +94,11 @@ class Attention(keras.layers.Layer):
         Returns:
             `{"key", "value"}`, each [B, S, K, H].
         """
-        key = self._split_heads(self.key_dense(source))
+        rows = as_rows(source)
+        key = self._split_heads(self.key_dense(rows), source)
         if angles is not None:
             key = rotate(key, angles)
-        return {"key": finite(key), "value": finite(self._split_heads(self.value_dense(source)))}
+        return {"key": finite(key), "value": finite(self._split_heads(self.value_dense(rows), source))}
 
     def call(self, x, keys_values, mask, angles=None):
         """Attends.
@@ -112,7 +113,7 @@ class Attention(keras.layers.Layer):
             [B, T, D]; zeros for a query that sees no key.
         """
         config = self.config
-        query = self._split_heads(self.query_dense(x))
+        query = self._split_heads(self.query_dense(as_rows(x)), x)
         if angles is not None:
             query = rotate(query, angles)
         batch, length = ops.shape(x)[0], ops.shape(x)[1]
@@ -128,8 +129,9 @@ class Attention(keras.layers.Layer):
         weights = ops.cast(ops.where(mask, weights, 0.0), self.compute_dtype)
         attended = ops.einsum("bkgts,bskh->btkgh", weights, keys_values["value"])
         width = config.num_query_heads * config.head_dim
-        return self.output_dense(ops.reshape(attended, (batch, length, width)))
+        output = self.output_dense(ops.reshape(attended, (-1, width)))
+        return ops.reshape(output, (batch, length, config.hidden_dim))
 
-    def _split_heads(self, x):
-        shape = (ops.shape(x)[0], ops.shape(x)[1], -1, self.config.head_dim)
-        return ops.reshape(x, shape)
+    def _split_heads(self, rows, source):
+        """Rows [B * T, N * H] of `source` [B, T, D] as [B, T, N, H]."""
+        return ops.reshape(rows, (ops.shape(source)[0], ops.shape(source)[1], -1, self.config.head_dim))

@@ -1,9 +1,10 @@
 """The gated feed-forward of Gemma 2."""
 
 import keras
+from keras import ops
 
 from keras_t5gemma.layers.finite import finite
-from keras_t5gemma.layers.weights import dense
+from keras_t5gemma.layers.weights import as_rows, dense
 
 
 class FeedForward(keras.layers.Layer):
@@ -27,8 +28,10 @@ class FeedForward(keras.layers.Layer):
 
     def call(self, x):
         """Maps [B, T, D] to [B, T, D]."""
-        gate, up = finite(self.gate_dense(x)), finite(self.up_dense(x))
-        return self.down_dense(finite(keras.activations.gelu(gate, approximate=True) * up))
+        rows = as_rows(x)
+        gate, up = finite(self.gate_dense(rows)), finite(self.up_dense(rows))
+        down = self.down_dense(finite(keras.activations.gelu(gate, approximate=True) * up))
+        return ops.reshape(down, ops.shape(x))
 
     def compute_output_shape(self, input_shape):
         """The input's shape."""

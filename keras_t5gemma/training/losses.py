@@ -219,23 +219,30 @@ def _with_gradients(chunks, settings, targets, hidden, table, train_table):
 def _sums_and_gradients(chunks, settings, targets, x, table, train_table):
     compute = ops.cast(table, x.dtype)
 
-    def body(i, carry):
-        sums, x_gradient, *table_gradient = carry
+    def chunk(i):
         labels, shares = targets[0][i], targets[1][i]
         parts = _logits(settings, x[i], compute)
         gradient = ops.cast(_logit_gradients(settings, parts, labels, shares), x.dtype)
-        x_gradient = ops.slice_update(
-            x_gradient, [i, 0, 0], ops.expand_dims(ops.cast(ops.matmul(gradient, compute), "float32"), 0)
+        return (
+            _chunk_sums(settings, parts, labels, shares),
+            ops.expand_dims(ops.cast(ops.matmul(gradient, compute), "float32"), 0),
+            *([ops.cast(ops.einsum("mv,md->vd", gradient, x[i]), "float32")] if train_table else []),
         )
-        carry = (sums + _chunk_sums(settings, parts, labels, shares), x_gradient)
-        if train_table:
-            carry += (table_gradient[0] + ops.cast(ops.einsum("mv,md->vd", gradient, x[i]), "float32"),)
-        return carry
 
-    start = (ops.zeros((2,), "float32"), ops.zeros_like(x, "float32"))
-    if train_table:
-        start += (ops.zeros_like(table, "float32"),)
-    return ops.fori_loop(0, chunks.count, body, start)
+    def body(i, carry):
+        sums, x_gradient, *table_gradient = chunk(i)
+        return (
+            carry[0] + sums,
+            ops.slice_update(carry[1], [i, 0, 0], x_gradient),
+            *(total + part for total, part in zip(carry[2:], table_gradient, strict=True)),
+        )
+
+    # The first chunk outside of the loop: adding its table gradient to zeros would move half a gigabyte three times.
+    sums, x_gradient, *table_gradient = chunk(0)
+    if isinstance(chunks.count, int) and chunks.count == 1:
+        return sums, x_gradient, *table_gradient
+    start = (sums, ops.slice_update(ops.zeros_like(x, "float32"), [0, 0, 0], x_gradient), *table_gradient)
+    return ops.fori_loop(1, chunks.count, body, start)
 
 
 def _logits(settings, x, table):
