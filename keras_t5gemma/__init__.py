@@ -31,6 +31,9 @@ _MODULES = {
     "TrainingCheckpoint": "training.resume",
     "load_training_weights": "training.resume",
     "training_weights": "training.resume",
+    "TrainingLog": "training.logs",
+    "held_out_by_part": "training.evaluation",
+    "plot_runs": "training.plots",
     "VocabularyCrossEntropy": "training.losses",
     "optimizer": "training.optimizers",
     "adapt_gemma2": "models.adapted",
@@ -44,6 +47,8 @@ _MODULES = {
     "T5GemmaBackbone": "models.backbone",
     "layout_map": "models.distribution",
     "T5GemmaSeq2SeqLM": "models.seq2seq_lm",
+    "read_recipe": "recipes.reading",
+    "run_recipe": "recipes.run",
 }
 
 __all__ = ["__version__", *sorted(_MODULES)]  # noqa: PLE0604 the table above is all strings

@@ -22,11 +22,22 @@ RANKS = {
     # Above checkpoints, in whose format a run's weights are saved; below models, which may take their loss from here.
     "training": 3,
     "models": 4,
+    "recipes": 5,
     "demo": 5,
     "cli": 6,
 }
 # What these import at module level must not need Keras: they answer in a fraction of a second, or run in workers.
-WITHOUT_KERAS = ("", "config", "presets", "cli", "checkpoints.files", "checkpoints.name_maps", "objectives")
+WITHOUT_KERAS = (
+    "",
+    "config",
+    "presets",
+    "cli",
+    "checkpoints.files",
+    "checkpoints.name_maps",
+    "objectives",
+    "recipes.reading",
+    "training.plots",
+)
 BACKENDS = ("keras", "keras_hub", "jax", "tensorflow", "torch")
 
 

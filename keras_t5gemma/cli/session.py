@@ -24,7 +24,7 @@ def one_line_errors():
     """What a user can put right is told in a line; anything else is a fault of ours and keeps its traceback."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         typer.secho(f"Error: {' '.join(str(error).split())}", fg="red", err=True)
         raise typer.Exit(1) from error
 

@@ -70,7 +70,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
         self.folder, self.save_every, self.keep, self.stop_on_nan = folder, save_every, keep, stop_on_nan
-        self._data = None
+        self._data, self._number = None, 0
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = None
 
@@ -87,6 +87,15 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         """
         self._data = NumberedBatches(dataset)
         return self._data
+
+    @property
+    def batches(self):
+        """Batches trained on so far, of all epochs; restored before any callback's `on_train_begin`."""
+        return self._number
+
+    def batch(self, number):
+        """The batch of that number, from 1, from when it was trained on to the next checkpoint."""
+        return self._data.batch(number)
 
     def set_params(self, params):
         """Restores.

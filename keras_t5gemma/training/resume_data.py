@@ -68,6 +68,10 @@ class NumberedBatches(grain.IterDataset):
         state, batch = self._read[number]
         return {"number": number, "state": state, "last_batch": _description(batch)}
 
+    def batch(self, number):
+        """A batch that was read, until `position` of a later one is asked for."""
+        return self._read[number][1]
+
     def seek(self, position):
         """Has the next iterator go on where a run was stopped.
 

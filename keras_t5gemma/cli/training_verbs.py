@@ -1,0 +1,68 @@
+"""The verbs of training: train, plot."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from keras_t5gemma.cli.options import BackendOption
+from keras_t5gemma.cli.session import one_line_errors, use_backend
+
+
+def add_training_verbs(app):
+    """Adds them to the command line."""
+    for verb in (train, plot):
+        app.command()(verb)
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A .toml file, or the name of one that comes with the package.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: the recipe's.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps in all. Default: the recipe's.")] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the recipe, to copy and change, and do nothing else.")
+    ] = False,
+    backend: BackendOption = None,
+):
+    """Train as a recipe says, and go on where its run was stopped: the same command does both."""
+    with one_line_errors():
+        from keras_t5gemma.recipes.reading import read_recipe, recipe_path
+        from keras_t5gemma.recipes.run_folder import check_run
+
+        if show:
+            typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
+            return
+        changed = {"training": {"steps": steps}, "output": {"folder": out and str(out)}}
+        overrides = {
+            section: {key: value}
+            for section, table in changed.items()
+            for key, value in table.items()
+            if value is not None
+        }
+        checked = read_recipe(recipe, **overrides)
+        # What is wrong with the folder and the texts is told before Keras is imported, too.
+        check_run(Path(checked.output.folder), checked)
+        from keras_t5gemma.objectives.sources import text_source
+
+        for paths in (checked.data.sources, checked.data.validation):
+            if paths:
+                text_source(list(paths), format=checked.data.format)
+        use_backend(backend)
+        from keras_t5gemma.recipes.run import run_recipe
+
+        run_recipe(checked)
+
+
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, drawn over each other.")],
+    out: Annotated[Path | None, typer.Option(help="The picture, .png, .pdf or .svg. Default: RUN/log.png.")] = None,
+):
+    """Draw loss, held-out loss by denoiser, learning rate and tokens a second of training runs."""
+    with one_line_errors():
+        from keras_t5gemma.training.plots import plot_runs
+
+        out = out or runs[0] / "log.png"
+        plot_runs(runs, out)
+        typer.echo(f"Wrote {out}.")

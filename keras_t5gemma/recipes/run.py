@@ -1,0 +1,164 @@
+"""A recipe to a trained model: the run, and going on with one that was stopped."""
+
+import contextlib
+import datetime
+import math
+from pathlib import Path
+
+import keras
+from rich.console import Console
+
+from keras_t5gemma.checkpoints.adapters import save_lora
+from keras_t5gemma.checkpoints.convert import average_checkpoints
+from keras_t5gemma.checkpoints.export import export_to_hugging_face
+from keras_t5gemma.checkpoints.new_folder import new_folder
+from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
+from keras_t5gemma.recipes.building import compiled_model, distribution, held_out_batches, process, training_data
+from keras_t5gemma.recipes.objectives import make_objective
+from keras_t5gemma.recipes.run_folder import MODEL_FOLDER, begin, locked
+from keras_t5gemma.training.callbacks import CrossAttentionWarmup
+from keras_t5gemma.training.logs import TrainingLog
+from keras_t5gemma.training.progress import ProgressBar, TokenRate, progress_display
+from keras_t5gemma.training.resume import TrainingCheckpoint, training_weights
+from keras_t5gemma.training.run_log import HELD_OUT
+
+CHECKPOINTS_FOLDER = "checkpoints"
+
+
+def run_recipe(recipe, console=None):
+    """Trains as a recipe says, from where the run in its folder was stopped, if there is one.
+
+    The folder of the run holds the recipe, every key stated; `log.csv`, and `tensorboard/` where asked; `checkpoints/`;
+    and at the end `model/`, which `from_preset` takes.
+
+    A run goes on with the recipe it began with. Another one is refused, and what differs is named, but for what changes
+    nothing that a step computes: see `run_folder.MAY_CHANGE`.
+
+    Args:
+        recipe: a `Recipe`, of `read_recipe`.
+        console: a `rich.console.Console`, by default one on standard output.
+
+    Returns:
+        The path of the trained model.
+
+    Raises:
+        RecipeError: where the run in the folder was begun with another recipe.
+        ValueError: where texts, models or devices are not as the recipe says.
+        FloatingPointError: where loss or weights are not finite; the message names the last good checkpoint.
+    """
+    console = console or Console()
+    folder = Path(recipe.output.folder)
+    distributed = distribution(recipe.hardware)  # first: processes meet before anything else is computed
+    index = process(recipe.hardware)
+    with locked(folder, index):
+        model_folder = folder / MODEL_FOLDER
+        if begin(folder, recipe, writes=index == 0) and model_folder.exists():
+            console.print(f"{folder} holds this run already, trained to its end.")
+            return model_folder
+        with distributed:
+            lm = _fit(recipe, folder, index, console)
+            if index == 0:
+                _write_model(lm, recipe, folder)
+    console.print(f"Wrote {model_folder}.")
+    return model_folder
+
+
+def _fit(recipe, folder, index, console):
+    """The model, trained to the recipe's last step."""
+    training = recipe.training
+    keras.utils.set_random_seed(training.seed)
+    objective = make_objective(recipe.objective)
+    lm = compiled_model(recipe)
+    data = training_data(recipe, lm.preprocessor, objective, index)
+    held_out = held_out_batches(recipe, lm.preprocessor, objective, index)
+    # Epochs are as long as a row of the log: their means are its numbers, and a run that goes on keeps them.
+    batches_a_step = training.accumulation_steps
+    checkpoint = TrainingCheckpoint(
+        _checkpoints(folder, index), save_every=training.save_every * batches_a_step, keep=training.keep
+    )
+    tokens = TokenRate(checkpoint, recipe.hardware.processes)
+    callbacks = [tokens]
+    if training.cross_attention_steps:
+        callbacks.append(CrossAttentionWarmup(steps=training.cross_attention_steps))
+    show = None
+    with progress_display(console) if index == 0 else contextlib.nullcontext() as display:
+        if index == 0:
+
+            def show(row):
+                console.print(_line(row, bar.seconds_left), soft_wrap=True)
+
+            bar = ProgressBar(
+                display,
+                "train",
+                training.steps,
+                batches_a_step=batches_a_step,
+                tokens=tokens,
+                done=lambda: checkpoint.batches,
+            )
+            callbacks.append(bar)
+        callbacks.append(
+            TrainingLog(
+                folder if index == 0 else None,
+                checkpoint,
+                tokens=tokens,
+                held_out=held_out,
+                evaluate_every=max(1, training.evaluate_every // training.log_every),
+                batches_a_step=batches_a_step,
+                tensorboard=recipe.output.tensorboard,
+                on_row=(lambda row: console.print(_line(row, bar.seconds_left), soft_wrap=True))
+                if index == 0
+                else None,
+            )
+        )
+        lm.fit(
+            checkpoint.data(data),
+            epochs=training.steps // training.log_every,
+            steps_per_epoch=training.log_every * batches_a_step,
+            verbose=0,
+            callbacks=[*callbacks, checkpoint],
+        )
+    return lm
+
+
+def _line(row, seconds_left):
+    """A row of the log for a reader; the bar is no more than its last state where the output is no terminal."""
+    numbers = {name: value for name, value in row.items() if not math.isnan(value)}
+    told = [f"step {row['step']:,}", f"loss {row['loss']:.3f}"]
+    told += [f"{name.replace(HELD_OUT, 'held out', 1)} {numbers[name]:.3f}" for name in numbers if HELD_OUT in name]
+    if "tokens_per_second" in numbers:
+        told.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")
+    if seconds_left is not None:
+        told.append(f"{datetime.timedelta(seconds=math.ceil(seconds_left))} left")
+    return ", ".join(told)
+
+
+def _checkpoints(folder, index):
+    # Processes would be in each other's way in one folder.
+    return folder / (CHECKPOINTS_FOLDER if index == 0 else f"{CHECKPOINTS_FOLDER}_{index}")
+
+
+def _write_model(lm, recipe, folder):
+    """The mean of the last checkpoints, or the last weights, or adapters alone; in the format asked for."""
+    output, target = recipe.output, folder / MODEL_FOLDER
+    if recipe.model.lora_rank:
+        save_lora(lm, target, base_model=recipe.model.preset)
+        return
+    if not output.average_last:
+        if output.format == "hf":
+            export_to_hugging_face(lm, target)
+        else:
+            _save_preset(lm, target)
+        return
+    weights = training_weights(_checkpoints(folder, 0), last=output.average_last)
+    if output.format == "hf":
+        average_checkpoints(weights, target)
+        return
+    mean = folder / f"{MODEL_FOLDER}_hf"
+    if not mean.exists():  # a killed run may have written it
+        average_checkpoints(weights, mean)
+    _save_preset(T5GemmaSeq2SeqLM.from_preset(str(mean)), target)
+
+
+def _save_preset(lm, target):
+    with new_folder(target) as partial:
+        lm.save_to_preset(str(partial))

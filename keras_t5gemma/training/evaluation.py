@@ -1,0 +1,74 @@
+"""Held-out loss, in all and by denoiser."""
+
+import itertools
+
+from keras_t5gemma.objectives.dataset import pretraining_dataset
+from keras_t5gemma.objectives.span_corruption import SpanCorruption
+
+
+def mean_loss(model, batches):
+    """Cross-entropy a target token, in nats, over all target tokens of some batches.
+
+    Args:
+        model: a compiled model.
+        batches: (x, y) or (x, y, sample_weight), an iterable.
+    """
+    total = tokens = 0.0
+    for x, y, *weight in batches:
+        batch_tokens = float(weight[0].sum()) if weight else y.size
+        loss = model.test_on_batch(x, y, *weight, return_dict=True)["loss"]
+        model.reset_metrics()
+        total += float(loss) * batch_tokens
+        tokens += batch_tokens
+    return total / tokens
+
+
+def part_name(part):
+    """What a part of an objective is called in logs: "prefixlm", or mode, mean span and rate, as in "R_3_0.15"."""
+    if isinstance(part, SpanCorruption):
+        denoiser = part.denoiser
+        numbers = [number for number in (denoiser.mean_span, denoiser.rate) if number is not None]
+        return "_".join([denoiser.mode, *(f"{number:g}" for number in numbers)])
+    return type(part).__name__.lower()
+
+
+def held_out_by_part(texts, tokenizer, objective, *, num_batches, **options):
+    """The same held-out texts through each part of an objective, for `TrainingLog`.
+
+    >>> held_out = held_out_by_part(texts, tokenizer, UL2(512, 512), num_batches=8, batch_size=8)
+    >>> list(held_out)
+    ['R_3_0.15', 'R_8_0.15', 'X_3_0.5', 'X_8_0.5', 'X_64_0.15', 'X_64_0.5', 'S_0.25']
+
+    Args:
+        texts: as for `pretraining_dataset`.
+        tokenizer: as there.
+        objective: as there.
+        num_batches: the most a part takes; they are made here, once, and are the same each time.
+        **options: of `pretraining_dataset`: `batch_size`, `seed`, `documents`, `pack`, ...
+
+    Returns:
+        `{name: (batches, weight)}`, a list of batches and the part's share of the objective.
+
+    Raises:
+        ValueError: where the texts do not fill a batch.
+    """
+    held_out = {}
+    for part, weight in objective.parts:
+        name = part_name(part)
+        if name in held_out:  # the same denoiser with other lengths, say
+            name = f"{name}_{len(held_out) + 1}"
+        data = pretraining_dataset(texts, tokenizer, part, shuffle=False, num_epochs=1, **options)
+        held_out[name] = first_batches(data, num_batches), weight
+    return held_out
+
+
+def first_batches(data, count):
+    """A list of a dataset's first batches.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    batches = list(itertools.islice(iter(data), count))
+    if not batches:
+        raise ValueError("The held-out texts do not fill one batch. Use more of them, or a smaller `batch_size`.")
+    return batches
