@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import operator
 import tomllib
 import types
 import typing
@@ -145,16 +146,16 @@ def _value(hint, value, limits, path, place):
     title, accepted = _KINDS[hint]
     # A bool is an int to Python, but not to a reader.
     good = isinstance(value, accepted) and isinstance(value, bool) == (hint is bool)
-    if good and hint in (int, float):
-        good = math.isfinite(value)
+    if hint in (int, float):
+        good = good and math.isfinite(value)
         for limit, words, holds in (
-            ("least", "of at least", lambda bound: value >= bound),
-            ("above", "above", lambda bound: value > bound),
-            ("most", "of at most", lambda bound: value <= bound),
+            ("least", "of at least", operator.ge),
+            ("above", "above", operator.gt),
+            ("most", "of at most", operator.le),
         ):
             if limit in limits:
                 title += f" {words} {limits[limit]}"
-                good = good and holds(limits[limit])
+                good = good and holds(value, limits[limit])
     near = ""
     if choices := limits.get("choices"):
         title = f"one of {', '.join(map(repr, choices))}"

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import math
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -71,53 +72,53 @@ def _fit(recipe, folder, index, console):
     lm = compiled_model(recipe)
     data = training_data(recipe, lm.preprocessor, objective, index)
     held_out = held_out_batches(recipe, lm.preprocessor, objective, index)
-    # Epochs are as long as a row of the log: their means are its numbers, and a run that goes on keeps them.
-    batches_a_step = training.accumulation_steps
     checkpoint = TrainingCheckpoint(
-        _checkpoints(folder, index), save_every=training.save_every * batches_a_step, keep=training.keep
+        _checkpoints(folder, index),
+        save_every=training.save_every * training.accumulation_steps,
+        keep=training.keep,
     )
-    tokens = TokenRate(checkpoint, recipe.hardware.processes)
-    callbacks = [tokens]
+    callbacks = []
     if training.cross_attention_steps:
         callbacks.append(CrossAttentionWarmup(steps=training.cross_attention_steps))
-    show = None
     with progress_display(console) if index == 0 else contextlib.nullcontext() as display:
-        if index == 0:
-
-            def show(row):
-                console.print(_line(row, bar.seconds_left), soft_wrap=True)
-
-            bar = ProgressBar(
-                display,
-                "train",
-                training.steps,
-                batches_a_step=batches_a_step,
-                tokens=tokens,
-                done=lambda: checkpoint.batches,
-            )
-            callbacks.append(bar)
-        callbacks.append(
-            TrainingLog(
-                folder if index == 0 else None,
-                checkpoint,
-                tokens=tokens,
-                held_out=held_out,
-                evaluate_every=max(1, training.evaluate_every // training.log_every),
-                batches_a_step=batches_a_step,
-                tensorboard=recipe.output.tensorboard,
-                on_row=(lambda row: console.print(_line(row, bar.seconds_left), soft_wrap=True))
-                if index == 0
-                else None,
-            )
-        )
+        callbacks += _reporters(recipe, folder, checkpoint, held_out, display)
+        # Epochs are as long as a row of the log: their means are its numbers, and a run that goes on keeps them.
         lm.fit(
             checkpoint.data(data),
             epochs=training.steps // training.log_every,
-            steps_per_epoch=training.log_every * batches_a_step,
+            steps_per_epoch=training.log_every * training.accumulation_steps,
             verbose=0,
             callbacks=[*callbacks, checkpoint],
         )
     return lm
+
+
+def _reporters(recipe, folder, checkpoint, held_out, display):
+    """The callbacks that count, show and log; without a display those that only measure, as all processes must."""
+    training = recipe.training
+    tokens = TokenRate(checkpoint, recipe.hardware.processes)
+    log = partial(
+        TrainingLog,
+        tokens=tokens,
+        held_out=held_out,
+        evaluate_every=max(1, training.evaluate_every // training.log_every),
+        batches_a_step=training.accumulation_steps,
+    )
+    if display is None:
+        return [tokens, log(None, checkpoint)]
+    bar = ProgressBar(
+        display,
+        "train",
+        training.steps,
+        batches_a_step=training.accumulation_steps,
+        tokens=tokens,
+        done=lambda: checkpoint.batches,
+    )
+
+    def show(row):
+        display.console.print(_line(row, bar.seconds_left), soft_wrap=True)
+
+    return [tokens, bar, log(folder, checkpoint, tensorboard=recipe.output.tensorboard, on_row=show)]
 
 
 def _line(row, seconds_left):
@@ -160,5 +161,5 @@ def _write_model(lm, recipe, folder):
 
 
 def _save_preset(lm, target):
-    with new_folder(target) as partial:
-        lm.save_to_preset(str(partial))
+    with new_folder(target) as folder:
+        lm.save_to_preset(str(folder))

@@ -29,7 +29,8 @@ def plot_runs(runs, path):
     kinds = {"loss": _LOSS}
     if len(denoisers) > 1:
         kinds["denoisers"] = f"held-out {_LOSS}"
-    kinds |= {"learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
+    rates = {"learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
+    kinds |= {column: label for column, label in rates.items() if any(column in log for log in logs.values())}
     with picture(path, len(kinds)) as panels:
         for panel, (kind, label) in zip(panels, kinds.items(), strict=True):
             for number, (run, log) in enumerate(logs.items()):
