@@ -9,10 +9,10 @@ import keras_t5gemma as kt
 from keras_t5gemma.demo import report
 from keras_t5gemma.demo.adaptation import Result
 from keras_t5gemma.demo.corpus import standard_library_corpus
-from keras_t5gemma.demo.fitting import mean_loss
 from keras_t5gemma.demo.pretraining import causal_chunks
 from keras_t5gemma.demo.run import run_demo
 from keras_t5gemma.demo.settings import TOY
+from keras_t5gemma.training.evaluation import mean_loss
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,13 @@
 """The comparison the demo is about: a T5Gemma adapted from Gemma 2, and one of its size from scratch."""
 
 import dataclasses
-from functools import partial
 
 import keras
 
 import keras_t5gemma as kt
-from keras_t5gemma.demo.fitting import READ_OPTIONS, StepLosses, compile_model, mean_loss
+from keras_t5gemma.demo.fitting import optimizer
+from keras_t5gemma.training.evaluation import mean_loss
+from keras_t5gemma.training.progress import StepLosses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Result:
     losses: tuple[float, ...]
 
 
-def compare(pair, encoder, decoder, objective, corpus, tokenizer, settings, *, warmup_steps=0, on_step=None):
+def compare(pair, encoder, decoder, objective, corpus, tokenizer, settings, *, warmup_steps=0, callbacks=None):
     """Train a T5Gemma adapted from Gemma 2 and one of the same size from scratch, for the same steps on the same data.
 
     Args:
@@ -44,7 +45,7 @@ def compare(pair, encoder, decoder, objective, corpus, tokenizer, settings, *, w
         tokenizer: a `T5GemmaTokenizer`.
         settings: the `DemoSettings`.
         warmup_steps: steps, of those in `settings.adaptation`, in which the adapted model trains cross-attention alone.
-        on_step: called with "adapted" or "from scratch" and each step's loss.
+        callbacks: `{"adapted": callback, "from scratch": callback}`, or None.
 
     Returns:
         {"adapted": (backbone, Result), "from scratch": (backbone, Result)}.
@@ -55,9 +56,10 @@ def compare(pair, encoder, decoder, objective, corpus, tokenizer, settings, *, w
     scratch = kt.T5GemmaBackbone.from_config(adapted.get_config())
     warmup = [kt.CrossAttentionWarmup(steps=warmup_steps)] if warmup_steps else []
     runs = {}
-    for start, backbone, callbacks in (("adapted", adapted, warmup), ("from scratch", scratch, [])):
-        steps = StepLosses(on_step and partial(on_step, start))
-        before, after = _train(backbone, corpus, tokenizer, objective, settings, [steps, *callbacks])
+    for start, backbone, own in (("adapted", adapted, warmup), ("from scratch", scratch, [])):
+        steps = StepLosses()
+        shown = [callbacks[start]] if callbacks else []
+        before, after = _train(backbone, corpus, tokenizer, objective, settings, [steps, *shown, *own])
         runs[start] = (
             backbone,
             Result(
@@ -82,13 +84,7 @@ def _train(backbone, corpus, tokenizer, objective, settings, callbacks):
     )[: settings.evaluation_batches]
     # The data are ids already, so the model needs no preprocessor here.
     lm = kt.T5GemmaSeq2SeqLM(backbone, preprocessor=None)
-    compile_model(lm, training)
+    lm.compile(optimizer=optimizer(training))
     before = mean_loss(lm, held_out)
-    lm.fit(
-        train.to_iter_dataset(READ_OPTIONS),
-        steps_per_epoch=training.steps,
-        verbose=0,
-        shuffle=False,  # for arrays; Keras warns where it is left on with a dataset
-        callbacks=callbacks,
-    )
+    lm.fit(train, steps_per_epoch=training.steps, verbose=0, callbacks=callbacks)
     return before, mean_loss(lm, held_out)

@@ -8,6 +8,8 @@ from importlib.metadata import version
 
 from rich.table import Table
 
+from keras_t5gemma.training.plots import LOSS_LABEL, picture
+
 VERSIONS_OF = ("keras-t5gemma", "keras", "keras-hub", "numpy")
 
 
@@ -54,30 +56,26 @@ def plot_losses(results, path):
     Returns:
         Whether it was drawn: not without Matplotlib, the extra `plots`.
     """
+    pairs = list(dict.fromkeys(result.pair for result in results))
     try:
-        import matplotlib
+        with picture(path, len(pairs)) as panels:
+            for panel, pair in zip(panels, pairs, strict=True):
+                _draw(panel, [result for result in results if result.pair == pair])
     except ImportError:
         return False
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    pairs = list(dict.fromkeys(result.pair for result in results))
-    figure, panels = pyplot.subplots(1, len(pairs), figsize=(5.5 * len(pairs), 4), squeeze=False, layout="constrained")
-    for panel, pair in zip(panels[0], pairs, strict=True):
-        for result in results:
-            if result.pair != pair:
-                continue
-            steps = len(result.losses)
-            (line,) = panel.plot(range(1, steps + 1), _smooth(result.losses), label=result.start)
-            panel.plot([0, steps], [result.before, result.after], "o", color=line.get_color())
-            panel.set_title(f"{pair}, {result.objective}")
-        panel.set_xlabel("step")
-        panel.set_ylabel("loss a target token, nats")
-        panel.grid(alpha=0.3)
-        panel.legend(title="lines: training, dots: held out")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return True
+
+
+def _draw(panel, results):
+    """The runs of one pair."""
+    for result in results:
+        steps = len(result.losses)
+        (line,) = panel.plot(range(1, steps + 1), _smooth(result.losses), label=result.start)
+        panel.plot([0, steps], [result.before, result.after], "o", color=line.get_color())
+        panel.set_title(f"{result.pair}, {result.objective}")
+    panel.set_xlabel("step")
+    panel.set_ylabel(LOSS_LABEL)
+    panel.legend(title="lines: training, dots: held out")
 
 
 def complete(models, texts, tokenizer, prompt_length, max_length):

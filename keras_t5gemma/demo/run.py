@@ -7,16 +7,15 @@ import keras
 import keras_hub
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 import keras_t5gemma as kt
 from keras_t5gemma.demo import report
 from keras_t5gemma.demo.adaptation import compare
 from keras_t5gemma.demo.corpus import standard_library_corpus
-from keras_t5gemma.demo.fitting import StepLosses
 from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
 from keras_t5gemma.demo.settings import FULL
+from keras_t5gemma.training.progress import ProgressBar, progress_display
 
 
 def run_demo(out, settings=FULL, console=None):
@@ -47,7 +46,7 @@ def run_demo(out, settings=FULL, console=None):
         f"Corpus: {len(corpus.train):,} documentation strings of this Python to learn from, {len(corpus.held_out):,} "
         f"from other source files held out. Backend: {keras.backend.backend()}."
     )
-    with _progress(console) as progress:
+    with progress_display(console) as progress:
         pretraining = _pretrain_both(out, corpus, proto, settings, progress)
         runs = _compare_both(out, corpus, tokenizer, settings, progress)
     results = [result for run in runs.values() for _, result in run.values()]
@@ -80,8 +79,8 @@ def _pretrain_both(out, corpus, proto, settings, progress):
         ("large", settings.large, settings.large_pretraining),
         ("small", settings.small, settings.small_pretraining),
     ):
-        show = _bar(progress, f"pretrain the {name} Gemma 2", training.steps)
-        backbone, losses[name] = pretrain_gemma2(stack, corpus, proto, settings, training, [StepLosses(show)])
+        bar = ProgressBar(progress, f"pretrain the {name} Gemma 2", training.steps)
+        backbone, losses[name] = pretrain_gemma2(stack, corpus, proto, settings, training, [bar])
         save_gemma2(backbone, proto, out / f"gemma2_{name}")
     return losses
 
@@ -95,7 +94,7 @@ def _compare_both(out, corpus, tokenizer, settings, progress):
         ("unbalanced", "small", kt.UL2(*lengths), settings.warmup_steps),
     ):
         bars = {
-            start: _bar(progress, f"train the {pair} T5Gemma, {start}", settings.adaptation.steps)
+            start: ProgressBar(progress, f"train the {pair} T5Gemma, {start}", settings.adaptation.steps)
             for start in ("adapted", "from scratch")
         }
         runs[pair] = compare(
@@ -107,7 +106,7 @@ def _compare_both(out, corpus, tokenizer, settings, progress):
             tokenizer,
             settings,
             warmup_steps=warmup_steps,
-            on_step=lambda start, loss, bars=bars: bars[start](loss),
+            callbacks=bars,
         )
     return runs
 
@@ -124,25 +123,3 @@ def _complete(run, corpus, tokenizer, settings):
         # Small models repeat themselves when decoded greedily.
         model.compile(sampler=keras_hub.samplers.TopKSampler(k=5, seed=settings.seed))
     return report.complete(models, texts, tokenizer, settings.encoder_length, settings.decoder_length)
-
-
-def _progress(console):
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[loss]}"),
-        console=console,
-    )
-
-
-def _bar(progress, description, steps):
-    """A progress bar; what it returns takes each step's loss."""
-    task = progress.add_task(description, total=steps, loss="", start=False)
-
-    def show(loss):
-        progress.start_task(task)
-        progress.update(task, advance=1, loss=f"loss {loss:.2f}")
-
-    return show

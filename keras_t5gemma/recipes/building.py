@@ -79,7 +79,8 @@ def compiled_model(recipe):
         lm = T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, *lengths))
     if section.lora_rank:
         lm.backbone.enable_lora(section.lora_rank)
-    lm.compile(optimizer=_optimizer(recipe), loss=_loss(training))
+    lm.backbone.rematerialize = section.rematerialize
+    lm.compile(optimizer=_optimizer(recipe), loss=_loss(recipe), accumulation_steps=training.accumulation_steps)
     return lm
 
 
@@ -119,12 +120,12 @@ def _optimizer(recipe):
         final_fraction=section.final_fraction,
         weight_decay=section.weight_decay,
         clip_norm=section.clip_norm,
-        accumulation_steps=recipe.training.accumulation_steps,
         **{name: beta for name, beta in betas.items() if beta is not None},
     )
 
 
-def _loss(training):
+def _loss(recipe):
+    training = recipe.training
     return VocabularyCrossEntropy(z_loss=training.z_loss, label_smoothing=training.label_smoothing)
 
 

@@ -193,6 +193,8 @@ def _check_together(recipe, path):
     supervised = recipe.objective.name == "supervised"
     saves = training.steps // training.save_every + bool(training.steps % training.save_every)
     devices = math.prod(hardware.mesh[:1])
+    # A part of a batch has a row a device or more; one device takes parts of any size.
+    rows = math.lcm(devices * training.accumulation_steps if hardware.mesh else 1, hardware.processes)
     for good, message in (
         (bool(model.preset) != bool(model.adapt), "[model]: needs `preset` or `adapt`, and not both."),
         (not model.tokenizer or model.adapt, "[model] tokenizer: goes with `adapt`; a preset has its own."),
@@ -241,9 +243,10 @@ def _check_together(recipe, path):
             '[output] format: adapters alone are written in PEFT\'s format. Set it to "hf".',
         ),
         (
-            training.batch_size % hardware.processes == 0 and training.batch_size % devices == 0,
-            f"[training] batch_size: expected a multiple of processes={hardware.processes} and of the {devices} "
-            f"devices along the batch. Received: {training.batch_size}.",
+            training.batch_size % rows == 0,
+            f"[training] batch_size: expected a multiple of {rows}, for {devices} devices along the batch, "
+            f"processes={hardware.processes} and accumulation_steps={training.accumulation_steps}. Received: "
+            f"{training.batch_size}.",
         ),
         (
             hardware.processes == 1 or hardware.mesh,

@@ -72,11 +72,7 @@ def _fit(recipe, folder, index, console):
     lm = compiled_model(recipe)
     data = training_data(recipe, lm.preprocessor, objective, index)
     held_out = held_out_batches(recipe, lm.preprocessor, objective, index)
-    checkpoint = TrainingCheckpoint(
-        _checkpoints(folder, index),
-        save_every=training.save_every * training.accumulation_steps,
-        keep=training.keep,
-    )
+    checkpoint = TrainingCheckpoint(_checkpoints(folder, index), save_every=training.save_every, keep=training.keep)
     callbacks = []
     if training.cross_attention_steps:
         callbacks.append(CrossAttentionWarmup(steps=training.cross_attention_steps))
@@ -86,7 +82,7 @@ def _fit(recipe, folder, index, console):
         lm.fit(
             checkpoint.data(data),
             epochs=training.steps // training.log_every,
-            steps_per_epoch=training.log_every * training.accumulation_steps,
+            steps_per_epoch=training.log_every,
             verbose=0,
             callbacks=[*callbacks, checkpoint],
         )
@@ -102,18 +98,10 @@ def _reporters(recipe, folder, checkpoint, held_out, display):
         tokens=tokens,
         held_out=held_out,
         evaluate_every=max(1, training.evaluate_every // training.log_every),
-        batches_a_step=training.accumulation_steps,
     )
     if display is None:
         return [tokens, log(None, checkpoint)]
-    bar = ProgressBar(
-        display,
-        "train",
-        training.steps,
-        batches_a_step=training.accumulation_steps,
-        tokens=tokens,
-        done=lambda: checkpoint.batches,
-    )
+    bar = ProgressBar(display, "train", training.steps, tokens=tokens, done=lambda: checkpoint.batches)
 
     def show(row):
         display.console.print(_line(row, bar.seconds_left), soft_wrap=True)

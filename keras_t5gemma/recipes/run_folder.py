@@ -19,6 +19,7 @@ MAY_CHANGE = (
     "output.folder",
     "output.format",
     "output.tensorboard",
+    "training.accumulation_steps",
     "training.evaluate_batches",
     "training.evaluate_every",
     "training.keep",

@@ -152,12 +152,12 @@ class OptimizerSection:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSection:
-    """`[training]`: how long and how much at once. Steps are the optimiser's.
+    """`[training]`: how long and how much at once.
 
     Attributes:
         steps: in all.
-        batch_size: B, rows a batch, of all devices and processes together.
-        accumulation_steps: batches a step.
+        batch_size: B, rows a step, of all devices, processes and parts together.
+        accumulation_steps: parts that a step runs its batch in, one after the other, to need less memory.
         cross_attention_steps: first steps, which train cross-attention alone: for unbalanced pairs.
         z_loss: weight of the square of the logits' log-sum.
         label_smoothing: share of the target spread over the vocabulary.

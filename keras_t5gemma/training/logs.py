@@ -37,7 +37,6 @@ class TrainingLog(keras.callbacks.Callback):
         tokens: a `TokenRate` among the callbacks before this one, or None for no such column.
         held_out: what `held_out_by_part` gave, or None.
         evaluate_every: epochs between two measurements.
-        batches_a_step: with gradient accumulation, more than one.
         tensorboard: whether to write its files, too; it takes the extra `tensorboard`.
         on_row: called with each row, a dict.
 
@@ -53,21 +52,20 @@ class TrainingLog(keras.callbacks.Callback):
         tokens=None,
         held_out=None,
         evaluate_every=1,
-        batches_a_step=1,
         tensorboard=False,
         on_row=None,
     ):
         super().__init__()
         self.folder, self.checkpoint, self.tokens = folder, checkpoint, tokens
         self.held_out, self.evaluate_every = held_out or {}, evaluate_every
-        self.batches_a_step, self.on_row = batches_a_step, on_row
+        self.on_row = on_row
         if tensorboard:
             _event_files()  # not after hours of work
         self._writes_events = tensorboard
 
     def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
         """Goes on with the log where the run does."""
-        step = self.checkpoint.batches // self.batches_a_step
+        step = self.checkpoint.batches
         self._writers = []
         if self.folder is not None:
             self._writers.append(LogTable(Path(self.folder) / LOG_FILE, step))
@@ -76,8 +74,7 @@ class TrainingLog(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Writes a row."""
-        batches = (epoch + 1) * self.params["steps"]
-        row = {"step": batches // self.batches_a_step, "loss": math.nan}  # first, whatever order Keras has them in
+        row = {"step": (epoch + 1) * self.params["steps"], "loss": math.nan}  # first, whatever order Keras has them in
         row |= {name: float(value) for name, value in (logs or {}).items()}
         row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
         if self.tokens is not None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from keras_t5gemma.training.run_log import HELD_OUT, read_log
 
-_LOSS = "loss a target token, nats"
+LOSS_LABEL = "loss a target token, nats"
 
 
 def plot_runs(runs, path):
@@ -26,9 +26,9 @@ def plot_runs(runs, path):
     if len(logs) < len(runs):
         raise ValueError(f"Runs are told apart by their folders' names. Received: {', '.join(map(str, runs))}.")
     denoisers = list(dict.fromkeys(c for log in logs.values() for c in log if c.startswith(f"{HELD_OUT}/")))
-    kinds = {"loss": _LOSS}
+    kinds = {"loss": LOSS_LABEL}
     if len(denoisers) > 1:
-        kinds["denoisers"] = f"held-out {_LOSS}"
+        kinds["denoisers"] = f"held-out {LOSS_LABEL}"
     rates = {"learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
     kinds |= {column: label for column, label in rates.items() if any(column in log for log in logs.values())}
     with picture(path, len(kinds)) as panels:

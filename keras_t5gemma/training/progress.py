@@ -50,15 +50,13 @@ class ProgressBar(keras.callbacks.Callback):
         display: a `progress_display`, in use.
         description: what stands before the bar.
         steps: in all.
-        batches_a_step: with gradient accumulation, more than one.
         tokens: a `TokenRate` among the callbacks before this one, or None for a bar without tokens a second.
         done: called when training begins, gives the batches that were trained on before; None for 0.
     """
 
-    def __init__(self, display, description, steps, *, batches_a_step=1, tokens=None, done=None):
+    def __init__(self, display, description, steps, *, tokens=None, done=None):
         super().__init__()
         self.display, self.tokens, self.done = display, tokens, done
-        self.batches_a_step = batches_a_step
         self._task = display.add_task(description, total=steps, told="", start=False)
 
     @property
@@ -81,7 +79,7 @@ class ProgressBar(keras.callbacks.Callback):
         self._show(", ".join(told))
 
     def _show(self, told):
-        self.display.update(self._task, completed=self._batches // self.batches_a_step, told=told)
+        self.display.update(self._task, completed=self._batches, told=told)
 
 
 class TokenRate(keras.callbacks.Callback):

@@ -73,12 +73,6 @@ def test_log_of_a_run_that_goes_on_has_each_step_once(model, tmp_path):
     assert [float(row["loss"]) for row in rows] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5, 1 / 6])
 
 
-def test_log_counts_optimizer_steps_where_batches_are_accumulated(model, tmp_path):
-    log_epochs(model, tmp_path, range(4), batches_a_step=5)
-    log_epochs(model, tmp_path, range(2, 5), begin=10, batches_a_step=5)
-    assert read_log(tmp_path)["loss"][0] == [1, 2, 3, 4, 5]
-
-
 def test_log_of_all_processes_but_one_writes_nothing(model, tmp_path):
     rows = []
     log_epochs(model, None, range(2), on_row=rows.append)
@@ -145,13 +139,13 @@ def test_tokens_a_second_are_those_that_are_no_padding_without_the_first_batch(m
 
 def test_bar_begins_where_the_run_goes_on_and_tells_the_loss():
     with progress_display(Console(quiet=True)) as display:
-        bar = ProgressBar(display, "train", 20, batches_a_step=2, done=lambda: 6)
+        bar = ProgressBar(display, "train", 20, done=lambda: 6)
         bar.on_train_begin()
         (task,) = display.tasks
-        assert (task.completed, task.total) == (3, 20)
+        assert (task.completed, task.total) == (6, 20)
         for batch in range(3):
             bar.on_train_batch_end(batch, {"loss": 2.5})
-        assert task.completed == 4
+        assert task.completed == 9
         assert task.fields["told"] == "loss 2.500"
 
 
