@@ -2,10 +2,12 @@
 
 import keras
 
+from keras_t5gemma.training.adamw import AdamW
+
 # What is not a matrix product has no business shrinking: norms, and embeddings, whose rows are seldom visited.
 NO_DECAY = ("scale", "embeddings")
 OPTIMIZERS = {
-    "adamw": keras.optimizers.AdamW,
+    "adamw": AdamW,
     "adafactor": keras.optimizers.Adafactor,
     "muon": keras.optimizers.Muon,
 }
@@ -21,7 +23,6 @@ def optimizer(
     weight_decay=0.01,
     no_decay=NO_DECAY,
     clip_norm=1.0,
-    accumulation_steps=1,
     **kwargs,
 ):
     """A Keras optimiser with a warm-up, a cosine, clipping by the global norm and weight decay.
@@ -41,7 +42,6 @@ def optimizer(
         weight_decay: a step's shrinkage is `learning_rate * weight_decay`.
         no_decay: a weight with one of these in its name is not shrunk.
         clip_norm: the largest global norm of the gradients; None for any.
-        accumulation_steps: batches whose mean gradient makes one optimiser step; `steps` counts optimiser steps.
         **kwargs: what the optimiser's class takes besides, e.g. `beta_2`.
 
     Returns:
@@ -52,11 +52,7 @@ def optimizer(
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"`name` must be one of {', '.join(OPTIMIZERS)}. Received: {name!r}.")
-    for argument, value, least in (
-        ("steps", steps, 1),
-        ("warmup_steps", warmup_steps, 0),
-        ("accumulation_steps", accumulation_steps, 1),
-    ):
+    for argument, value, least in (("steps", steps, 1), ("warmup_steps", warmup_steps, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"`{argument}` must be an integer of at least {least}. Received: {argument}={value!r}.")
     if warmup_steps > steps:
@@ -65,23 +61,17 @@ def optimizer(
         raise ValueError(f"`learning_rate` must be positive. Received: learning_rate={learning_rate!r}.")
     if not 0 <= final_fraction <= 1:
         raise ValueError(f"`final_fraction` must be in [0, 1]. Received: final_fraction={final_fraction!r}.")
-    # Keras counts batches, not optimiser steps, where it accumulates.
-    scale = accumulation_steps
     schedule = keras.optimizers.schedules.CosineDecay(
         initial_learning_rate=0.0 if warmup_steps else learning_rate,
         warmup_target=learning_rate if warmup_steps else None,
-        warmup_steps=warmup_steps * scale,
-        decay_steps=max(1, (steps - warmup_steps) * scale),
+        warmup_steps=warmup_steps,
+        decay_steps=max(1, steps - warmup_steps),
         alpha=final_fraction,
     )
     if name == "muon":
         kwargs = {"adam_weight_decay": weight_decay or None, **kwargs}  # of what goes through its AdamW
     made = OPTIMIZERS[name](
-        learning_rate=schedule,
-        weight_decay=weight_decay or None,
-        global_clipnorm=clip_norm,
-        gradient_accumulation_steps=accumulation_steps if accumulation_steps > 1 else None,
-        **kwargs,
+        learning_rate=schedule, weight_decay=weight_decay or None, global_clipnorm=clip_norm, **kwargs
     )
     made.exclude_from_weight_decay(var_names=list(no_decay))
     return made
