@@ -72,6 +72,23 @@ def test_training_guide_with_tiny_models_runs_from_a_text_file_to_an_averaged_ch
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_training_guides_recipe_is_good_and_says_what_its_python_says(tmp_path):
+    (text,) = blocks("toml", TRAINING)
+    (tmp_path / "my.toml").write_text(text, encoding="utf-8")
+    recipe = kt.read_recipe(tmp_path / "my.toml")
+    python = blocks("python", TRAINING)[0]
+    lengths = recipe.objective.encoder_length, recipe.objective.decoder_length
+    for said in (
+        f'adapt_gemma2("{recipe.model.adapt[0]}", dtype="{recipe.model.dtype}")',
+        f'optimizer("{recipe.optimizer.name}", learning_rate=1e-4, steps={recipe.training.steps:_})',
+        f"text_source({recipe.data.sources[0]!r})".replace("'", '"'),
+        f"UL2{lengths}, batch_size={recipe.training.batch_size}",
+        f'"{recipe.output.folder}", save_every={recipe.training.save_every}, keep={recipe.training.keep}',
+        f"last={recipe.output.average_last}",
+    ):
+        assert said in python
+
+
 def test_command_line_examples_name_verbs_that_exist():
     used = set(re.findall(r"keras-t5gemma ([a-z]+)", README))
     assert used == set(typer.main.get_command(app).commands)
