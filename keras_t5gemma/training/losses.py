@@ -117,10 +117,10 @@ class ChunkedLoss:
             train_table=bool(head.embedding.trainable_variables),
         )
         self.accuracy.update_state(accuracy, sample_weight=total)
-        return loss / _replicas()
+        return loss / replicas()
 
 
-def _replicas():
+def replicas():
     """Among how many devices TensorFlow adds gradients up, which is Keras's way of taking the mean of their means."""
     if keras.config.backend() != "tensorflow":
         return 1
