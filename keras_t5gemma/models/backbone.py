@@ -100,6 +100,22 @@ class T5GemmaBackbone(keras_hub.models.Backbone):
         self.decoder = decoder_stack
         self.token_embedding = encoder_stack.token_embedding
 
+    @property
+    def rematerialize(self):
+        """Whether training computes each block's activations again in the backward pass rather than keep them.
+
+        Memory for activations is then that of one block and of each block's input, at the price of about a third more
+        time; losses and gradients are the same. Not part of the saved architecture. As with `trainable`, a model that
+        has been trained already is to be compiled again after a change:
+
+            lm.backbone.rematerialize = True
+        """
+        return self.decoder.rematerialize
+
+    @rematerialize.setter
+    def rematerialize(self, value):
+        self.encoder.rematerialize = self.decoder.rematerialize = bool(value)
+
     def get_config(self):
         """The constructor's arguments, JSON-ready."""
         return {**super().get_config(), **self.config.to_dict()}

@@ -20,6 +20,7 @@ from keras_t5gemma.presets import PRESETS, is_hugging_face
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
+from keras_t5gemma.training.accumulation import Accumulation
 from keras_t5gemma.training.losses import ChunkedLoss, VocabularyCrossEntropy
 
 
@@ -94,7 +95,16 @@ class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
             kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset) if has_one else None
         return cls(backbone, **kwargs)
 
-    def compile(self, optimizer="auto", loss="auto", *, weighted_metrics="auto", sampler="greedy", **kwargs):
+    def compile(
+        self,
+        optimizer="auto",
+        loss="auto",
+        *,
+        weighted_metrics="auto",
+        accumulation_steps=1,
+        sampler="greedy",
+        **kwargs,
+    ):
         """Configures training and generation.
 
         Args:
@@ -103,18 +113,24 @@ class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
                 any `keras.losses.Loss` on logits.
             weighted_metrics: "auto" for the accuracy of tokens, or a list. Metrics of your own and losses on logits
                 need the logits [B, T, V], which are not made otherwise.
+            accumulation_steps: parts that a training step runs its batch in, one after the other, with memory for the
+                activations of one; the step is that of the whole batch, its mean over all target tokens included. On
+                several devices a part has as many rows as devices, or a multiple.
             sampler: "greedy", "beam", "top_k", "top_p", "random", "contrastive" or a `keras_hub.samplers.Sampler`. Beam
                 search is this package's `BeamSampler`.
             **kwargs: what `keras.Model.compile` takes besides.
 
         Raises:
-            ValueError: where `sampler` is none of these.
+            ValueError: where `sampler` is none of these, or `accumulation_steps` no positive integer or not to be had
+                with the loss.
         """
         sampler = resolve_sampler(sampler)
         loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
         own_metrics = weighted_metrics != "auto" or kwargs.get("metrics")
+        self._accumulation = Accumulation(accumulation_steps, loss)
         self._chunked = None
-        if isinstance(loss, VocabularyCrossEntropy) and not own_metrics:
+        is_mean = getattr(loss, "reduction", None) == "mean_with_sample_weight"  # the chunked loss knows no other
+        if isinstance(loss, VocabularyCrossEntropy) and is_mean and not own_metrics:
             weighted_metrics = None
             self._chunked = ChunkedLoss(loss, keras.metrics.Mean(name="accuracy"))
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
@@ -133,6 +149,8 @@ class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
     def train_step(self, *args, **kwargs):
         """One step of `fit`, without logits where the loss can do without."""
         with self._handing_over_hidden_states():
+            if self._accumulation.steps > 1:
+                return self._accumulation.train_step(self, *args, **kwargs)
             return super().train_step(*args, **kwargs)
 
     def test_step(self, *args, **kwargs):
@@ -163,7 +181,11 @@ class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
 
     def get_compile_config(self):
         """What `compile` was called with, the sampler included, JSON-ready."""
-        return {**super().get_compile_config(), "sampler": keras.saving.serialize_keras_object(self.sampler)}
+        return {
+            **super().get_compile_config(),
+            "accumulation_steps": self._accumulation.steps,
+            "sampler": keras.saving.serialize_keras_object(self.sampler),
+        }
 
     def compile_from_config(self, config):
         """Compiles as `get_compile_config` says, and makes the optimizer's variables for a saved state to fill."""

@@ -7,6 +7,7 @@ from keras_t5gemma.layers.attention import rotary_angles, write_at
 from keras_t5gemma.layers.blocks import Block
 from keras_t5gemma.layers.masks import attention_mask
 from keras_t5gemma.layers.norm import RMSNorm
+from keras_t5gemma.layers.rematerialization import rematerialized
 from keras_t5gemma.layers.weights import embedding
 
 
@@ -26,6 +27,7 @@ class Stack(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         self.config = config
         self.causal = causal
+        self.rematerialize = False  # see `T5GemmaBackbone.rematerialize`
         self.token_embedding = embedding(
             vocabulary_size, "token_embedding", config, self.dtype_policy, tied=tie_embeddings
         )
@@ -78,9 +80,22 @@ class Stack(keras.layers.Layer):
         updated = []
         for i, (block, kind) in enumerate(zip(self.blocks, config.layer_kinds, strict=True)):
             cache = None if caches is None else caches[i]
-            x, cache = block(x, masks[kind], angles, encoder=encoder, cache=cache, index=start, training=training)
+            if self.rematerialize and training and cache is None:
+                x = _rematerialized(block, x, masks[kind], angles, encoder)
+            else:
+                x, cache = block(x, masks[kind], angles, encoder=encoder, cache=cache, index=start, training=training)
             updated.append(cache)
         return self.final_norm(x), updated
+
+
+def _rematerialized(block, x, mask, angles, encoder):
+    """[B, T, D]: a block in training, its activations not kept. Arguments as in `Block.call`."""
+
+    def call(x, output=None):
+        encoder_now = None if encoder is None else (output, encoder[1])
+        return block(x, mask, angles, encoder=encoder_now, training=True)[0]
+
+    return rematerialized(call, block, x, *(() if encoder is None else encoder[:1]))
 
 
 class Encoder(Stack):

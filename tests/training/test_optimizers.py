@@ -12,16 +12,14 @@ def rate(made, step):
     return float(made._learning_rate(step))
 
 
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_learning_rate_warms_up_and_follows_a_cosine_to_its_end(accumulation):
-    made = optimizer(learning_rate=0.5, steps=100, warmup_steps=20, final_fraction=0.2, accumulation_steps=accumulation)
-    # Keras counts batches: accumulation of them make a step.
+def test_learning_rate_warms_up_and_follows_a_cosine_to_its_end():
+    made = optimizer(learning_rate=0.5, steps=100, warmup_steps=20, final_fraction=0.2)
     assert rate(made, 0) == 0
-    assert rate(made, 10 * accumulation) == pytest.approx(0.25)
-    assert rate(made, 20 * accumulation) == pytest.approx(0.5)
-    assert rate(made, 60 * accumulation) == pytest.approx(0.5 * (0.2 + 0.8 * 0.5))
-    assert rate(made, 100 * accumulation) == pytest.approx(0.1)
-    assert rate(made, 900 * accumulation) == pytest.approx(0.1)
+    assert rate(made, 10) == pytest.approx(0.25)
+    assert rate(made, 20) == pytest.approx(0.5)
+    assert rate(made, 60) == pytest.approx(0.5 * (0.2 + 0.8 * 0.5))
+    assert rate(made, 100) == pytest.approx(0.1)
+    assert rate(made, 900) == pytest.approx(0.1)
 
 
 def test_learning_rate_without_warmup_starts_at_the_peak():
@@ -57,7 +55,6 @@ def test_gradients_are_clipped_at_their_global_norm():
         ({"warmup_steps": 11}, "at most steps=10"),
         ({"learning_rate": 0}, "`learning_rate`"),
         ({"final_fraction": 1.5}, "`final_fraction`"),
-        ({"accumulation_steps": 0}, "`accumulation_steps`"),
     ],
 )
 def test_argument_out_of_range_is_refused_by_name(changes, message):

@@ -1,0 +1,213 @@
+"""Gradient accumulation within a step: a batch in parts, one after the other, to the step of the whole batch.
+
+Keras's `gradient_accumulation_steps` takes the plain mean over batches, whatever number of target tokens each has, and
+keeps its sums from step to step. Here a part's loss counts by its share of the whole batch's weight, which is known
+beforehand, and the optimiser sees one gradient a batch: clipping, schedules, counts of steps and checkpoints know
+nothing of it.
+"""
+
+import keras
+from keras import ops
+
+from keras_t5gemma.training.losses import replicas
+
+# What a loss divides its sum by, and so what a part's share is: of the weights, of the elements, or all of it.
+_BY_WEIGHT, _BY_ELEMENTS, _SUM = ("mean_with_sample_weight",), ("sum_over_batch_size", "mean"), ("sum",)
+
+
+class Accumulation:
+    """How a model's training step runs a batch in parts.
+
+    Each part takes every n-th row, so that rows which lie spread over devices stay where they are. A batch whose rows
+    do not divide by the number of parts is cut into the next larger number that they divide by, which changes nothing
+    but time: parts are of equal size, and none is larger than asked for.
+
+    Args:
+        steps: parts of a batch, n.
+        loss: what the model is compiled with; its `reduction` says how the losses of parts add up.
+
+    Raises:
+        ValueError: where `steps` is no positive integer, or where it is more than one and `loss` is not a single one
+            that sums or averages.
+    """
+
+    def __init__(self, steps, loss):
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(
+                f"`accumulation_steps` must be a positive integer. Received: accumulation_steps={steps!r}."
+            )
+        self.steps = steps
+        self._reduction = _reduction(loss)
+        if steps > 1 and self._reduction not in _BY_WEIGHT + _BY_ELEMENTS + _SUM:
+            raise ValueError(
+                f"accumulation_steps={steps} needs a single loss, to know what the losses of parts add up to, with a "
+                f"`reduction` of {', '.join(map(repr, _BY_WEIGHT + _BY_ELEMENTS + _SUM))}. Received: loss={loss!r} "
+                f"with the reduction {self._reduction!r}."
+            )
+
+    def train_step(self, model, *args):
+        """What `model.train_step` does, with its arguments and its result on the backend at hand."""
+        step = {"jax": _jax_step, "tensorflow": _tensorflow_step, "torch": _torch_step}[keras.config.backend()]
+        return step(self, model, *args)
+
+    def cut(self, data):
+        """A batch in parts.
+
+        Args:
+            data: `(x, y, sample_weight)` as `fit` gives them, nested as they may be, of B rows.
+
+        Returns:
+            `(count, parts, shares)`: n; `(x, y, sample_weight)` whose arrays are [n, B / n, ...]; float32 [n], what the
+            loss of each part is to be multiplied by.
+        """
+        data = keras.utils.unpack_x_y_sample_weight(data)
+        rows = batch_size(data)
+        count = self._count(rows)
+
+        def cut(x):
+            if x is None:
+                return None
+            shape = ops.shape(x)
+            return ops.swapaxes(ops.reshape(x, (shape[0] // count, count, *shape[1:])), 0, 1)
+
+        parts = keras.tree.map_structure(cut, data)
+        weights = parts[2]
+        if self._reduction in _SUM:
+            shares = ops.ones((count,))
+        elif self._reduction in _BY_ELEMENTS or weights is None:
+            shares = ops.ones((count,)) / ops.cast(count, "float32")
+        else:
+            weights = ops.sum(ops.reshape(ops.cast(weights, "float32"), (count, -1)), axis=1)
+            shares = ops.divide_no_nan(weights, ops.sum(weights))
+        return count, parts, shares
+
+    def _count(self, rows):
+        """The smallest divisor of the rows that is no less than `steps`; as many as rows where there are fewer."""
+        if isinstance(rows, int):
+            return next(count for count in range(min(self.steps, rows), rows + 1) if rows % count == 0)
+        # TensorFlow traces a step for any number of rows.
+        import tensorflow as tf
+
+        counts = tf.range(tf.minimum(self.steps, rows), rows + 1)
+        return tf.reduce_min(tf.boolean_mask(counts, rows % counts == 0))
+
+
+def batch_size(data):
+    """Rows of a batch; an int where known."""
+    return ops.shape(next(x for x in keras.tree.flatten(data) if x is not None))[0]
+
+
+def _reduction(loss):
+    if loss is None or keras.tree.is_nested(loss):
+        return None
+    # Keras wraps plain functions in a loss that averages.
+    return getattr(keras.losses.get(loss), "reduction", _BY_ELEMENTS[0])
+
+
+def _part(parts, i):
+    return keras.tree.map_structure(lambda x: None if x is None else x[i], parts)
+
+
+def _report(model, loss, rows):
+    """The step's logs, the loss of all parts among them; their metrics have been updated part by part."""
+    (tracker,) = (metric for metric in model.metrics if metric.name == "loss")
+    tracker.update_state(loss, sample_weight=rows)
+    return model.get_metrics_result()
+
+
+def _jax_step(accumulation, model, state, data):
+    import jax
+
+    trainable, non_trainable, optimizer_variables, metrics = state
+    _, parts, shares = accumulation.cut(data)
+
+    def loss_of(trainable, non_trainable, metrics, part, share):
+        loss, results = model.compute_loss_and_updates(
+            trainable, non_trainable, metrics, *part, training=True, optimizer_variables=optimizer_variables
+        )
+        return loss * share, results
+
+    def body(carry, part_and_share):
+        gradients, total, non_trainable, metrics = carry
+        part, share = part_and_share
+        (_, (loss, y_pred, non_trainable, metrics)), more = jax.value_and_grad(loss_of, has_aux=True)(
+            trainable, non_trainable, metrics, part, share
+        )
+        with _metrics_of(model, metrics) as scope:
+            model.compute_metrics(*part[:2], y_pred, part[2])
+        metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]
+        return (_added(gradients, more), total + loss * share, non_trainable, metrics), None
+
+    # A loop, not a sequence of steps: XLA might run the forward passes of all parts first.
+    start = ([ops.zeros_like(value, "float32") for value in trainable], ops.zeros(()), non_trainable, metrics)
+    (gradients, loss, non_trainable, metrics), _ = jax.lax.scan(body, start, (parts, shares))
+    gradients = [ops.cast(gradient, value.dtype) for gradient, value in zip(gradients, trainable, strict=True)]
+    trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
+    with _metrics_of(model, metrics) as scope:
+        logs = _report(model, loss, batch_size(data))
+    metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]
+    return logs, (trainable, non_trainable, optimizer_variables, metrics)
+
+
+def _metrics_of(model, values):
+    return keras.StatelessScope(zip(model.metrics_variables, values, strict=True))
+
+
+def _tensorflow_step(accumulation, model, data):
+    import tensorflow as tf
+
+    count, parts, shares = accumulation.cut(data)
+    variables = model.trainable_variables
+
+    def body(i, total, gradients):
+        x, y, sample_weight = _part(parts, i)
+        with tf.GradientTape() as tape:
+            y_pred = model(x, training=True)
+            loss = model.compute_loss(x, y, y_pred, sample_weight, training=True) * shares[i]
+            scaled = model.optimizer.scale_loss(loss)
+        more = tape.gradient(scaled, variables)
+        model.compute_metrics(x, y, y_pred, sample_weight)
+        return i + 1, total + loss, _added(gradients, more)
+
+    # A loop, not a sequence of steps: they would run side by side. One part at a time, for the memory of one.
+    start = [tf.zeros(variable.shape) for variable in variables]
+    _, loss, gradients = tf.while_loop(
+        lambda i, *_: i < count, body, (tf.constant(0), tf.constant(0.0), start), parallel_iterations=1
+    )
+    gradients = [tf.cast(gradient, variable.dtype) for gradient, variable in zip(gradients, variables, strict=True)]
+    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+    return _report(model, loss * replicas(), batch_size(data))
+
+
+def _torch_step(accumulation, model, data):
+    import torch
+
+    count, parts, shares = accumulation.cut(data)
+    model.zero_grad()
+    variables = model.trainable_variables
+    tensors = [variable.value for variable in variables]
+    total, sums = 0.0, {}
+    for i in range(count):
+        x, y, sample_weight = _part(parts, i)
+        y_pred = model(x, training=True)
+        loss = model.compute_loss(x, y, y_pred, sample_weight, training=True) * shares[i]
+        model.optimizer.scale_loss(loss).backward()
+        total = total + loss.detach()
+        model.compute_metrics(x, y, y_pred, sample_weight)
+        for k, tensor in enumerate(tensors):
+            # PyTorch adds in place, in the dtype of the weight.
+            if tensor.dtype != torch.float32 and tensor.grad is not None:
+                sums[k] = sums.get(k, 0) + tensor.grad.float()
+                tensor.grad = None
+    gradients = [sums[k].to(tensor.dtype) if k in sums else tensor.grad for k, tensor in enumerate(tensors)]
+    with torch.no_grad():
+        model.optimizer.apply(gradients, variables)
+    return _report(model, total, batch_size(data))
+
+
+def _added(sums, gradients):
+    """Float32 sums of gradients of whatever dtype: small ones are not lost in a large sum."""
+    return [
+        total if more is None else ops.add(total, ops.cast(more, "float32"))
+        for total, more in zip(sums, gradients, strict=True)
+    ]
