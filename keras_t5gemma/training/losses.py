@@ -6,6 +6,7 @@ tokens x vocabulary x width, as many as the plain loss takes.
 """
 
 import dataclasses
+import functools
 
 import keras
 from keras import ops
@@ -75,18 +76,37 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         Returns:
             `(loss, accuracy, total weight)`, float32 scalars; no gradient flows through the latter two.
         """
-        weights = ops.ones_like(labels, "float32") if weights is None else ops.cast(weights, "float32")
+        shape = ops.shape(self.labels_of(labels))
+        weights = ops.ones(shape, "float32") if weights is None else ops.cast(weights, "float32")
         total = ops.sum(weights)
         # Keras's own reduction: a batch of nothing but padding has loss zero.
         shares = ops.divide_no_nan(weights, total)
-        chunks = _Chunks(hidden.shape, table.shape[0], chunk_bytes or CHUNK_BYTES)
-        settings = _Settings(cap, self.z_loss, self.label_smoothing)
-        targets = chunks.cut(ops.cast(labels, "int32")), chunks.cut(shares)
+        chunks = Chunks(hidden.shape, table.shape[0], chunk_bytes or CHUNK_BYTES)
+        settings, by_token, shared = self.chunk_settings(cap, labels, shares)
+        targets = tuple(chunks.cut(array) for array in by_token), shared
         if training:
             sums = _with_gradients(chunks, settings, targets, hidden, table, train_table)
         else:
             sums = _sums(chunks, settings, targets, chunks.cut(hidden), table)
         return sums[0], ops.stop_gradient(sums[1]), total
+
+    def labels_of(self, y):
+        """The labels [B, T] in what a batch has as y."""
+        return y
+
+    def chunk_settings(self, cap, y, shares):
+        """How a chunk's loss is made.
+
+        Args:
+            cap: soft cap on the logits, or None.
+            y: a batch's.
+            shares: [B, T], of each token in the mean.
+
+        Returns:
+            `(settings, by_token, shared)`: a `ChunkSettings`; arrays [B, T, ...] of which it wants each chunk's part,
+            and arrays that it wants whole.
+        """
+        return ChunkSettings(cap, self.z_loss, self.label_smoothing), (ops.cast(y, "int32"), shares), ()
 
     def get_config(self):
         """The constructor's arguments."""
@@ -130,15 +150,41 @@ def replicas():
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
-    """What makes a loss of logits: see `VocabularyCrossEntropy`."""
+class ChunkSettings:
+    """What makes a loss of logits: see `VocabularyCrossEntropy`. Equal ones make the same program."""
 
     cap: float | None
     z_loss: float
     label_smoothing: float
 
+    def by_token(self, *targets):
+        """What of a chunk's targets is an array [m, ...], a row a token: here all of them."""
+        return targets
 
-class _Chunks:
+    def of_logits(self, logits, labels, shares, gradients):
+        """What a chunk, or some of its tokens, add to the loss, and what the loss asks of their logits.
+
+        Args:
+            logits: capped, [m, V].
+            labels: [m].
+            shares: [m].
+            gradients: whether they are wanted.
+
+        Returns:
+            `([loss, accuracy], gradients)`: float32 [2]; float32 [m, V], with respect to logits before the cap, or None.
+        """
+        largest, log_sum = largest_and_log_sum(logits)
+        sums = _chunk_sums(self, logits, largest, log_sum, labels, shares)
+        return sums, _logit_gradients(self, logits, log_sum, labels, shares) if gradients else None
+
+    def in_place(self, logits, *targets):
+        """Turns raw logits into their gradients, on PyTorch, and returns [loss, accuracy]."""
+        from keras_t5gemma.training.losses_torch import to_gradients
+
+        return to_gradients(self, logits, *targets)
+
+
+class Chunks:
     """How [B, T, ...] is cut into [C, B * t, ...]: C chunks of t positions, filled up with zeros.
 
     Along T, so that a batch that is spread over devices stays where it is. Where B is not known, as when TensorFlow
@@ -151,7 +197,7 @@ class _Chunks:
     """
 
     def __init__(self, shape, vocabulary_size, chunk_bytes):
-        batch, self._length, self._width = shape
+        batch, self._length, _ = shape
         self._known = batch is not None and self._length is not None
         self._batch = batch if self._known else 1
         tokens = max(1, chunk_bytes // (4 * vocabulary_size * self._batch))
@@ -172,9 +218,10 @@ class _Chunks:
         return ops.reshape(ops.swapaxes(x, 0, 1), (-1, self._batch * self.tokens, *rest))
 
     def join(self, x, shape):
-        """The inverse, of [C, B * t, D] to `shape`, [B, T, D]."""
-        x = ops.swapaxes(ops.reshape(x, (-1, self._batch, self.tokens, self._width)), 0, 1)
-        x = ops.reshape(x, (self._batch, -1, self._width))
+        """The inverse, of [C, B * t, ...] to `shape`, [B, T, ...]."""
+        rest = tuple(x.shape[2:])
+        x = ops.swapaxes(ops.reshape(x, (-1, self._batch, self.tokens, *rest)), 0, 1)
+        x = ops.reshape(x, (self._batch, -1, *rest))
         return ops.reshape(x[:, : self._length], shape)
 
 
@@ -182,8 +229,7 @@ def _sums(chunks, settings, targets, x, table):
     """[loss, accuracy] of all chunks x [C, m, D]."""
 
     def body(i, sums):
-        parts = _logits(settings, x[i], table)
-        return sums + _chunk_sums(settings, parts, targets[0][i], targets[1][i])
+        return sums + _of_chunk(settings, targets, i, x[i], table, gradients=False)[0]
 
     table = ops.cast(table, x.dtype)
     return ops.fori_loop(0, chunks.count, body, ops.zeros((2,), "float32"))
@@ -201,7 +247,8 @@ def _with_gradients(chunks, settings, targets, hidden, table, train_table):
 
             sums, x_gradient, *table_gradient = sums_and_gradients(settings, targets, finite(x), table, train_table)
         else:
-            sums, x_gradient, *table_gradient = _sums_and_gradients(chunks, settings, targets, x, table, train_table)
+            run = _compiled(settings, train_table) if keras.config.backend() == "tensorflow" else _sums_and_gradients
+            sums, x_gradient, *table_gradient = run(chunks.count, settings, targets, x, table, train_table)
         x_gradient = chunks.join(x_gradient, shape)
 
         def gradients(*args, upstream=None):
@@ -216,15 +263,29 @@ def _with_gradients(chunks, settings, targets, hidden, table, train_table):
     return sums_of(hidden, ops.convert_to_tensor(table))
 
 
-def _sums_and_gradients(chunks, settings, targets, x, table, train_table):
+@functools.cache
+def _compiled(settings, train_table):
+    """`_sums_and_gradients` as one program of XLA's; TensorFlow by itself makes six tensors of the logits' size."""
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True)
+    def program(targets, x, table):
+        return _sums_and_gradients(tf.shape(x)[0], settings, targets, x, table, train_table)
+
+    # An eager tape would look for gradients of the program itself.
+    return lambda _count, _settings, targets, x, table, _train_table: program(
+        targets, tf.stop_gradient(x), tf.stop_gradient(table)
+    )
+
+
+def _sums_and_gradients(count, settings, targets, x, table, train_table):
     compute = ops.cast(table, x.dtype)
 
     def chunk(i):
-        labels, shares = targets[0][i], targets[1][i]
-        parts = _logits(settings, x[i], compute)
-        gradient = ops.cast(_logit_gradients(settings, parts, labels, shares), x.dtype)
+        sums, gradient = _of_chunk(settings, targets, i, x[i], compute, gradients=True)
+        gradient = ops.cast(gradient, x.dtype)
         return (
-            _chunk_sums(settings, parts, labels, shares),
+            sums,
             ops.expand_dims(ops.cast(ops.matmul(gradient, compute), "float32"), 0),
             *([ops.cast(ops.einsum("mv,md->vd", gradient, x[i]), "float32")] if train_table else []),
         )
@@ -239,33 +300,41 @@ def _sums_and_gradients(chunks, settings, targets, x, table, train_table):
 
     # The first chunk outside of the loop: adding its table gradient to zeros would move half a gigabyte three times.
     sums, x_gradient, *table_gradient = chunk(0)
-    if isinstance(chunks.count, int) and chunks.count == 1:
+    if isinstance(count, int) and count == 1:
         return sums, x_gradient, *table_gradient
     start = (sums, ops.slice_update(ops.zeros_like(x, "float32"), [0, 0, 0], x_gradient), *table_gradient)
-    return ops.fori_loop(1, chunks.count, body, start)
+    return ops.fori_loop(1, count, body, start)
 
 
-def _logits(settings, x, table):
-    """What loss and gradients of a chunk have in common.
+def chunk_targets(targets, i):
+    """What `ChunkSettings.by_token` takes: part i of the arrays that are cut, and those that are not."""
+    by_token, shared = targets
+    return *(array[i] for array in by_token), *shared
 
-    Args:
-        x: [m, D].
-        table: [V, D].
 
-    Returns:
-        `(logits, slope, largest, log_sum)`: capped, [m, V]; the cap's derivative, [m, V] or None; [m, 1] each.
-    """
-    raw = ops.cast(finite(ops.einsum("md,vd->mv", x, table)), "float32")
-    logits = soft_cap(raw, settings.cap)
-    slope = None if settings.cap is None else 1 - ops.square(logits / settings.cap)
+def _of_chunk(settings, targets, i, x, table, gradients):
+    logits = chunk_logits(x, table, settings.cap)
+    return settings.of_logits(logits, *settings.by_token(*chunk_targets(targets, i)), gradients=gradients)
+
+
+def chunk_logits(x, table, cap):
+    """Capped logits [m, V] in float32 of x [m, D] and a table [V, D]."""
+    return soft_cap(ops.cast(finite(ops.einsum("md,vd->mv", x, table)), "float32"), cap)
+
+
+def largest_and_log_sum(logits):
+    """The largest and `log(sum(exp))` of logits [m, V], [m, 1] each."""
     largest = ops.max(logits, axis=-1, keepdims=True)
-    log_sum = largest + ops.log(ops.sum(ops.exp(logits - largest), axis=-1, keepdims=True))
-    return logits, slope, largest, log_sum
+    return largest, largest + ops.log(ops.sum(ops.exp(logits - largest), axis=-1, keepdims=True))
 
 
-def _chunk_sums(settings, parts, labels, shares):
+def before_cap(gradient, logits, cap):
+    """A gradient with respect to capped logits as one with respect to the logits before."""
+    return gradient if cap is None else gradient * (1 - ops.square(logits / cap))
+
+
+def _chunk_sums(settings, logits, largest, log_sum, labels, shares):
     """[loss, accuracy] of a chunk, weighted by its tokens' shares [m]."""
-    logits, _, largest, log_sum = parts
     picked = ops.take_along_axis(logits, ops.expand_dims(labels, -1), axis=-1)
     losses = log_sum - (1 - settings.label_smoothing) * picked
     if settings.label_smoothing:
@@ -276,13 +345,12 @@ def _chunk_sums(settings, parts, labels, shares):
     return ops.sum(ops.expand_dims(shares, -1) * ops.concatenate([losses, correct], axis=-1), axis=0)
 
 
-def _logit_gradients(settings, parts, labels, shares):
+def _logit_gradients(settings, logits, log_sum, labels, shares):
     """The loss's gradient with respect to a chunk's logits before the cap, [m, V]."""
-    logits, slope, _, log_sum = parts
     shares, labels = ops.expand_dims(shares, -1), ops.expand_dims(labels, -1)
     gradient = ops.exp(logits - log_sum) * (shares * (1 + 2 * settings.z_loss * log_sum))
     if settings.label_smoothing:
         gradient = gradient - shares * (settings.label_smoothing / logits.shape[-1])
     is_label = ops.equal(ops.arange(logits.shape[-1], dtype="int32"), labels)
     gradient = ops.where(is_label, gradient - shares * (1 - settings.label_smoothing), gradient)
-    return gradient if slope is None else gradient * slope
+    return before_cap(gradient, logits, settings.cap)

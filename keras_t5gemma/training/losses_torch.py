@@ -7,6 +7,7 @@ system has to find and clear; compiled backends make none. The oracle is `losses
 import torch
 
 from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.training.losses import chunk_targets
 
 # Bytes of logits handled at once on a CPU: what its cache holds from one step to the next.
 _BLOCK_BYTES = 2**22
@@ -16,8 +17,8 @@ def sums_and_gradients(settings, targets, x, table, train_table):
     """Loss and accuracy of all chunks, and the loss's gradients.
 
     Args:
-        settings: `losses._Settings`.
-        targets: labels and shares, [C, m] each.
+        settings: a `losses.ChunkSettings`.
+        targets: arrays [C, m, ...], such as labels and shares, and arrays that all chunks share.
         x: hidden states [C, m, D], in the compute dtype.
         table: the projection [V, D].
         train_table: whether its gradient is wanted.
@@ -36,9 +37,10 @@ def sums_and_gradients(settings, targets, x, table, train_table):
     rows = max(1, _BLOCK_BYTES // (4 * vocabulary_size)) if x.device.type == "cpu" else tokens
     for i in range(count):
         _product(x[i], compute.T, logits)
+        by_token = settings.by_token(*chunk_targets(targets, i))
         for start in range(0, tokens, rows):
             part = slice(start, start + rows)
-            sums += _to_gradients(settings, logits[part], targets[0][i, part], targets[1][i, part])
+            sums += settings.in_place(logits[part], *(array[part] for array in by_token))
         gradient = logits.to(x.dtype)
         _product(gradient, compute, x_gradient[i])
         if train_table:
@@ -56,7 +58,7 @@ def _product(left, right, out):
         out.copy_(finite(torch.mm(left, right)))
 
 
-def _to_gradients(settings, logits, labels, shares):
+def to_gradients(settings, logits, labels, shares):
     """Turns raw logits [r, V] into their gradients, in place; returns [loss, accuracy]."""
     slope = None
     if settings.cap is not None:
