@@ -89,10 +89,10 @@ def test_matrices_are_cut_in_columns_then_rows_and_along_the_width():
     assert cut(layouts, "encoder/token_embedding/embeddings") == ("model", "batch")
     for name in ("self_attention/query", "self_attention/key", "self_attention/value", "feed_forward/gate"):
         assert cut(layouts, f"encoder/layer_0/{name}/kernel") == ("batch", "model")
-        assert cut(layouts, f"encoder/layer_0/{name}/output") == ("batch", None, "model")
+        assert cut(layouts, f"encoder/layer_0/{name}/output") == ("batch", "model")
     for name in ("self_attention/output", "cross_attention/output", "feed_forward/down"):
         assert cut(layouts, f"decoder/layer_11/{name}/kernel") == ("model", "batch")
-        assert cut(layouts, f"decoder/layer_11/{name}/output") == ("batch", None, None)
+        assert cut(layouts, f"decoder/layer_11/{name}/output") == ("batch", None)
     assert cut(layouts, "decoder/final_norm/scale") is None
     assert cut(layouts, "logits/output") == ("batch", None, "model")
 
@@ -107,7 +107,7 @@ def test_heads_stay_whole_where_there_are_fewer_than_devices():
     layouts = kt.layout_map(mesh((2, 4)), CONFIG)
     assert cut(layouts, "encoder/layer_0/self_attention/key/kernel") == ("batch", "model")  # four heads
     assert cut(layouts, "decoder/layer_0/self_attention/key/kernel") == ("model", "batch")  # two
-    assert cut(layouts, "decoder/layer_0/self_attention/key/output") == ("batch", None, None)
+    assert cut(layouts, "decoder/layer_0/self_attention/key/output") == ("batch", None)
 
 
 def test_what_does_not_divide_is_cut_elsewhere_or_whole():

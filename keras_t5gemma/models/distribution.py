@@ -86,8 +86,9 @@ def layout_map(device_mesh, config=None, *, data_axis="batch", model_axis="model
                 layouts[f"{layer}/{weight}"] = cut
                 layouts[f"{layer}/lora_{weight}_a"] = (cut[0], None)
                 layouts[f"{layer}/lora_{weight}_b"] = (None, cut[1])
-                if weight == "kernel" and letters[1] in _MODEL_LETTERS and cut[1] == model_axis:
-                    output = (data_axis, None, model_axis)
+                if weight == "kernel":  # takes [B, T, D] as one matrix, and gives one
+                    by_columns = letters[1] in _MODEL_LETTERS and cut[1] == model_axis
+                    output = (data_axis, model_axis if by_columns else None)
                 if stack == "decoder" and weight == "embeddings":
                     layouts["logits/output"] = (data_axis, None, model_axis if cut[0] == model_axis else None)
             if weight != "reverse_embeddings":
