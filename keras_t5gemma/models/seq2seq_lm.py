@@ -15,17 +15,19 @@ from keras_t5gemma.generation.decode import decode, resolve_sampler
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.inputs import check_token_ids, prompt_arrays, result_arrays, split_rows, training_batches
+from keras_t5gemma.models.teaching import Taught
 from keras_t5gemma.objectives.streams import READ_OPTIONS
 from keras_t5gemma.presets import PRESETS, is_hugging_face
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 from keras_t5gemma.training.accumulation import Accumulation
+from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.training.losses import ChunkedLoss, VocabularyCrossEntropy
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
+class T5GemmaSeq2SeqLM(Taught, keras_hub.models.Seq2SeqLM):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
     Args:
@@ -110,7 +112,7 @@ class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
         Args:
             optimizer: "auto" for Adam at 2e-5, a name or a `keras.optimizers.Optimizer`.
             loss: "auto" for `VocabularyCrossEntropy()`, the mean over target tokens; one with options of your own; or
-                any `keras.losses.Loss` on logits.
+                any `keras.losses.Loss` on logits; or a `Distillation`.
             weighted_metrics: "auto" for the accuracy of tokens, or a list. Metrics of your own and losses on logits
                 need the logits [B, T, V], which are not made otherwise.
             accumulation_steps: parts that a training step runs its batch in, one after the other, with memory for the
@@ -121,8 +123,8 @@ class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
             **kwargs: what `keras.Model.compile` takes besides.
 
         Raises:
-            ValueError: where `sampler` is none of these, or `accumulation_steps` no positive integer or not to be had
-                with the loss.
+            ValueError: where `sampler` is none of these, `accumulation_steps` no positive integer or not to be had
+                with the loss, or a teacher's vocabulary not the model's.
         """
         sampler = resolve_sampler(sampler)
         loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
@@ -133,6 +135,14 @@ class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
         if isinstance(loss, VocabularyCrossEntropy) and is_mean and not own_metrics:
             weighted_metrics = None
             self._chunked = ChunkedLoss(loss, keras.metrics.Mean(name="accuracy"))
+        if isinstance(loss, Distillation):
+            if self._chunked is None or self.head.is_quantized:
+                raise ValueError(
+                    "`Distillation` makes no logits for metrics of your own, has the mean over tokens for its only "
+                    "`reduction`, and trains no model whose embedding is quantized. Leave these out."
+                )
+            tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
+            loss.check_student(self.backbone.config.vocabulary_size, tokenizer)
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
 
     @property
@@ -161,6 +171,7 @@ class T5GemmaSeq2SeqLM(keras_hub.models.Seq2SeqLM):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of a step, and the accuracy, which only it knows."""
         if not self._hands_over_hidden_states:
+            y = self._chunked.loss.labels_of(y) if self._chunked else y
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         loss = self._chunked(self.head, y_pred, y, sample_weight, training)
         return loss + sum(self.losses) if self.losses else loss

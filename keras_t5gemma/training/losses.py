@@ -171,7 +171,7 @@ class ChunkSettings:
             gradients: whether they are wanted.
 
         Returns:
-            `([loss, accuracy], gradients)`: float32 [2]; float32 [m, V], with respect to logits before the cap, or None.
+            `([loss, accuracy], gradients)`: float32 [2]; float32 [m, V], of logits before the cap, or None.
         """
         largest, log_sum = largest_and_log_sum(logits)
         sums = _chunk_sums(self, logits, largest, log_sum, labels, shares)

@@ -143,7 +143,7 @@ def test_packed_rows_are_refused():
 
 
 def test_what_is_no_dataset_of_token_ids_is_refused():
-    with pytest.raises(ValueError, match="`data` must be a Grain dataset.*list"):
+    with pytest.raises(ValueError, match=r"`data` must be a Grain dataset.*list"):
         distillation_dataset([1, 2])
     rows = grain.MapDataset.range(2)
     for element, message in (

@@ -1,0 +1,217 @@
+"""Distillation against its definition on whole logits: value, gradients, and what `fit` makes of them."""
+
+import functools
+
+import grain
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+from peers import tiny_config, tiny_gemma_stack, tiny_keras_gemma
+from test_losses import gradients
+from tiny import loud_backbone
+
+from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
+from keras_t5gemma.objectives.dataset import pretraining_dataset
+from keras_t5gemma.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.objectives.teacher_view import distillation_dataset
+from keras_t5gemma.training.distillation import Distillation
+from keras_t5gemma.training.stored_logits import StoredTeacher, store_teacher_logits
+
+B, T, P, D, V = 2, 7, 11, 6, 40
+CAP = 3.0
+
+
+@pytest.fixture
+def arrays():
+    generator = np.random.default_rng(0)
+    positions = generator.integers(0, P, (B, T)).astype("int32")
+    positions[0, 1] = positions[1, 4:] = -1
+    weights = generator.integers(1, 3, (B, T)).astype("float32")
+    weights[1, 5:] = 0
+    return {
+        "hidden": generator.standard_normal((B, T, D)).astype("float32"),
+        "table": generator.standard_normal((V, D)).astype("float32"),
+        "weights": weights,
+        "y": {
+            "labels": generator.integers(0, V, (B, T)).astype("int32"),
+            "teacher_token_ids": generator.integers(0, V, (B, P)).astype("int32"),
+            "teacher_padding_mask": np.ones((B, P), "int32"),
+            "teacher_positions": positions,
+        },
+    }
+
+
+TEACHER_LOGITS = (3 * np.random.default_rng(5).standard_normal((V, V))).astype("float32")
+
+
+def bigram_teacher(inputs):
+    """Logits by the token before, whose use of the mask shows in them."""
+    logits = ops.take(ops.convert_to_tensor(TEACHER_LOGITS), inputs["token_ids"], axis=0)
+    return logits * ops.cast(ops.expand_dims(inputs["padding_mask"], -1), "float32")
+
+
+def definition(hidden, table, weights, y, teacher_logits, temperature=1.0, hard_weight=0.0, top_k=V):
+    """In float64, on logits; the teacher's beyond the `top_k` largest are one outcome."""
+    logits = CAP * np.tanh(np.einsum("btd,vd->btv", hidden.astype("float64"), table.astype("float64")) / CAP)
+    total = 0.0
+    for b, t in np.ndindex(B, T):
+        hard = -log_softmax(logits[b, t])[y["labels"][b, t]]
+        position, loss = y["teacher_positions"][b, t], hard
+        if position >= 0:
+            log_q = log_softmax(teacher_logits[b, position].astype("float64") / temperature)
+            log_p = log_softmax(logits[b, t] / temperature)
+            order = np.argsort(-log_q)
+            q, p = (
+                np.append(np.exp(x)[order[:top_k]], [np.exp(x)[order[top_k:]].sum()] if top_k < V else [])
+                for x in (log_q, log_p)
+            )
+            loss = hard_weight * hard + (1 - hard_weight) * temperature**2 * (q * np.log(q / p)).sum()
+        total += weights[b, t] * loss
+    return total / weights.sum()
+
+
+def log_softmax(x):
+    return x - np.log(np.exp(x).sum())
+
+
+OPTIONS = {
+    "teacher_alone": {},
+    "temperature": {"temperature": 2.5},
+    "mixed": {"hard_weight": 0.3},
+    "both": {"temperature": 0.7, "hard_weight": 0.6},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("top_k", [None, 5])
+def test_value_and_gradients_are_those_of_the_definition(arrays, options, top_k, tmp_path):
+    """Gradients by central differences of the definition in float64; in chunks of three tokens."""
+    teacher_logits = np.asarray(TEACHER_LOGITS)[arrays["y"]["teacher_token_ids"]]
+    loss, y = Distillation(bigram_teacher, **options), arrays["y"]
+    if top_k:
+        batch = {"a": np.zeros((B, 1), "int32")}, y, arrays["weights"]
+        temperature = options.get("temperature", 1.0)
+        data = grain.MapDataset.source([batch])
+        stored = store_teacher_logits(data, bigram_teacher, tmp_path / "a", top_k=top_k, temperature=temperature)
+        loss, (_, y, _) = Distillation(stored, **options), stored.batches()[0]
+    exact = functools.partial(definition, teacher_logits=teacher_logits, **options, top_k=top_k or V)
+
+    def total(hidden, table, **kwargs):
+        targets = {name: ops.convert_to_tensor(array) for name, array in y.items()}
+        return loss.from_hidden_states(
+            hidden, table, targets, arrays["weights"], cap=CAP, chunk_bytes=4 * V * B * 3, **kwargs
+        )[0]
+
+    known = {"weights": arrays["weights"], "y": arrays["y"]}
+    expected = exact(arrays["hidden"], arrays["table"], **known)
+    tensors = [ops.convert_to_tensor(arrays[name]) for name in ("hidden", "table")]
+    assert float(total(*tensors, training=False)) == pytest.approx(expected, rel=1e-5)
+    assert float(total(*tensors, training=True)) == pytest.approx(expected, rel=1e-5)
+    got = gradients(total, arrays["hidden"], arrays["table"])
+    generator = np.random.default_rng(1)
+    for name, gradient in zip(("hidden", "table"), got, strict=True):
+        for _ in range(3):
+            direction = generator.standard_normal(arrays[name].shape)
+            ends = []
+            for step in (1e-5, -1e-5):
+                moved = {part: arrays[part].astype("float64") for part in ("hidden", "table")}
+                moved[name] += step * direction
+                ends.append(exact(**moved, **known))
+            assert (gradient * direction).sum() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-5)
+
+
+def test_token_that_the_teacher_rules_out_gives_no_nan(arrays):
+    def teacher(inputs):
+        return ops.where(ops.arange(V) < 3, -np.inf, bigram_teacher(inputs))
+
+    def total(hidden, table):
+        return Distillation(teacher).from_hidden_states(hidden, table, arrays["y"], arrays["weights"])[0]
+
+    assert all(np.isfinite(gradient).all() for gradient in gradients(total, arrays["hidden"], arrays["table"]))
+
+
+def batches(count=2):
+    """Batches of a text with padding: 16 labels and those of a short row."""
+    generator = np.random.default_rng(3)
+    texts = [generator.integers(3, 128, length).tolist() for length in (17, 9) * count]
+    objective = PrefixLM(9, 8)
+    data = pretraining_dataset(texts, None, objective, batch_size=2, shuffle=False, num_epochs=1, documents="whole")
+    return grain.MapDataset.source(list(distillation_dataset(data, objective)))
+
+
+@functools.cache
+def gemma():
+    """Of other sizes than the student; its final cap bites."""
+    stack = tiny_gemma_stack(num_layers=2, hidden_dim=24, sliding_window=6)
+    return keras_hub.models.GemmaCausalLM(tiny_keras_gemma(stack, seed=7))
+
+
+def student(loss, **kwargs):
+    lm = T5GemmaSeq2SeqLM(loud_backbone(tiny_config(balanced=False, num_layers=1)))
+    lm.compile(optimizer=keras.optimizers.SGD(0.05), loss=loss, **kwargs)
+    return lm
+
+
+def values(model):
+    return [np.array(ops.convert_to_numpy(variable.value)) for variable in model.variables]
+
+
+def plain_loss(lm, teacher, temperature, hard_weight):
+    """The definition on both models' logits, over all batches, as `evaluate` averages them: by rows."""
+    losses = []
+    for x, y, weights in batches():
+        logits = ops.convert_to_numpy(lm(x)).astype("float64")
+        inputs = {"token_ids": y["teacher_token_ids"], "padding_mask": y["teacher_padding_mask"]}
+        teacher_logits = ops.convert_to_numpy(teacher(inputs)).astype("float64")
+        total = 0.0
+        for b, t in zip(*np.nonzero(weights), strict=True):
+            log_p = log_softmax(logits[b, t])
+            scaled = log_softmax(logits[b, t] / temperature)
+            log_q = log_softmax(teacher_logits[b, y["teacher_positions"][b, t]] / temperature)
+            soft = temperature**2 * (np.exp(log_q) * (log_q - scaled)).sum()
+            total += hard_weight * -log_p[y["labels"][b, t]] + (1 - hard_weight) * soft
+        losses.append(total / weights.sum())
+    return np.mean(losses)
+
+
+def test_gemma_teaches_in_fit_and_evaluate_and_is_left_as_it_was(monkeypatch):
+    """In chunks of two positions; evaluated, trained, and evaluated by a plain computation before and after."""
+    monkeypatch.setattr("keras_t5gemma.training.losses.CHUNK_BYTES", 4 * 128 * 2 * 2)
+    teacher = gemma()
+    before, lm = values(teacher), student(Distillation(teacher, temperature=2.0, hard_weight=0.25))
+    expected = plain_loss(lm, teacher, 2.0, 0.25)
+    assert lm.evaluate(batches(), verbose=0, return_dict=True)["loss"] == pytest.approx(expected, rel=1e-4)
+    history = lm.fit(batches(), epochs=3, validation_data=batches(), verbose=0).history
+    assert set(history) == {"loss", "accuracy", "val_loss", "val_accuracy"}
+    expected_after = plain_loss(lm, teacher, 2.0, 0.25)
+    assert expected_after < expected - 0.1
+    assert history["val_loss"][-1] == pytest.approx(expected_after, rel=1e-4)
+    for now, then in zip(values(teacher), before, strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_any_model_that_gives_logits_teaches_the_same():
+    results = []
+    for teacher in (gemma(), keras.Model(gemma().input, gemma().output)):
+        lm = student(Distillation(teacher, hard_weight=0.5))
+        losses = [lm.train_on_batch(*batch) for batch in batches()]
+        results.append((np.array(losses), values(lm.backbone)))
+    np.testing.assert_allclose(*(losses for losses, _ in results), rtol=1e-5)
+    for got, expected in zip(*(weights for _, weights in results), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_stored_logits_of_the_whole_vocabulary_teach_the_same(tmp_path):
+    store_teacher_logits(batches(), gemma(), tmp_path / "stored", top_k=1000, temperature=2.0)
+    stored = StoredTeacher(tmp_path / "stored")
+    assert (stored.top_k, stored.vocabulary_size) == (128, 128)
+    results = []
+    for teacher, data in ((gemma(), batches()), (stored, stored.batches())):
+        lm = student(Distillation(teacher, temperature=2.0, hard_weight=0.5))
+        results.append((lm.fit(data, verbose=0).history, values(lm.backbone)))
+    assert results[1][0]["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-5)
+    assert results[1][0]["accuracy"] == pytest.approx(results[0][0]["accuracy"], rel=1e-5)
+    for got, expected in zip(*(weights for _, weights in results), strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
