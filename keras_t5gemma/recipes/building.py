@@ -1,63 +1,22 @@
-"""What a recipe names, made: devices, model, data."""
+"""What a recipe names, made: model and data."""
 
-import contextlib
+from functools import partial
 
-import keras
+import keras_hub
 
 from keras_t5gemma.models.adapted import adapt_gemma2
-from keras_t5gemma.models.distribution import layout_map
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.objectives.dataset import pretraining_dataset
 from keras_t5gemma.objectives.sources import text_source
 from keras_t5gemma.objectives.supervised import supervised_dataset
+from keras_t5gemma.objectives.teacher_view import distillation_dataset
 from keras_t5gemma.recipes.objectives import SUPERVISED
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
+from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.training.evaluation import first_batches, held_out_by_part
 from keras_t5gemma.training.losses import VocabularyCrossEntropy
 from keras_t5gemma.training.optimizers import optimizer
-
-
-def distribution(hardware):
-    """A context in which models are laid out over the devices of a `HardwareSection`.
-
-    Raises:
-        ValueError: where the backend or the machine has no such devices.
-    """
-    if not hardware.mesh:
-        return contextlib.nullcontext()
-    if keras.config.backend() != "jax":
-        raise ValueError(
-            f"[hardware] mesh: `keras.distribution` works on JAX alone. Received: backend {keras.config.backend()!r}. "
-            f"Choose --backend jax, or leave `mesh` out for one device."
-        )
-    if hardware.processes > 1:
-        # Addresses and numbers are in the environment: KERAS_DISTRIBUTION_JOB_ADDRESSES, _NUM_PROCESSES, _PROCESS_ID.
-        keras.distribution.initialize()
-    names = ("batch", "model")[: len(hardware.mesh)]
-    mesh = keras.distribution.DeviceMesh(hardware.mesh, names)
-    layouts = layout_map(mesh, fully_sharded=hardware.fully_sharded)
-    parallel = keras.distribution.ModelParallel(
-        layout_map=layouts, batch_dim_name="batch", auto_shard_dataset=hardware.processes == 1
-    )
-    return parallel.scope()
-
-
-def process(hardware):
-    """Which of the processes this is, from 0.
-
-    Raises:
-        ValueError: where there are more or fewer than the recipe says.
-    """
-    if hardware.processes == 1:
-        return 0
-    import jax  # `keras.distribution` has processes there alone
-
-    if jax.process_count() != hardware.processes:
-        raise ValueError(
-            f"[hardware] processes: the recipe says {hardware.processes}, and {jax.process_count()} have met."
-        )
-    return jax.process_index()
 
 
 def compiled_model(recipe):
@@ -106,7 +65,13 @@ def held_out_batches(recipe, preprocessor, objective, index):
         seed=training.seed,
         documents=data.documents,
         pack=data.pack,
+        view=partial(_view, recipe, preprocessor.tokenizer),
     )
+
+
+def _view(recipe, tokenizer, data, objective):
+    """A dataset as the loss takes it."""
+    return distillation_dataset(data, objective, tokenizer) if recipe.distillation.teacher else data
 
 
 def _optimizer(recipe):
@@ -125,7 +90,10 @@ def _optimizer(recipe):
 
 
 def _loss(recipe):
-    training = recipe.training
+    training, section = recipe.training, recipe.distillation
+    if section.teacher:
+        teacher = keras_hub.models.GemmaCausalLM.from_preset(section.teacher, dtype=section.dtype)
+        return Distillation(teacher, temperature=section.temperature, hard_weight=section.hard_weight)
     return VocabularyCrossEntropy(z_loss=training.z_loss, label_smoothing=training.label_smoothing)
 
 
@@ -152,14 +120,17 @@ def _dataset(recipe, paths, preprocessor, objective, index, **options):
         "shuffle_buffer": data.shuffle_buffer,
         "pack_buffer": data.pack_buffer,
     }
+    tokenizer = preprocessor.tokenizer
     if objective is not None:
-        return pretraining_dataset(source, preprocessor.tokenizer, objective, documents=data.documents, **options)
-    return supervised_dataset(
-        source,
-        preprocessor,
-        encoder_length=recipe.objective.encoder_length,
-        decoder_length=recipe.objective.decoder_length,
-        fields=data.pair_fields,
-        answers=data.answers,
-        **options,
-    )
+        made = pretraining_dataset(source, tokenizer, objective, documents=data.documents, **options)
+    else:
+        made = supervised_dataset(
+            source,
+            preprocessor,
+            encoder_length=recipe.objective.encoder_length,
+            decoder_length=recipe.objective.decoder_length,
+            fields=data.pair_fields,
+            answers=data.answers,
+            **options,
+        )
+    return _view(recipe, tokenizer, made, objective)

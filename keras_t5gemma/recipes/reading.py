@@ -190,7 +190,7 @@ def _nearest(name, known):
 def _check_together(recipe, path):
     """What no key says alone."""
     model, training, output, hardware = recipe.model, recipe.training, recipe.output, recipe.hardware
-    supervised = recipe.objective.name == "supervised"
+    taught = recipe.distillation.teacher is not None
     saves = training.steps // training.save_every + bool(training.steps % training.save_every)
     devices = math.prod(hardware.mesh[:1])
     # A part of a batch has a row a device or more; one device takes parts of any size.
@@ -253,8 +253,18 @@ def _check_together(recipe, path):
             f"[hardware] mesh: several processes need one. Received: processes={hardware.processes}.",
         ),
         (
-            not (supervised and recipe.distillation.teacher),
-            '[distillation]: the objective "supervised" takes no teacher.',
+            hardware.processes == 1 or (len(hardware.mesh) == 1 and not hardware.fully_sharded),
+            "[hardware] processes: each writes checkpoints, so each needs all weights. Set a mesh along the batch, "
+            f"fully_sharded=false. Received: mesh={list(hardware.mesh)}, "
+            f"fully_sharded={str(hardware.fully_sharded).lower()}.",
+        ),
+        (
+            not (taught and recipe.data.pack),
+            "[data] pack: a teacher would see one example from the next. Set it to false to distil.",
+        ),
+        (
+            not (taught and (training.z_loss or training.label_smoothing)),
+            "[training] z_loss and label_smoothing are of the loss without a teacher. Leave them out to distil.",
         ),
     ):
         if not good:

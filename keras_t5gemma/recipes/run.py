@@ -1,7 +1,6 @@
 """A recipe to a trained model: the run, and going on with one that was stopped."""
 
 import contextlib
-import datetime
 import math
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,8 @@ from keras_t5gemma.checkpoints.convert import average_checkpoints
 from keras_t5gemma.checkpoints.export import export_to_hugging_face
 from keras_t5gemma.checkpoints.new_folder import new_folder
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.recipes.building import compiled_model, distribution, held_out_batches, process, training_data
+from keras_t5gemma.recipes.building import compiled_model, held_out_batches, training_data
+from keras_t5gemma.recipes.devices import agree_on_checkpoint, distribution, process
 from keras_t5gemma.recipes.objectives import make_objective
 from keras_t5gemma.recipes.run_folder import MODEL_FOLDER, begin, locked
 from keras_t5gemma.training.callbacks import CrossAttentionWarmup
@@ -60,7 +60,7 @@ def run_recipe(recipe, console=None):
             lm = _fit(recipe, folder, index, console)
             if index == 0:
                 _write_model(lm, recipe, folder)
-    console.print(f"Wrote {model_folder}.")
+                console.print(f"Wrote {model_folder}.")
     return model_folder
 
 
@@ -72,6 +72,8 @@ def _fit(recipe, folder, index, console):
     lm = compiled_model(recipe)
     data = training_data(recipe, lm.preprocessor, objective, index)
     held_out = held_out_batches(recipe, lm.preprocessor, objective, index)
+    if recipe.hardware.processes > 1:
+        agree_on_checkpoint(_checkpoints(folder, index))
     checkpoint = TrainingCheckpoint(_checkpoints(folder, index), save_every=training.save_every, keep=training.keep)
     callbacks = []
     if training.cross_attention_steps:
@@ -104,21 +106,19 @@ def _reporters(recipe, folder, checkpoint, held_out, display):
     bar = ProgressBar(display, "train", training.steps, tokens=tokens, done=lambda: checkpoint.batches)
 
     def show(row):
-        display.console.print(_line(row, bar.seconds_left), soft_wrap=True)
+        display.console.print(_line(row, bar.time_left()), soft_wrap=True)
 
     return [tokens, bar, log(folder, checkpoint, tensorboard=recipe.output.tensorboard, on_row=show)]
 
 
-def _line(row, seconds_left):
+def _line(row, time_left):
     """A row of the log for a reader; the bar is no more than its last state where the output is no terminal."""
     numbers = {name: value for name, value in row.items() if not math.isnan(value)}
     told = [f"step {row['step']:,}", f"loss {row['loss']:.3f}"]
     told += [f"{name.replace(HELD_OUT, 'held out', 1)} {numbers[name]:.3f}" for name in numbers if HELD_OUT in name]
     if "tokens_per_second" in numbers:
         told.append(f"{numbers['tokens_per_second']:,.0f} tokens/s")
-    if seconds_left is not None:
-        told.append(f"{datetime.timedelta(seconds=math.ceil(seconds_left))} left")
-    return ", ".join(told)
+    return ", ".join([*told, *time_left])
 
 
 def _checkpoints(folder, index):

@@ -189,13 +189,15 @@ class DistillationSection:
 
     Attributes:
         teacher: a Gemma 2: a folder or a keras-hub preset.
+        dtype: of the teacher, which is not trained.
         temperature: of both softmaxes.
-        weight: of the teacher's loss; the rest is the hard loss.
+        hard_weight: of the loss on the labels; the rest is the teacher's.
     """
 
     teacher: str | None = None
+    dtype: str = _key("bfloat16", choices=DTYPES)
     temperature: float = _key(1.0, above=0)
-    weight: float = _key(1.0, least=0, most=1)
+    hard_weight: float = _key(0.0, least=0, most=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +207,8 @@ class HardwareSection:
     Attributes:
         mesh: devices along the batch and, where there are two numbers, along each layer; empty for one device.
         fully_sharded: whether weights are divided along the batch's devices, too.
-        processes: how many there are. Each runs the same command; `keras.distribution.initialize` finds the others
-            by the environment.
+        processes: how many there are, data parallel alone. Each runs the same command; `keras.distribution.initialize`
+            finds the others by the environment.
     """
 
     mesh: tuple[int, ...] = _key((), least=1, most_items=2)

@@ -32,7 +32,7 @@ def part_name(part):
     return type(part).__name__.lower()
 
 
-def held_out_by_part(texts, tokenizer, objective, *, num_batches, **options):
+def held_out_by_part(texts, tokenizer, objective, *, num_batches, view=None, **options):
     """The same held-out texts through each part of an objective, for `TrainingLog`.
 
     >>> held_out = held_out_by_part(texts, tokenizer, UL2(512, 512), num_batches=8, batch_size=8)
@@ -44,6 +44,7 @@ def held_out_by_part(texts, tokenizer, objective, *, num_batches, **options):
         tokenizer: as there.
         objective: as there.
         num_batches: the most a part takes; they are made here, once, and are the same each time.
+        view: called with each part's dataset and the part, gives the dataset to take, such as a `distillation_dataset`.
         **options: of `pretraining_dataset`: `batch_size`, `seed`, `documents`, `pack`, ...
 
     Returns:
@@ -58,7 +59,7 @@ def held_out_by_part(texts, tokenizer, objective, *, num_batches, **options):
         if name in held_out:  # the same denoiser with other lengths, say
             name = f"{name}_{len(held_out) + 1}"
         data = pretraining_dataset(texts, tokenizer, part, shuffle=False, num_epochs=1, **options)
-        held_out[name] = first_batches(data, num_batches), weight
+        held_out[name] = first_batches(view(data, part) if view else data, num_batches), weight
     return held_out
 
 

@@ -1,10 +1,12 @@
 """How a run is going: a bar with loss, tokens a second and the time left."""
 
+import datetime
+import math
 import time
 
 import keras
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def progress_display(console):
@@ -14,8 +16,6 @@ def progress_display(console):
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
         TextColumn("{task.fields[told]}"),
         console=console,
     )
@@ -59,27 +59,25 @@ class ProgressBar(keras.callbacks.Callback):
         self.display, self.tokens, self.done = display, tokens, done
         self._task = display.add_task(description, total=steps, told="", start=False)
 
-    @property
-    def seconds_left(self):
-        """By the speed of late; None before there is one."""
-        return next(task.time_remaining for task in self.display.tasks if task.id == self._task)
+    def time_left(self):
+        """By the speed of late, as `["0:01:30 left"]`; an empty list before there is one, and at the end."""
+        (seconds,) = (task.time_remaining for task in self.display.tasks if task.id == self._task)
+        return [f"{datetime.timedelta(seconds=math.ceil(seconds))} left"] if seconds else []
 
     def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
         """Starts the clock."""
         self._batches = self.done() if self.done else 0
         self.display.start_task(self._task)
-        self._show("")
+        self.display.update(self._task, completed=self._batches)
 
     def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002
         """Moves on, and tells the mean loss of the epoch so far."""
         self._batches += 1
+        self.display.update(self._task, completed=self._batches)
         told = [f"loss {float(logs['loss']):.3f}"]
         if self.tokens is not None and self.tokens.per_second:
             told.append(f"{self.tokens.per_second:,.0f} tokens/s")
-        self._show(", ".join(told))
-
-    def _show(self, told):
-        self.display.update(self._task, completed=self._batches, told=told)
+        self.display.update(self._task, told=", ".join([*told, *self.time_left()]))
 
 
 class TokenRate(keras.callbacks.Callback):

@@ -57,6 +57,11 @@ FAULTS = {
         "[hardware]\nmesh = [3]\n[output]",
         ("batch_size", "3 devices", "8"),
     ),
+    "processes with weights divided among them": (
+        "[output]",
+        "[hardware]\nmesh = [2]\nprocesses = 2\n[output]",
+        ("processes", "fully_sharded=false", "mesh=[2]"),
+    ),
     "no TOML": ("steps = 100", "steps = ", ("not TOML", "line")),
 }
 
