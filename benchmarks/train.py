@@ -4,7 +4,8 @@
     python benchmarks/train.py --batch 4 --length 512           # 4 x 512 + 512
     python benchmarks/train.py --dtype mixed_bfloat16
 
-Vocabulary 256,000, AdamW, random weights and ids, all of a batch's tokens in use. Each program runs in a process of its
+Vocabulary 256,000, random weights and ids, all of a batch's tokens in use; AdamW, keras-hub with Keras's, this package
+with its own, which `kt.optimizer("adamw")` is, transformers with PyTorch's. Each program runs in a process of its
 own; seconds are the median of the steps after two to warm up, memory is the peak above the bare import.
 """
 
@@ -61,8 +62,12 @@ else:
             attn_logit_softcapping=50.0, final_logit_softcapping=30.0, cross_attention_hidden_size=512, dtype=dtype,
             **both)
         model = keras_hub.models.T5GemmaSeq2SeqLM(backbone=backbone, preprocessor=None)
-    # keras-hub's "auto" brings its own optimizer: the same one for both, each with its default loss and accuracy.
-    model.compile(optimizer=keras.optimizers.AdamW(1e-4))
+    # keras-hub's "auto" brings another optimizer: AdamW for both, each with its default loss and accuracy.
+    if program == "keras-t5gemma":
+        from keras_t5gemma.training.adamw import AdamW
+    else:
+        AdamW = keras.optimizers.AdamW
+    model.compile(optimizer=AdamW(1e-4))
     ones = np.ones((batch, length), "int32")
     x = dict(encoder_token_ids=ids["encoder"], encoder_padding_mask=ones, decoder_token_ids=ids["decoder"],
         decoder_padding_mask=ones)
