@@ -171,7 +171,8 @@ class T5GemmaSeq2SeqLM(Taught, keras_hub.models.Seq2SeqLM):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of a step, and the accuracy, which only it knows."""
         if not self._hands_over_hidden_states:
-            y = self._chunked.loss.labels_of(y) if self._chunked else y
+            # Before the first step Keras comes here once, symbolically.
+            y = self._chunked.loss.labels_of(y, y_pred.shape[-1]) if self._chunked else y
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         loss = self._chunked(self.head, y_pred, y, sample_weight, training)
         return loss + sum(self.losses) if self.losses else loss
@@ -194,6 +195,8 @@ class T5GemmaSeq2SeqLM(Taught, keras_hub.models.Seq2SeqLM):
         """What `compile` was called with, the sampler included, JSON-ready."""
         return {
             **super().get_compile_config(),
+            # Given as None to Keras, which has nothing to do with it.
+            **({"weighted_metrics": "auto"} if self._chunked else {}),
             "accumulation_steps": self._accumulation.steps,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
         }

@@ -89,11 +89,15 @@ class Distillation(VocabularyCrossEntropy):
                 f"of {len(pieces[0])} (teacher) and {len(pieces[1])} tokens that differ from id {place} on."
             )
 
-    def labels_of(self, y):
+    def labels_of(self, y, vocabulary_size=None):
         """The labels [B, T] of a batch with a teacher's view.
 
+        Args:
+            y: the batch's.
+            vocabulary_size: V, to compare with that of a teacher who has to be asked for it; None not to ask.
+
         Raises:
-            ValueError: where it has none, or there is no teacher.
+            ValueError: where it has no view, there is no teacher, or its vocabulary is another.
         """
         if self.teacher is None:
             raise ValueError(
@@ -111,6 +115,9 @@ class Distillation(VocabularyCrossEntropy):
             raise ValueError(
                 f"The batches have no view for the teacher, {', '.join(needed)}. {advice}. Received: {found}."
             )
+        if vocabulary_size is not None and self.teacher.vocabulary_size is None:
+            (logits,), _ = self.teacher.arrays(y)
+            check_vocabulary(logits.shape[-1], vocabulary_size)
         return y[LABELS]
 
     def chunk_settings(self, cap, y, shares):

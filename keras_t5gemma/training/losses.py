@@ -90,8 +90,8 @@ class VocabularyCrossEntropy(keras.losses.Loss):
             sums = _sums(chunks, settings, targets, chunks.cut(hidden), table)
         return sums[0], ops.stop_gradient(sums[1]), total
 
-    def labels_of(self, y):
-        """The labels [B, T] in what a batch has as y."""
+    def labels_of(self, y, vocabulary_size=None):  # noqa: ARG002 for losses whose y is more
+        """The labels [B, T] in what a batch has as y, which is checked; against a vocabulary, where that is given."""
         return y
 
     def chunk_settings(self, cap, y, shares):
@@ -260,7 +260,16 @@ def _with_gradients(chunks, settings, targets, hidden, table, train_table):
 
         return sums, gradients
 
-    return sums_of(hidden, ops.convert_to_tensor(table))
+    return sums_of(hidden, _value(table))
+
+
+def _value(table):
+    """A variable's tensor: TensorFlow's custom gradients, run eagerly, take no variables."""
+    if keras.config.backend() != "tensorflow":
+        return ops.convert_to_tensor(table)
+    import tensorflow as tf
+
+    return tf.convert_to_tensor(ops.convert_to_tensor(table))
 
 
 @functools.cache
