@@ -176,7 +176,10 @@ class _ChunkSettings:
         if not gradients:
             return sums, None
         is_label = ops.equal(ops.arange(logits.shape[-1], dtype="int32"), labels)
-        gradient = soft * self.temperature * (ops.exp(scaled) - target) + hard * ops.exp(log_p)
+        if self.temperature == 1:
+            gradient = shares * ops.exp(log_p) - soft * target
+        else:
+            gradient = soft * self.temperature * (ops.exp(scaled) - target) + hard * ops.exp(log_p)
         gradient = ops.where(is_label, gradient - hard, gradient)
         return sums, before_cap(gradient, logits, self.cap)
 

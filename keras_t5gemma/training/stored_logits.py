@@ -153,8 +153,8 @@ class _TopLogitsReader(keras.Model):
         chunks = Chunks(by_token[0].shape, self.vocabulary_size, CHUNK_BYTES)
 
         def of_chunk(chunk):
-            (logits,) = self._teacher.reads.by_token(chunk, *shared)
-            logits = ops.cast(logits, "float32")
+            reads = self._teacher.reads
+            logits = reads.logits(*reads.by_token(chunk, *shared))
             top, ids = ops.top_k(logits, self.top_k)
             return ops.cast(ids, "int32"), top, ops.logsumexp(logits / self._temperature, axis=-1)
 

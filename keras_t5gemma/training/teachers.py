@@ -7,6 +7,7 @@ import keras
 import keras_hub
 from keras import ops
 
+from keras_t5gemma.layers.attention import soft_cap
 from keras_t5gemma.objectives.teacher_view import PADDING_MASK, POSITIONS, TOKEN_IDS
 from keras_t5gemma.training.losses import chunk_logits
 
@@ -24,12 +25,16 @@ class Projection:
     cap: float | None
 
     def by_token(self, hidden, table):
-        """Logits [m, V] of hidden states [m, D] and a table [V, D]."""
-        return (chunk_logits(hidden, table, self.cap),)
+        """Logits before the cap [m, V] of hidden states [m, D] and a table [V, D]."""
+        return (chunk_logits(hidden, table, None),)
 
-    def divergence(self, log_p, temperature, logits):
+    def logits(self, raw):
+        """Capped ones."""
+        return soft_cap(raw, self.cap)
+
+    def divergence(self, log_p, temperature, raw):
         """See `Logits`."""
-        return Logits().divergence(log_p, temperature, logits)
+        return Logits().divergence(log_p, temperature, self.logits(raw))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +44,10 @@ class Logits:
     def by_token(self, logits):
         """Logits [m, V]."""
         return (logits,)
+
+    def logits(self, logits):
+        """In float32."""
+        return ops.cast(logits, "float32")
 
     def divergence(self, log_p, temperature, logits):
         """How far the student is from the teacher.
@@ -56,7 +65,7 @@ class Logits:
             ValueError: where the teacher has another vocabulary.
         """
         check_vocabulary(logits.shape[-1], log_p.shape[-1])
-        log_q = ops.log_softmax(ops.cast(logits, "float32") / temperature, axis=-1)
+        log_q = ops.log_softmax(self.logits(logits) / temperature, axis=-1)
         q = ops.exp(log_q)
         # A logit of minus infinity, which rules a token out, has no share of the divergence.
         return ops.sum(ops.where(q > 0, q * (log_q - log_p), 0.0), axis=-1, keepdims=True), q
