@@ -116,7 +116,7 @@ class T5GemmaSeq2SeqLM(Taught, Generates, keras_hub.models.Seq2SeqLM):
                 need the logits [B, T, V], which are not made otherwise.
             accumulation_steps: parts that a training step runs its batch in, one after the other, with memory for the
                 activations of one; the step is that of the whole batch, its mean over all target tokens included. On
-                several devices a part has as many rows as devices, or a multiple.
+                several devices a part needs a row or more for each.
             sampler: "greedy", "beam", "top_k", "top_p", "random", "contrastive" or a `keras_hub.samplers.Sampler`. Beam
                 search is this package's `BeamSampler`.
             **kwargs: what `keras.Model.compile` takes besides.
