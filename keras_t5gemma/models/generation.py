@@ -26,13 +26,8 @@ class Generates:
         encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
         encoder, decoder = self.backbone.encoder, self.backbone.decoder
         encoder_output = encoder(inputs["encoder_token_ids"], encoder_mask, training=False)
-
-        def step(ids, cache, index):
-            hidden, cache = decoder.step(ids, ops.ones_like(ids), cache, index)
-            return self.head(hidden), hidden, cache
-
         token_ids, mask = decode(
-            step,
+            self.decoding_step,
             self.sampler,
             token_ids,
             inputs["decoder_padding_mask"],
@@ -42,6 +37,11 @@ class Generates:
             model=self,
         )
         return {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}
+
+    def decoding_step(self, token_ids, cache, index):
+        """`(logits [B, T, V], hidden states [B, T, D], cache)` of the tokens [B, T] from position `index` on."""
+        hidden, cache = self.backbone.decoder.step(token_ids, ops.ones_like(token_ids), cache, index)
+        return self.head(hidden), hidden, cache
 
     def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
         """Generates from prompts.

@@ -181,10 +181,13 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             A list of B strings, or one string.
         """
         ids, mask = (_to_numpy(x[key]) for key in ("decoder_token_ids", "decoder_padding_mask"))
-        has_text = (ids < self.tokenizer.vocabulary_size()) & ~np.isin(ids, self.tokenizer.special_token_ids)
-        rows = zip(np.atleast_2d(ids), np.atleast_2d(mask.astype(bool) & has_text), strict=True)
+        rows = zip(np.atleast_2d(ids), np.atleast_2d(mask.astype(bool) & self.has_text(ids)), strict=True)
         texts = [self.tokenizer.detokenize(row[keep].tolist()) for row, keep in rows]
         return texts if ids.ndim > 1 else texts[0]
+
+    def has_text(self, ids):
+        """Which ids [...] stand for text: bool [...], False for special and turn tokens and beyond the vocabulary."""
+        return (ids < self.tokenizer.vocabulary_size()) & ~np.isin(ids, self.tokenizer.special_token_ids)
 
     def get_config(self):
         """The arguments to make this again."""

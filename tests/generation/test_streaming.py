@@ -1,0 +1,187 @@
+"""Streams: in all what `generate()` gives, piece by piece, with a program that is compiled once."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from keras import ops
+from peers import loud_inputs, tiny_config
+from tiny import loud_backbone
+from tiny_tokenizer import train_tiny_tokenizer
+
+from keras_t5gemma.generation.decode import resolve_sampler
+from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
+from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
+
+LENGTH = 21
+CONFIG = tiny_config(balanced=False, num_layers=2)
+PROMPT = {"encoder_text": "Why is the sky blue?", "decoder_text": "Because é"}
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A model with a tokenizer, whose answers are full of single bytes."""
+    tokenizer = T5GemmaTokenizer(proto=train_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"))
+    backbone = loud_backbone(tiny_config(balanced=False, num_layers=2, vocabulary_size=512))
+    return T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, 32, LENGTH))
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """A model for ids, greedy: one for all tests, since each compiles its programs anew."""
+    lm = T5GemmaSeq2SeqLM(loud_backbone(CONFIG))
+    lm.compile(optimizer=keras.optimizers.SGD(0.0), sampler="greedy")
+    return lm
+
+
+@pytest.fixture(scope="module")
+def whole(lm):
+    """What `generate()` gives for each of two prompts."""
+    return [generated(lm, row) for row in (0, 1)]
+
+
+def prompt(row=0):
+    inputs = loud_inputs(CONFIG, batch=3, encoder_length=11)
+    keep = inputs["encoder_padding_mask"][row] == 1
+    return {"encoder_token_ids": np.pad(inputs["encoder_token_ids"][row][keep], (0, 11 - keep.sum()))} | {
+        "encoder_padding_mask": np.pad(np.ones(keep.sum(), int), (0, 11 - keep.sum()))
+    }
+
+
+def generated(lm, row=0, stop_token_ids=None):
+    outputs = lm.generate(prompt(row), max_length=LENGTH, stop_token_ids=stop_token_ids)
+    return outputs["decoder_token_ids"][outputs["decoder_padding_mask"]].tolist()
+
+
+def test_joined_stream_is_what_generate_gives_under_each_seed(chatty):
+    def answers(run):
+        chatty.compile(sampler=keras_hub.samplers.RandomSampler(seed=5, temperature=0.7))
+        return [run() for _ in range(2)]
+
+    whole = answers(lambda: chatty.generate(PROMPT, max_length=LENGTH, stop_token_ids=(1,)))
+    pieces = answers(lambda: list(chatty.stream(PROMPT, max_length=LENGTH, stop_token_ids=(1,))))
+    assert [("").join(texts) for texts in pieces] == whole
+    assert whole[0] != whole[1]
+    for texts, text in zip(pieces, whole, strict=True):
+        assert all(texts)
+        assert len(texts) > 3
+        assert text.startswith("Because é")
+
+
+def test_stripped_stream_leaves_the_decoder_prompt_out(chatty):
+    chatty.compile(sampler="greedy")
+    whole = "".join(chatty.stream(PROMPT, max_length=LENGTH))
+    assert "".join(chatty.stream(PROMPT, max_length=LENGTH, strip_prompt=True)) == whole.removeprefix("Because é")
+    assert whole == chatty.generate(PROMPT, max_length=LENGTH)
+
+
+def test_stream_of_ids_ends_with_the_first_stop_id(lm, whole):
+    assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)) == whole[0]
+    assert len(whole[0]) == LENGTH
+    stop = whole[0][8]
+    stopped = list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=(stop,)))
+    assert stopped == whole[0][: whole[0].index(stop, 1) + 1]
+
+
+def test_chunks_grow_to_their_size_and_share_one_compiled_program(lm, whole, monkeypatch):
+    step, calls = lm.decoding_step, []
+
+    def counted(*arguments):
+        calls.append(1)
+        return step(*arguments)
+
+    monkeypatch.setattr(lm, "decoding_step", counted)
+    monkeypatch.setattr(lm, "_decoding_streams", {})
+    assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=4)) == whole[0]
+    compiled = len(calls)
+    for size in (1, 3, 100):
+        assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=size)) == whole[0]
+    # Where nothing is compiled, each token of the four streams is a call.
+    expected = 4 * (LENGTH - 1) if keras.config.backend() == "torch" else compiled
+    assert len(calls) == expected
+
+
+def test_stream_of_chunks_waits_for_no_later_chunk(lm, monkeypatch):
+    monkeypatch.setattr(lm, "sampler", Counting())
+    monkeypatch.setattr(lm, "_decoding_streams", {})
+    stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=4)
+    tokens_decoded = [int(ops.convert_to_numpy(lm.sampler.count.state)[0]) for _ in stream]
+    # <bos>, then 1, 2, 4, 4, 4, 4, 1.
+    assert tokens_decoded == [0, 1, 3, 3, *[7] * 4, *[11] * 4, *[15] * 4, *[19] * 4, 20]
+
+
+class Counting(keras_hub.samplers.GreedySampler):
+    """Greedy, with the tokens it chose so far in a variable."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = keras.random.SeedGenerator(0)
+        self.count.state.assign([0, 0])
+
+    def get_next_token(self, probabilities):
+        self.count.state.assign(self.count.state + ops.convert_to_tensor([1, 0], self.count.state.dtype))
+        return super().get_next_token(probabilities)
+
+
+def test_stream_given_up_or_broken_leaves_the_model_as_it_was(lm, whole):
+    stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)
+    taken = [next(stream) for _ in range(5)]
+    stream.close()
+    assert taken == whole[0][:5]
+
+    def broken(*_):
+        raise KeyboardInterrupt
+
+    stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)
+    assert [next(stream) for _ in range(2)] == whole[0][:2]
+    lm._decoding_stream(None)._advance, kept = broken, lm._decoding_stream(None)._advance
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    lm._decoding_stream(None)._advance = kept
+    assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)) == whole[0]
+    assert generated(lm) == whole[0]
+
+
+def test_two_streams_in_turn_and_training_in_between_keep_apart(lm, whole):
+    assert whole[0] != whole[1]
+    streams = [lm.stream(prompt(row), max_length=LENGTH, stop_token_ids=None, chunk_size=2) for row in (0, 1)]
+    got = [[], []]
+    for turn in range(LENGTH):
+        if turn == 4:
+            inputs = loud_inputs(CONFIG, batch=1)
+            lm.fit(inputs, inputs["decoder_token_ids"], verbose=0)  # needs gradients
+        for tokens, stream in zip(got, streams, strict=True):
+            tokens.append(next(stream))
+    assert got == whole
+
+
+def test_stream_follows_weights_that_change_and_variables_that_are_new():
+    lm = T5GemmaSeq2SeqLM(loud_backbone(CONFIG))
+    before = list(lm.stream(prompt(1), max_length=LENGTH, stop_token_ids=None))
+    lm.backbone.enable_lora(2)
+    for variable in lm.trainable_variables:
+        variable.assign(np.random.default_rng(1).normal(0, 0.3, variable.shape))
+    after = list(lm.stream(prompt(1), max_length=LENGTH, stop_token_ids=None))
+    assert before != after == generated(lm, 1)
+
+
+@pytest.mark.parametrize("sampler", ["beam", "contrastive"])
+def test_sampler_that_takes_tokens_back_is_refused_at_once(lm, sampler, monkeypatch):
+    monkeypatch.setattr(lm, "sampler", resolve_sampler(sampler))
+    with pytest.raises(ValueError, match=r"Use `generate\(\)`"):
+        lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"max_length": 0}, "max_length"),
+        ({"stop_token_ids": "auto"}, "preprocessor"),
+        ({"inputs": {"encoder_token_ids": [[5, 6], [7, 8]]}}, "one prompt at a time. Received: 2"),
+    ],
+)
+def test_stream_with_a_bad_argument_fails_before_its_first_step(lm, changed, named):
+    with pytest.raises(ValueError, match=named):
+        lm.stream(**{"inputs": prompt(), "max_length": LENGTH, "stop_token_ids": None, **changed})
