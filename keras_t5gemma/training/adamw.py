@@ -18,6 +18,11 @@ class AdamW(keras.optimizers.AdamW):
     `tf.distribute` strategy, Keras's own is at work.
     """
 
+    def _clip_gradients(self, grads):
+        if keras.config.backend() == "tensorflow" and self.global_clipnorm is not None:
+            grads = [_without_duplicates(grad) for grad in grads]
+        return super()._clip_gradients(grads)
+
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         update = {"tensorflow": _tensorflow_update, "torch": _torch_update}.get(keras.config.backend())
         dtypes = {keras.backend.standardize_dtype(x.dtype) for x in (*grads, *trainable_variables)}
@@ -33,6 +38,18 @@ def _is_distributed():
     import tensorflow as tf
 
     return tf.distribute.has_strategy()
+
+
+def _without_duplicates(grad):
+    """A lookup's gradient with one row an id: TensorFlow's norm would take the rows of a repeated id one by one."""
+    import tensorflow as tf
+
+    if not isinstance(grad, tf.IndexedSlices):
+        return grad
+    indices, rows = tf.unique(grad.indices)
+    return tf.IndexedSlices(
+        tf.math.unsorted_segment_sum(grad.values, rows, tf.size(indices)), indices, grad.dense_shape
+    )
 
 
 def _torch_update(optimizer, grads, variables, learning_rate):
