@@ -54,9 +54,46 @@ class BeamSampler(keras_hub.samplers.Sampler):
             int [B, L], the best sequence for each prompt.
         """
         del hidden_states
+        best = self.search(next, prompt, cache, index, mask, stop_token_ids=stop_token_ids, model=model)
+        return best["token_ids"][:, 0]
+
+    def search(
+        self,
+        next,
+        prompt,
+        cache,
+        index,
+        mask,
+        *,
+        stop_token_ids=None,
+        limits=None,
+        process=None,
+        log_probs=False,
+        model=None,
+    ):
+        """Searches, and gives all that was stored.
+
+        Args:
+            next: as for a call.
+            prompt: as for a call.
+            cache: as for a call.
+            index: as for a call.
+            mask: as for a call.
+            stop_token_ids: as for a call.
+            limits: int [B], the most tokens of an example's sequences; L where None.
+            process: `(log-probabilities [B*W, V], ids [B*W, L], index) -> scores [B*W, V]`, what processors make of a
+                step's log-probabilities, or None. As in `transformers`, scores need not add up to a whole.
+            log_probs: whether the tokens' log-probabilities are wanted, before processors and temperature.
+            model: as for a call.
+
+        Returns:
+            A dict of `token_ids`, int [B, W, L], the best sequence first, and, where wanted, `log_probs` [B, W, L].
+        """
         width, (batch, length) = self.num_beams, ops.shape(prompt)
         prompt_lengths = ops.sum(ops.cast(mask, "int32"), axis=1)
-        running = ops.repeat(ops.expand_dims(prompt, 1), width, axis=1)
+        running = {"token_ids": ops.repeat(ops.expand_dims(prompt, 1), width, axis=1)}
+        if log_probs:
+            running["log_probs"] = ops.zeros((batch, width, length), "float32")
         # All beams of an example are equal at first; only the first may be extended.
         scores = ops.tile(ops.convert_to_tensor([[0.0] + [_NO_BEAM] * (width - 1)], "float32"), (batch, 1))
         cache = tree.map_structure(lambda x: ops.repeat(x, width, axis=0), cache)
@@ -69,17 +106,16 @@ class BeamSampler(keras_hub.samplers.Sampler):
             return ops.any(state[-1])
 
         def body(running, cache, index, scores, stored, stored_scores, is_open):
-            logits, _, cache = next(ops.reshape(running, (-1, length)), cache, index)
-            log_probs = ops.log_softmax(ops.cast(logits, "float32") / self.temperature)
-            vocabulary_size = log_probs.shape[-1]
-            totals = ops.reshape(log_probs, (batch, width, vocabulary_size)) + ops.expand_dims(scores, 2)
-            totals, flat = ops.top_k(ops.reshape(totals, (batch, width * vocabulary_size)), kept)
-            flat = ops.cast(flat, "int32")
-            beams, tokens = flat // vocabulary_size, ops.cast(flat % vocabulary_size, running.dtype)
-
-            candidates = _gather(running, beams)
-            candidates = ops.slice_update(candidates, [0, 0, index], ops.expand_dims(tokens, 2))
-            stops = ops.logical_or(is_stop(tokens, stop_token_ids), ops.equal(index, length - 1))
+            ids = ops.reshape(running["token_ids"], (-1, length))
+            logits, _, cache = next(ids, cache, index)
+            logits = ops.cast(logits, "float32")
+            step_scores = ops.log_softmax(logits / self.temperature)
+            if process is not None:
+                step_scores = process(step_scores, ids, index)
+            totals, beams, candidates = _candidates(running, logits, step_scores, scores, index, kept)
+            tokens = ops.take(candidates["token_ids"], index, axis=2)
+            last = ops.equal(index, length - 1 if limits is None else ops.expand_dims(limits - 1, 1))
+            stops = ops.logical_or(is_stop(tokens, stop_token_ids), last)
 
             # Best W of those stored before and those that stop now; only the W best candidates may stop.
             generated = ops.cast(ops.expand_dims(ops.maximum(index + 1 - prompt_lengths, 1), 1), "float32")
@@ -90,7 +126,9 @@ class BeamSampler(keras_hub.samplers.Sampler):
             penalised = ops.where(ops.logical_and(stops, may_stop), penalised, _NO_BEAM)
             merged = ops.concatenate([stored_scores, penalised], axis=1)
             stored_scores, chosen = ops.top_k(merged, width)
-            stored = _gather(ops.concatenate([stored, candidates], axis=1), chosen)
+            stored = {
+                name: _gather(ops.concatenate([stored[name], x], axis=1), chosen) for name, x in candidates.items()
+            }
 
             # Best W of those that run on; where the prompt dictates the token, every beam just takes it.
             going = ops.where(stops, totals + _NO_BEAM, totals)
@@ -99,24 +137,61 @@ class BeamSampler(keras_hub.samplers.Sampler):
             scores = ops.where(forced, scores, going)
             parents = ops.take_along_axis(beams, ops.cast(chosen, "int32"), axis=1)
             parents = ops.where(forced, ops.arange(width, dtype="int32"), parents)
-            running = ops.where(ops.expand_dims(forced, 2), running, _gather(candidates, chosen))
+            running = {
+                name: ops.where(ops.expand_dims(forced, 2), running[name], _gather(x, chosen))
+                for name, x in candidates.items()
+            }
             order = ops.reshape(rows + parents, (-1,))
             cache = tree.map_structure(lambda x: ops.take(x, order, axis=0), cache)
 
             best_running = ops.max(scores, axis=1, keepdims=True) / generated**self.length_penalty
             improvable = ops.any(best_running > ops.min(stored_scores, axis=1, keepdims=True), axis=1)
             is_open = ops.logical_and(is_open, ops.logical_or(improvable, ops.squeeze(forced, 1)))
+            if limits is not None:
+                is_open = ops.logical_and(is_open, index + 1 < limits)
             return running, cache, index + 1, scores, stored, stored_scores, is_open
 
         index = ops.cast(index, "int32")
         is_open = ops.ones((batch,), dtype="bool")
         state = (running, cache, index, scores, running, stored_scores, is_open)
         state = self.run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=length - index)
-        return state[4][:, 0]
+        return state[4]
 
     def get_config(self):
         """The constructor's arguments."""
         return {**super().get_config(), "num_beams": self.num_beams, "length_penalty": self.length_penalty}
+
+
+def _candidates(running, logits, step_scores, scores, index, kept):
+    """The best extensions of an example's beams by one token.
+
+    Args:
+        running: the beams, a dict of `token_ids` and perhaps `log_probs`, [B, W, L] each.
+        logits: [B*W, V].
+        step_scores: [B*W, V], what each token adds to its beam's score.
+        scores: [B, W], of the beams.
+        index: the token's position.
+        kept: M, extensions of an example.
+
+    Returns:
+        `(scores, beams, candidates)`: [B, M], best first; the beams that they extend, int [B, M]; and the extended
+        beams, [B, M, L] each.
+    """
+    batch, width, _ = running["token_ids"].shape
+    vocabulary_size = logits.shape[-1]
+    totals = ops.reshape(step_scores, (batch, width, vocabulary_size)) + ops.expand_dims(scores, 2)
+    totals, flat = ops.top_k(ops.reshape(totals, (batch, width * vocabulary_size)), kept)
+    flat = ops.cast(flat, "int32")
+    beams, tokens = flat // vocabulary_size, flat % vocabulary_size
+    new = {"token_ids": ops.cast(tokens, running["token_ids"].dtype)}
+    if "log_probs" in running:
+        log_probs = ops.reshape(ops.log_softmax(logits), (batch, width * vocabulary_size))
+        new["log_probs"] = ops.take_along_axis(log_probs, flat, axis=1)
+    candidates = {
+        name: ops.slice_update(_gather(running[name], beams), [0, 0, index], ops.expand_dims(x, 2))
+        for name, x in new.items()
+    }
+    return totals, beams, candidates
 
 
 def _gather(sequences, beams):

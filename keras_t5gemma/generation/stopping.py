@@ -11,7 +11,7 @@ def is_stop(token_ids, stop_token_ids):
     return stops
 
 
-def output_mask(token_ids, prompt_mask, stop_token_ids):
+def output_mask(token_ids, prompt_mask, stop_token_ids, limits=None):
     """Which positions of generated sequences belong to the result.
 
     With 1 as stop id, `P` a prompt's position and `.` anything:
@@ -24,10 +24,12 @@ def output_mask(token_ids, prompt_mask, stop_token_ids):
         token_ids: int [B, L].
         prompt_mask: bool [B, L], True at prompt tokens; stop ids there end nothing.
         stop_token_ids: ids, or None to keep every position.
+        limits: int [B], the most tokens of a row; L where None.
 
     Returns:
         bool [B, L], True up to and with the first stop id after the prompt.
     """
     stops = ops.logical_and(is_stop(token_ids, stop_token_ids), ops.logical_not(prompt_mask))
     stops = ops.cast(stops, "int32")
-    return ops.equal(ops.cumsum(stops, axis=1) - stops, 0)
+    mask = ops.equal(ops.cumsum(stops, axis=1) - stops, 0)
+    return mask if limits is None else ops.logical_and(mask, ops.arange(mask.shape[1]) < ops.expand_dims(limits, 1))

@@ -1,49 +1,78 @@
 """What a T5Gemma generates from prompts."""
 
+from functools import partial
+
 import keras
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.generation.decode import decode
+from keras_t5gemma.generation.decode import Control, check_sampler, decode
+from keras_t5gemma.generation.processors import Request, check_processors
+from keras_t5gemma.generation.program import Program
+from keras_t5gemma.generation.random_sampler import seeded
 from keras_t5gemma.models.inputs import prompt_arrays, result_arrays
+
+# Programs for different options that are kept; the oldest goes first. More are a sign of options made anew each time.
+_MOST_PROGRAMS = 64
 
 
 class Generates:
     """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone`, a `head` and perhaps a `preprocessor`."""
 
-    def generate_step(self, inputs, stop_token_ids=None):
+    def compile(self, *args, **kwargs):
+        """Forgets the programs of the sampler before."""
+        super().compile(*args, **kwargs)
+        self._generate_programs = {}
+
+    def generate_step(self, inputs, stop_token_ids=None, control=None):
         """Generates for one batch of arrays; compiled as a whole where the backend compiles.
 
         Args:
             inputs: `encoder_token_ids` and `encoder_padding_mask` [B, S]; `decoder_token_ids` and
                 `decoder_padding_mask` [B, L], prompts padded on the right; optionally `prefill` [P], whose length says
-                how many positions to run at once before the loop.
+                how many positions to run at once before the loop; optionally `limits` [B], the most tokens of each row.
             stop_token_ids: ids that end a row, or None.
+            control: a `Control`, to ask for more than `stop_token_ids`, and instead of them.
 
         Returns:
-            `{"decoder_token_ids", "decoder_padding_mask"}`, both [B, L].
+            `{"decoder_token_ids", "decoder_padding_mask"}`, both [B n, L], n samples for each prompt, and `log_probs`
+            where the control asks for them.
         """
         encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
         encoder, decoder = self.backbone.encoder, self.backbone.decoder
         encoder_output = encoder(inputs["encoder_token_ids"], encoder_mask, training=False)
-        token_ids, mask = decode(
+        token_ids, mask, log_probs = decode(
             self.decoding_step,
             self.sampler,
             token_ids,
             inputs["decoder_padding_mask"],
             decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1]),
             prefill=inputs["prefill"].shape[0] if "prefill" in inputs else 0,
-            stop_token_ids=stop_token_ids,
+            limits=inputs.get("limits"),
+            control=control or Control(stop_token_ids),
             model=self,
         )
-        return {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}
+        outputs = {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}
+        return outputs if log_probs is None else {**outputs, "log_probs": log_probs}
 
     def decoding_step(self, token_ids, cache, index):
         """`(logits [B, T, V], hidden states [B, T, D], cache)` of the tokens [B, T] from position `index` on."""
         hidden, cache = self.backbone.decoder.step(token_ids, ops.ones_like(token_ids), cache, index)
         return self.head(hidden), hidden, cache
 
-    def generate(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False):
+    def generate(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        *,
+        max_new_tokens=None,
+        processors=(),
+        num_samples=None,
+        seed=None,
+        return_log_probs=False,
+    ):
         """Generates from prompts.
 
         Args:
@@ -56,36 +85,73 @@ class Generates:
             stop_token_ids: ids that end a sequence; "auto" for the tokenizer's `<eos>` and `<end_of_turn>`; None to
                 always fill `max_length`.
             strip_prompt: leave the decoder prompt out of the result.
+            max_new_tokens: instead of `max_length`, how many tokens may follow the decoder prompt: an integer, or one a
+                prompt.
+            processors: logits processors, applied in this order: `RepetitionPenalty`, `NoRepeatNgrams`,
+                `ForbiddenTokens`, `MinimumLength`, `ForcedTokens`, or any callable `(logits, sequences) -> logits`.
+                Each new set is compiled; equal ones share a program.
+            num_samples: n, results for each prompt, which is read once: draws of a sampler that is random, or the n
+                best of a beam search, the best first.
+            seed: an integer that this call's random draws depend on and nothing else; later calls go on as if there
+                had been none.
+            return_log_probs: whether to return each token's log-probability too, that of the model alone, before
+                processors and temperature, as `score` gives it.
 
         Returns:
             A string or a list of strings; without a preprocessor a dict of `decoder_token_ids` and
-            `decoder_padding_mask`, arrays [B, L]. Without B for a single prompt.
+            `decoder_padding_mask`, arrays [B, L]. Without B for a single prompt. With `num_samples` a list of n strings
+            in place of each string, and arrays [B, n, L]. With `return_log_probs` always a dict, with `log_probs` as an
+            array in nats, 0 where nothing was generated, and with a preprocessor the strings as `text`.
 
         Raises:
-            ValueError: for an empty or over-long prompt, ids outside the vocabulary, a `max_length` too short.
+            ValueError: for an empty or over-long prompt, ids outside the vocabulary, a `max_length` too short, or
+                options that are out of range, contradict each other or that the sampler cannot meet.
         """
-        stop_token_ids = self._stop_token_ids(stop_token_ids)
+        if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
+            raise ValueError(f"`num_samples` must be a positive integer, or None. Received: {num_samples!r}.")
+        options = {"processors": processors, "num_samples": num_samples or 1, "log_probs": bool(return_log_probs)}
+        options["stop_token_ids"] = self._stop_token_ids(stop_token_ids)
         batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]
-        results = [self._generate_batch(batch, max_length, stop_token_ids, strip_prompt) for batch in batches]
-        if len(results) == 1:
-            return results[0]
-        if self.preprocessor is None:
-            return {name: np.concatenate([result[name] for result in results]) for name in results[0]}
-        return [text for texts in results for text in texts]
+        with seeded(self.sampler, seed):
+            results = [
+                self._generate_batch(batch, max_length, max_new_tokens, strip_prompt, num_samples is not None, options)
+                for batch in batches
+            ]
+        return results[0] if len(results) == 1 else _joined(results)
 
-    def _generate_batch(self, batch, max_length, stop_token_ids, strip_prompt):
+    def _generate_batch(self, batch, max_length, max_new_tokens, strip_prompt, several, options):
         if self.preprocessor is not None:
             batch = self.preprocessor.generate_preprocess(batch, sequence_length=max_length)
-        prompts = prompt_arrays(batch, max_length, self.backbone.config.vocabulary_size)
-        generate_function = self.make_generate_function()
-        # `prefill` is no batch: its length is all there is to it.
-        inputs = {name: x if name == "prefill" else _distribute(x) for name, x in prompts.items()}
-        outputs = generate_function(inputs, stop_token_ids=stop_token_ids)
+        vocabulary_size = self.backbone.config.vocabulary_size
+        prompts = prompt_arrays(batch, max_length, vocabulary_size, max_new_tokens)
+        limits = prompts.get("limits", prompts["decoder_token_ids"].shape[1])
+        rooms = limits - prompts["decoder_padding_mask"].sum(axis=1)
+        check_processors(options["processors"], Request(vocabulary_size, rooms, options["stop_token_ids"]))
+        control = Control(**{**options, "processors": tuple(options["processors"])})
+        check_sampler(self.sampler, control, vocabulary_size)
+        outputs = self._generate_program(control)(distributed(prompts))
         outputs = {name: ops.convert_to_numpy(x) for name, x in outputs.items()}
         outputs = result_arrays(outputs, prompts, strip_prompt)
+        if self.preprocessor is not None:
+            texts = self.preprocessor.generate_postprocess(outputs)
+            outputs = {"text": np.array(texts, object), **outputs}
+        if several:
+            outputs = {name: x.reshape(-1, control.num_samples, *x.shape[1:]) for name, x in outputs.items()}
         if np.ndim(batch["encoder_token_ids"]) == 1:
             outputs = {name: x[0] for name, x in outputs.items()}
-        return outputs if self.preprocessor is None else self.preprocessor.generate_postprocess(outputs)
+        if self.preprocessor is not None:
+            text = outputs["text"]
+            outputs["text"] = text.tolist() if isinstance(text, np.ndarray) else text
+        return outputs["text"] if self.preprocessor is not None and not control.log_probs else outputs
+
+    def _generate_program(self, control):
+        programs = self._generate_programs
+        if control not in programs:
+            if len(programs) == _MOST_PROGRAMS:
+                del programs[next(iter(programs))]
+            step = partial(self.generate_step, control=control)
+            programs[control] = Program(step, self, seeds=self.sampler.variables)
+        return programs[control]
 
     def _stop_token_ids(self, stop_token_ids):
         if stop_token_ids is None:
@@ -105,10 +171,28 @@ class Generates:
         return ids
 
 
-def _distribute(x):
-    """Puts an array where the active `keras.distribution` wants the batch; as it is where there is none."""
+def distributed(arrays):
+    """A dict of arrays put where the active `keras.distribution` wants the batch; as it is where there is none."""
     distribution = keras.distribution.distribution()
     if distribution is None:
-        return x
-    x = ops.convert_to_tensor(x)
-    return keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape))
+        return arrays
+    # `prefill` is no batch: its length is all there is to it.
+    batch = {name: ops.convert_to_tensor(x) for name, x in arrays.items() if name != "prefill"}
+    layouts = {name: distribution.get_data_layout(x.shape) for name, x in batch.items()}
+    return {**arrays, **{name: keras.distribution.distribute_tensor(x, layouts[name]) for name, x in batch.items()}}
+
+
+def _joined(results):
+    """The results of several batches as one, arrays of different length filled up with zeros."""
+    if isinstance(results[0], list):
+        return [text for texts in results for text in texts]
+    joined = {}
+    for name in results[0]:
+        parts = [result[name] for result in results]
+        if name == "text":
+            joined[name] = _joined(parts)
+            continue
+        width = max(part.shape[-1] for part in parts)
+        parts = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in parts]
+        joined[name] = np.concatenate(parts)
+    return joined

@@ -92,7 +92,7 @@ def split_rows(x, y, sample_weight, fraction):
     return part(slice(cut)), part(slice(cut, None))
 
 
-def prompt_arrays(inputs, max_length, vocabulary_size):
+def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
     """The arrays one decoding run takes, from token ids.
 
     Args:
@@ -100,15 +100,17 @@ def prompt_arrays(inputs, max_length, vocabulary_size):
             [T]; `<bos>` where left out) and `decoder_padding_mask`.
         max_length: L, the length of the result; T where None.
         vocabulary_size: V.
+        max_new_tokens: instead of `max_length`, how many tokens may follow the prompt: an integer, or one a row.
 
     Returns:
         A dict of int32 arrays: `encoder_token_ids`, `encoder_padding_mask` [B, S]; `decoder_token_ids`,
         `decoder_padding_mask` [B, L], prompts moved to the left; `prefill` [P], where P is 0 or a power of two that
-        covers the positions that are prompt in every row, so that few programs are compiled.
+        covers the positions that are prompt in every row, so that few programs are compiled; with `max_new_tokens`
+        also `limits` [B], the most tokens of each row.
 
     Raises:
-        ValueError: for ids outside the vocabulary, shapes that do not fit, an empty prompt, or a `max_length` shorter
-            than a prompt.
+        ValueError: for ids outside the vocabulary, shapes that do not fit, an empty prompt, a `max_length` shorter
+            than a prompt, or `max_new_tokens` that are not positive, not one a row or given beside `max_length`.
     """
     if not isinstance(inputs, Mapping) or "encoder_token_ids" not in inputs:
         keys = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
@@ -130,6 +132,10 @@ def prompt_arrays(inputs, max_length, vocabulary_size):
     if not lengths.all():
         raise ValueError("`decoder_token_ids` has an empty row; a decoder prompt holds at least `<bos>`.")
     length = decoder_ids.shape[1] if max_length is None else max_length
+    limits = {}
+    if max_new_tokens is not None:
+        limits = {"limits": _limits(lengths, max_length, max_new_tokens)}
+        length = int(limits["limits"].max())
     if lengths.max() > length:
         raise ValueError(
             f"`max_length` counts the decoder prompt too, and the longest here has {lengths.max()} tokens. Received: "
@@ -146,6 +152,7 @@ def prompt_arrays(inputs, max_length, vocabulary_size):
         "decoder_token_ids": token_ids,
         "decoder_padding_mask": mask,
         "prefill": np.zeros((prefill,), "int32"),
+        **limits,
     }
 
 
@@ -153,19 +160,102 @@ def result_arrays(outputs, prompts, strip_prompt):
     """The generated sequences as arrays: ids with padding zeroed, and their mask.
 
     Args:
-        outputs: `decoder_token_ids`, `decoder_padding_mask` [B, L] as generated.
+        outputs: `decoder_token_ids`, `decoder_padding_mask` [B n, L] as generated, n samples for each prompt, and
+            perhaps `log_probs`.
         prompts: what `prompt_arrays` gave.
         strip_prompt: drop the prompts and move what follows to the left.
 
     Returns:
-        A dict of `decoder_token_ids` int32 and `decoder_padding_mask` bool, both [B, L].
+        A dict of `decoder_token_ids` int32, `decoder_padding_mask` bool, and perhaps `log_probs` float32, which are 0
+        where nothing was generated, all [B n, L].
     """
-    token_ids, mask = outputs["decoder_token_ids"], outputs["decoder_padding_mask"].astype(bool)
-    if strip_prompt:
-        mask = mask & (prompts["decoder_padding_mask"] == 0)
-        order = np.argsort(~mask, axis=1, kind="stable")
-        token_ids, mask = np.take_along_axis(token_ids, order, 1), np.take_along_axis(mask, order, 1)
-    return {"decoder_token_ids": np.where(mask, token_ids, 0).astype("int32"), "decoder_padding_mask": mask}
+    mask = outputs["decoder_padding_mask"].astype(bool)
+    samples = len(mask) // len(prompts["decoder_padding_mask"])
+    generated = mask & np.repeat(prompts["decoder_padding_mask"] == 0, samples, axis=0)
+    results = {"decoder_token_ids": np.where(mask, outputs["decoder_token_ids"], 0).astype("int32")}
+    results["decoder_padding_mask"] = mask
+    if "log_probs" in outputs:
+        results["log_probs"] = np.where(generated, outputs["log_probs"], 0).astype("float32")
+    return {name: moved_to_the_left(x, generated) for name, x in results.items()} if strip_prompt else results
+
+
+def moved_to_the_left(x, keep):
+    """Rows [B, L] with what `keep`, bool [B, L], shows moved to the left, and zeros after it."""
+    order = np.argsort(~keep, axis=1, kind="stable")
+    return np.take_along_axis(np.where(keep, x, np.zeros_like(x)), order, 1)
+
+
+def scoring_arrays(prompts, targets, vocabulary_size):
+    """The arrays of one teacher-forced pass over prompts and what follows them.
+
+    Args:
+        prompts: what `prompt_arrays` gave.
+        targets: rows of ids that follow the prompts: a list or array of B rows of any length, a single row where B is
+            1, or a dict of `decoder_token_ids` and `decoder_padding_mask` [B, M] as `generate(strip_prompt=True)`
+            gives.
+        vocabulary_size: V.
+
+    Returns:
+        `(arrays, lengths)`: the model's four inputs and `labels`, `label_mask` [B, T], True at targets, T a power of
+        two from 16 on; and the targets' lengths, int [B].
+
+    Raises:
+        ValueError: where targets are not as described, empty, or hold ids outside the vocabulary.
+    """
+    batch = len(prompts["decoder_token_ids"])
+    if not isinstance(targets, Mapping) and (isinstance(targets, str) or not len(targets)):
+        raise ValueError(f"`targets` must be rows of ids, or a dict of them and their mask. Received: {targets!r}.")
+    if isinstance(targets, Mapping):
+        ids, mask = _ids_and_mask(targets, "decoder", None)
+        targets = [row[keep != 0] for row, keep in zip(ids, mask, strict=True)]
+    elif np.ndim(targets[0]) == 0:
+        targets = [targets]
+    rows = [np.asarray(row) for row in targets]
+    if len(rows) != batch:
+        raise ValueError(f"`targets` must have a row a prompt, {batch}. Received: {len(rows)} rows.")
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
+            raise ValueError(
+                f"`targets` must have rows of at least one integer. Received in row {i}: shape {row.shape}, dtype "
+                f"{row.dtype}."
+            )
+        if row.min() < 0 or row.max() >= vocabulary_size:
+            raise ValueError(
+                f"`targets` must be in [0, {vocabulary_size}), the backbone's vocabulary. Received in row {i}: ids "
+                f"from {row.min()} to {row.max()}."
+            )
+    lengths = np.array([len(row) for row in rows])
+    starts = prompts["decoder_padding_mask"].sum(axis=1)
+    width = max(16, 1 << (int((starts + lengths).max()) - 2).bit_length())  # few lengths, few programs
+    ids, mask = np.zeros((batch, width + 1), "int32"), np.zeros((batch, width + 1), "int32")
+    for row, (start, target) in enumerate(zip(starts, rows, strict=True)):
+        ids[row, :start], ids[row, start : start + len(target)] = prompts["decoder_token_ids"][row, :start], target
+        mask[row, : start + len(target)] = 1
+    label_mask = (mask == 1) & (np.arange(width + 1) >= starts[:, None])
+    # The last token of a row is a label only; as an input it would be seen by nothing, and is left out.
+    inputs = mask[:, :-1] * mask[:, 1:]
+    return {
+        **{name: prompts[name] for name in ("encoder_token_ids", "encoder_padding_mask")},
+        "decoder_token_ids": ids[:, :-1] * inputs,
+        "decoder_padding_mask": inputs,
+        "labels": ids[:, 1:],
+        "label_mask": label_mask[:, 1:],
+    }, lengths
+
+
+def _limits(lengths, max_length, max_new_tokens):
+    """int32 [B]: the most tokens of rows whose prompts have these lengths."""
+    if max_length is not None:
+        raise ValueError(
+            f"`max_new_tokens` and `max_length` both limit the result: pass one of them. Received: "
+            f"max_new_tokens={max_new_tokens!r}, max_length={max_length!r}."
+        )
+    new = np.asarray(max_new_tokens)
+    if not np.issubdtype(new.dtype, np.integer) or new.shape not in ((), lengths.shape) or new.min() < 1:
+        raise ValueError(
+            f"`max_new_tokens` must be a positive integer, or one a row, {len(lengths)}. Received: {max_new_tokens!r}."
+        )
+    return (lengths + new).astype("int32")
 
 
 def _ids_and_mask(inputs, side, default):
