@@ -1,0 +1,126 @@
+"""Texts as vectors: the encoder's output, pooled."""
+
+import contextlib
+import sys
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+from keras import ops
+
+from keras_t5gemma.generation.program import Program
+from keras_t5gemma.models.inputs import check_token_ids
+from keras_t5gemma.text.packing import Packer, bucket, pad_rows
+
+POOLINGS = ("mean", "last")
+
+
+class Embeds:
+    """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone` and perhaps a `preprocessor`."""
+
+    def embed(self, inputs, pooling="mean", *, batch_size=32, progress=False):
+        """The encoder's representation of each text, in one vector.
+
+        Texts are sorted by length and padded, in batches, to 16, 32, 64, ... tokens, so that a short one does not pay
+        for a long one and few programs are compiled. Neither changes a text's vector.
+
+        Args:
+            inputs: with a preprocessor a text or a list of them, which the encoder reads as in `generate` (in turns,
+                where the preprocessor is for chats). Without one a list of N rows of ids, of any length, an array
+                [N, S], or a dict of `encoder_token_ids` and `encoder_padding_mask` [N, S].
+            pooling: "mean" of all tokens, or "last" for that of the last one, which in arXiv 2504.06225 stands for the
+                whole text in classification. Padding has no part in either.
+            batch_size: texts that are encoded at once, at most.
+            progress: whether to show a progress bar.
+
+        Returns:
+            float32 [N, D of the encoder], in the order of the inputs; without N for a single text.
+
+        Raises:
+            ValueError: where there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
+                or `batch_size` is none of these.
+        """
+        if pooling not in POOLINGS:
+            raise ValueError(f"`pooling` must be one of {', '.join(map(repr, POOLINGS))}. Received: {pooling!r}.")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"`batch_size` must be a positive integer. Received: {batch_size!r}.")
+        rows, batched, limit = self._encoder_rows(inputs)
+        if pooling not in self._embed_programs:
+            self._embed_programs[pooling] = Program(partial(self._pooled, pooling=pooling), self)
+        vectors = np.zeros((len(rows), self.backbone.config.encoder.hidden_dim), "float32")
+        # The longest first: memory that does not suffice is known at once.
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        with _progress_bar(len(rows), progress) as advance:
+            for start in range(0, len(order), batch_size):
+                chosen = order[start : start + batch_size]
+                arrays = _batch([rows[i] for i in chosen], limit, batch_size)
+                vectors[chosen] = ops.convert_to_numpy(self._embed_programs[pooling](*arrays))[: len(chosen)]
+                advance(len(chosen))
+        return vectors if batched else vectors[0]
+
+    def compile(self, *args, **kwargs):
+        """Forgets the programs, for which `run_eagerly` and `jit_compile` may have changed."""
+        super().compile(*args, **kwargs)
+        self._embed_programs = {}
+
+    def _pooled(self, token_ids, mask, pooling):
+        """float32 [B, D] of int [B, S] and a mask of padding on the right; zeros where all of a row is padding."""
+        output = ops.cast(self.backbone.encoder(token_ids, mask, training=False), "float32")
+        counts = ops.sum(mask, axis=1)
+        if pooling == "mean":
+            weights = ops.cast(mask, "float32") / ops.cast(ops.maximum(counts, 1), "float32")[:, None]
+        else:
+            weights = ops.one_hot(counts - 1, mask.shape[1], dtype="float32")
+        # Not as a product with the mask: what stands at padding must not matter, were it NaN.
+        output = ops.where(ops.expand_dims(mask, 2) != 0, output, 0.0)
+        return ops.einsum("bs,bsd->bd", weights, output)
+
+    def _encoder_rows(self, inputs):
+        """`(rows of ids without padding, whether there may be several, the most ids of a row)`."""
+        if self.preprocessor is not None:
+            packer = Packer(self.preprocessor.tokenizer, self.preprocessor.chat, self.preprocessor.truncate)
+            limit = self.preprocessor.encoder_sequence_length
+            return *packer.prompts(inputs, limit), limit
+        return *_token_rows(inputs, self.backbone.config.vocabulary_size), sys.maxsize
+
+
+def _token_rows(inputs, vocabulary_size):
+    """`(rows, whether there may be several)` of token ids."""
+    masks = None
+    if isinstance(inputs, Mapping):
+        inputs, masks = inputs["encoder_token_ids"], inputs.get("encoder_padding_mask")
+    if isinstance(inputs, str) or not len(inputs):
+        raise ValueError(
+            f"Without a preprocessor `inputs` must be rows of token ids, at least one. Received: {inputs!r}."
+        )
+    batched = np.ndim(inputs[0]) > 0
+    rows = [np.asarray(row) for row in (inputs if batched else [inputs])]
+    if masks is not None:
+        rows = [row[keep != 0] for row, keep in zip(rows, np.reshape(masks, (len(rows), -1)), strict=True)]
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or not row.size:
+            raise ValueError(f"`inputs`[{i}] must be a row of token ids that is not empty. Received: {row!r}.")
+    check_token_ids({"encoder_token_ids": np.concatenate(rows)}, vocabulary_size)
+    return rows, batched
+
+
+def _batch(rows, limit, batch_size):
+    """Ids and mask, int32 [B, S]; B is `batch_size`, or for fewer rows the next power of two, to compile little."""
+    ids, mask = pad_rows(rows, bucket(len(rows[0]), limit), pad_id=0)
+    size = min(batch_size, 1 << (len(rows) - 1).bit_length())
+    return tuple(np.pad(array, ((0, size - len(rows)), (0, 0))) for array in (ids, mask))
+
+
+@contextlib.contextmanager
+def _progress_bar(total, show):
+    """Yields a function to call with each number of texts done."""
+    if not show:
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as display:
+        task = display.add_task("Embedding", total=total)
+        yield lambda count: display.advance(task, count)
