@@ -6,11 +6,11 @@ from typing import Annotated
 import typer
 
 from keras_t5gemma.cli.checkpoint_verbs import add_checkpoint_verbs
-from keras_t5gemma.cli.options import BackendOption, DtypeOption, Model
+from keras_t5gemma.cli.generation import generate
+from keras_t5gemma.cli.options import BackendOption
 from keras_t5gemma.cli.session import (
     check_free,
     first_free,
-    load_model,
     one_line_errors,
     use_backend,
     wide_console,
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 add_checkpoint_verbs(app)
 add_training_verbs(app)
+app.command()(generate)
 
 
 @app.command()
@@ -64,20 +65,3 @@ def presets():
         count = parameter_count(T5GemmaConfig(STACKS[preset.encoder], STACKS[preset.decoder]))
         table.add_row(preset.name, f"{count:,}", preset.hf_handle, end_section=preset.name.endswith("prefixlm_it"))
     wide_console().print(table)
-
-
-@app.command()
-def generate(
-    model: Model,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What the encoder reads, a text each.")],
-    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an answer, at most.")] = 128,
-    sampler: Annotated[str, typer.Option(help="greedy, beam, top_k, top_p, random or contrastive.")] = "greedy",
-    dtype: DtypeOption = None,
-    backend: BackendOption = None,
-):
-    """Print the model's answer to each prompt."""
-    with one_line_errors():
-        lm = load_model(model, dtype, backend)
-        lm.compile(sampler=sampler)
-        for answer in lm.generate(prompts, max_length=max_length):
-            typer.echo(answer)

@@ -11,6 +11,7 @@ from keras import ops
 from keras_t5gemma.generation.program import Program
 from keras_t5gemma.models.inputs import check_token_ids
 from keras_t5gemma.text.packing import Packer, bucket, pad_rows
+from keras_t5gemma.text.progress import text_progress
 
 POOLINGS = ("mean", "last")
 
@@ -50,12 +51,13 @@ class Embeds:
         vectors = np.zeros((len(rows), self.backbone.config.encoder.hidden_dim), "float32")
         # The longest first: memory that does not suffice is known at once.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        with _progress_bar(len(rows), progress) as advance:
+        with text_progress("Embedding", len(rows)) if progress else contextlib.nullcontext() as advance:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
                 arrays = _batch([rows[i] for i in chosen], limit, batch_size)
                 vectors[chosen] = ops.convert_to_numpy(self._embed_programs[pooling](*arrays))[: len(chosen)]
-                advance(len(chosen))
+                if progress:
+                    advance(len(chosen))
         return vectors if batched else vectors[0]
 
     def compile(self, *args, **kwargs):
@@ -109,18 +111,3 @@ def _batch(rows, limit, batch_size):
     ids, mask = pad_rows(rows, bucket(len(rows[0]), limit), pad_id=0)
     size = min(batch_size, 1 << (len(rows) - 1).bit_length())
     return tuple(np.pad(array, ((0, size - len(rows)), (0, 0))) for array in (ids, mask))
-
-
-@contextlib.contextmanager
-def _progress_bar(total, show):
-    """Yields a function to call with each number of texts done."""
-    if not show:
-        yield lambda _: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as display:
-        task = display.add_task("Embedding", total=total)
-        yield lambda count: display.advance(task, count)
