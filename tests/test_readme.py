@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
+GENERATION = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+
 
 def blocks(language, text=README):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -72,6 +74,28 @@ def test_training_guide_with_tiny_models_runs_from_a_text_file_to_an_averaged_ch
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_generation_guide_with_a_tiny_model_gives_results_of_the_shapes_it_says(tiny_models):
+    name = "t5gemma_2b_2b_prefixlm_it"
+    code = "\n".join(blocks("python", GENERATION))
+    for full, tiny in (
+        (f'"{name}"', repr(tiny_models[name])),
+        ("=128", "=8"),
+        ("[64, 16]", "[7, 2]"),
+        ("235280", "99"),
+    ):
+        assert full in code
+        code = code.replace(full, tiny)
+    names = {}
+    exec(compile(code, "generation.md", "exec"), names)
+    assert all(isinstance(text, str) for text in names["answers"] + names["result"]["text"])
+    assert [len(texts) for texts in names["several"]] == [3, 3]
+    assert names["result"]["log_probs"].shape == names["result"]["decoder_token_ids"].shape == (2, 8)
+    assert names["best"].shape == (2,)
+    lm, prompts = names["lm"], names["prompts"]
+    begun = lm.score(prompts[0], "Air scatters blue light.", closed=False)
+    assert begun["log_likelihood"] > names["best"][0]  # an answer of which fewer tokens count
+
+
 def test_training_guides_recipe_is_good_and_says_what_its_python_says(tmp_path):
     (text,) = blocks("toml", TRAINING)
     (tmp_path / "my.toml").write_text(text, encoding="utf-8")
@@ -109,7 +133,9 @@ def test_preset_table_has_the_computed_sizes():
         assert [int(size) for size in sizes] == [n for stack in stacks for n in (stack.num_layers, stack.hidden_dim)]
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/generation.md"]
+)
 def test_links_between_pages_lead_somewhere(page):
     path = ROOT / page
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8"))
