@@ -11,7 +11,7 @@ from tiny_tokenizer import TEXTS, train_tiny_tokenizer
 from typer.testing import CliRunner
 
 from keras_t5gemma.cli import app
-from keras_t5gemma.cli.generation import read_prompts, write_answers
+from keras_t5gemma.cli.generation import read_prompts, sampler_of, write_answers
 
 SHORT = ("--max-length", "6")
 
@@ -121,15 +121,22 @@ def test_single_answer_is_streamed_and_the_same_as_among_others(model):
     assert len(alone.stdout) > 1
 
 
-def test_options_of_the_sampler_take_effect_and_go_to_a_file(model, tmp_path):
+def test_answers_drawn_with_a_seed_go_to_a_file(model, tmp_path):
     def answer(*options):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
         result = run(model, TEXTS[1][:20], *SHORT, "--out", out, *options)
         assert result.exit_code == 0, result.output
         return json.loads(out.read_text(encoding="utf-8"))["answer"]
 
-    draws = ("--temperature", "5", "--top-k", "400", "--top-p", "0.99", "--seed")
-    first, again, other = answer(*draws, 1), answer(*draws, 1), answer(*draws, 2)
-    assert first == again != other
-    assert answer("--num-beams", "3") != first
-    assert answer("--top-k", "1") == answer()
+    assert answer("--temperature", "5", "--seed", 1) != answer("--temperature", "5", "--seed", 2)
+
+
+def test_options_become_the_sampler_they_name():
+    assert sampler_of(None, None, None, None, None, None) == "greedy"
+    assert sampler_of("contrastive", None, None, None, None, None) == "contrastive"
+    assert sampler_of(None, 3, None, None, None, None).num_beams == 3
+    expected = {"temperature": 0.7, "k": 40, "p": 0.9, "seed": 5}
+    assert sampler_of(None, None, 0.7, 40, 0.9, 5).get_config() == expected
+    assert sampler_of(None, None, None, 40, None, None).get_config() == {"temperature": 1, "k": 40} | {
+        name: None for name in ("p", "seed")
+    }

@@ -49,7 +49,7 @@ def generate(
         if out is not None and out.exists():
             raise ValueError(f"{out} exists already. Choose another file, or remove it first.")
         lm = load_model(model, dtype, backend)
-        lm.compile(sampler=_sampler(sampler, num_beams, temperature, top_k, top_p, seed))
+        lm.compile(sampler=sampler_of(sampler, num_beams, temperature, top_k, top_p, seed))
         if out is not None:
             write_answers(lm, asked, out, max_length, batch_size)
         elif len(asked) == 1 and sampler not in _NOT_STREAMED and num_beams is None:
@@ -151,7 +151,8 @@ def _prompt(line, path):
         raise ValueError(f'{path}: a line is not {{"prompt": ...}} but {line[:80]!r}.') from error
 
 
-def _sampler(sampler, num_beams, temperature, top_k, top_p, seed):
+def sampler_of(sampler, num_beams, temperature, top_k, top_p, seed):
+    """What `compile(sampler=...)` takes, for options that pass `check_sampling`, None where not given."""
     import keras_t5gemma as kt
 
     if num_beams is not None:
