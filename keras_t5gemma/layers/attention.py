@@ -1,10 +1,14 @@
 """Grouped-query attention with soft caps, and the keys and values a decoding step keeps."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.layers.attention_blocks import in_blocks
 from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.masks import BlockMask
 from keras_t5gemma.layers.weights import as_rows, dense
 
 # Hidden logits become this before the softmax: far below any capped logit, and finite, so that a query that sees no key
@@ -56,6 +60,29 @@ def write_at(buffer, update, index):
     return ops.slice_update(buffer, [0, index] + [0] * (len(buffer.shape) - 2), update)
 
 
+def attend(query, key, value, visible, *, cap, dtype):
+    """Values, weighted by how well their keys answer the queries.
+
+    Args:
+        query: [B, T, K, G, H], scaled.
+        key: [B, S, K, H].
+        value: [B, S, K, H].
+        visible: bool [B, T, S], True where the query may see the key.
+        cap: soft cap on the logits, or None.
+        dtype: of the weights in their product with the values; the softmax is in float32.
+
+    Returns:
+        [B, T, K, G, H]; zeros for a query that sees no key.
+    """
+    logits = ops.cast(finite(ops.einsum("btkgh,bskh->bkgts", query, key)), "float32")
+    logits = soft_cap(logits, cap)
+    visible = ops.expand_dims(visible, (1, 2))
+    weights = ops.softmax(ops.where(visible, logits, _HIDDEN), axis=-1)
+    # A query that sees nothing has equal weights on everything here: make them the zeros they should be.
+    weights = ops.cast(ops.where(visible, weights, 0.0), dtype)
+    return ops.einsum("bkgts,bskh->btkgh", weights, value)
+
+
 class Attention(keras.layers.Layer):
     """Multi-head attention whose `N` query heads share `K` key and value heads in groups of `G = N / K`.
 
@@ -100,13 +127,13 @@ class Attention(keras.layers.Layer):
             key = rotate(key, angles)
         return {"key": finite(key), "value": finite(self._split_heads(self.value_dense(rows), source))}
 
-    def call(self, x, keys_values, mask, angles=None):
+    def call(self, x, keys_values, visible, angles=None):
         """Attends.
 
         Args:
             x: queries' input [B, T, D].
             keys_values: what `keys_values()` gave, or a cache of it.
-            mask: bool [B, T, S], True where the query may see the key.
+            visible: which keys each query may see, bool [B, T, S] or a `BlockMask`: what `visible_keys()` gave.
             angles: the queries' `rotary_angles`, or None in cross-attention.
 
         Returns:
@@ -121,13 +148,10 @@ class Attention(keras.layers.Layer):
         grouped = (batch, length, config.num_key_value_heads, groups, config.head_dim)
         # Scaled before the product, so that float16 has its range for it.
         query = ops.reshape(finite(query) * config.query_scale, grouped)
-        logits = ops.cast(finite(ops.einsum("btkgh,bskh->bkgts", query, keys_values["key"])), "float32")
-        logits = soft_cap(logits, config.attention_soft_cap)
-        mask = ops.expand_dims(mask, (1, 2))
-        weights = ops.softmax(ops.where(mask, logits, _HIDDEN), axis=-1)
-        # A query that sees nothing has equal weights on everything here: make them the zeros they should be.
-        weights = ops.cast(ops.where(mask, weights, 0.0), self.compute_dtype)
-        attended = ops.einsum("bkgts,bskh->btkgh", weights, keys_values["value"])
+        weigh = functools.partial(attend, cap=config.attention_soft_cap, dtype=self.compute_dtype)
+        if isinstance(visible, BlockMask):
+            weigh = functools.partial(in_blocks, weigh)
+        attended = weigh(query, keys_values["key"], keys_values["value"], visible)
         width = config.num_query_heads * config.head_dim
         output = self.output_dense(ops.reshape(attended, (-1, width)))
         return ops.reshape(output, (batch, length, config.hidden_dim))

@@ -56,14 +56,17 @@ class Block(keras.layers.Layer):
             norm.build(input_shape)
         self.built = True
 
-    def call(self, x, mask, angles, encoder=None, cache=None, index=None, training=None):
+    def call(
+        self, x, visible, angles, encoder_output=None, encoder_visible=None, cache=None, index=None, training=None
+    ):
         """Runs the block, and with a cache writes this call's keys and values into it.
 
         Args:
             x: [B, T, D].
-            mask: bool [B, T, S], who sees whom in self-attention; S is T, or the cache's length.
+            visible: who sees whom in self-attention, bool [B, T, S] or a `BlockMask`; S is T, or the cache's length.
             angles: `rotary_angles` of x's positions.
-            encoder: `(output [B, S, D], mask bool [B, T, S])` in a decoder; output may be None with a cache.
+            encoder_output: [B, S, D] of the encoder; None with a cache, or where there is no encoder.
+            encoder_visible: who sees whom in cross-attention; None where there is no encoder.
             cache: `{"self": {"key", "value"}, "cross": {"key", "value"}}`, or None.
             index: position of x's first token in the cache.
             training: whether dropout is on.
@@ -76,12 +79,11 @@ class Block(keras.layers.Layer):
         if cache is not None:
             keys_values = {name: write_at(cache["self"][name], keys_values[name], index) for name in keys_values}
             cache = {"self": keys_values, "cross": cache["cross"]}
-        attended = self.self_attention(normed, keys_values, mask, angles)
+        attended = self.self_attention(normed, keys_values, visible=visible, angles=angles)
         x = x + self.dropout(self.post_self_attention_norm(attended), training=training)
-        if encoder is not None:
-            output, encoder_mask = encoder
-            keys_values = self.cross_attention.keys_values(output) if cache is None else cache["cross"]
-            attended = self.cross_attention(self.pre_cross_attention_norm(x), keys_values, encoder_mask)
+        if encoder_visible is not None:
+            keys_values = self.cross_attention.keys_values(encoder_output) if cache is None else cache["cross"]
+            attended = self.cross_attention(self.pre_cross_attention_norm(x), keys_values, visible=encoder_visible)
             x = x + self.dropout(self.post_cross_attention_norm(attended), training=training)
         transformed = self.feed_forward(self.pre_feed_forward_norm(x))
         return x + self.dropout(self.post_feed_forward_norm(transformed), training=training), cache

@@ -1,6 +1,17 @@
-"""Who may attend to whom: boolean masks from distances and segment ids."""
+"""Who may attend to whom: boolean masks from distances and segment ids, whole or a block of queries at a time."""
 
+import dataclasses
+import typing
+
+import keras
 from keras import ops
+
+# Attention logits in memory at once, in bytes of float32: some three times as much is in use at a time. With the eight
+# heads of Small-Small, up to 2,048 positions of one example are within it. Memory for more grows with the length, not
+# with its square.
+BLOCK_BYTES = 2**27
+# Queries that are attended for at once, at least: with fewer, reading the keys would take longer than computing.
+SHORTEST_BLOCK = 128
 
 
 def attention_mask(query_segments, key_segments, *, query_start=0, causal=False, window=None):
@@ -42,3 +53,89 @@ def attention_mask(query_segments, key_segments, *, query_start=0, causal=False,
     if window is not None:
         visible = ops.logical_and(visible, ops.abs(distance) < window)
     return visible
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockMask:
+    """The mask of sequences so long that neither it nor the logits are to exist as a whole.
+
+    Attributes:
+        block: t, the length of the blocks in which queries are attended for.
+        query_segments: int [B, T].
+        key_segments: int [B, S].
+        query_start: as in `attention_mask`, like those that follow.
+        causal: whether a query sees no later key.
+        window: how far a query sees, or None.
+    """
+
+    block: int
+    query_segments: typing.Any
+    key_segments: typing.Any
+    query_start: typing.Any = 0
+    causal: bool = False
+    window: int | None = None
+
+    def run_of_keys(self, index):
+        """`(first, length)` of the keys among which are all that block `index` of the queries sees.
+
+        The length is the same for every block: with a window its own and the block's, else S.
+        """
+        keys = self.key_segments.shape[1]
+        if self.window is None:
+            return 0, keys
+        length = self.block + (self.window - 1) * (1 if self.causal else 2)
+        if length >= keys:
+            return 0, keys
+        first = index * self.block + self.query_start - (self.window - 1)
+        if isinstance(first, int):
+            return min(max(first, 0), keys - length), length
+        return ops.clip(first, 0, keys - length), length
+
+    def of_block(self, index, segments, first, length):
+        """Which of `length` keys from `first` on each query of a block may see.
+
+        Args:
+            index: which block, an int or a scalar tensor.
+            segments: int [B, t], the block's.
+            first: the first key.
+            length: s.
+
+        Returns:
+            bool [B, t, s].
+        """
+        return attention_mask(
+            segments,
+            ops.slice(self.key_segments, (0, first), (ops.shape(segments)[0], length)),
+            query_start=index * self.block + self.query_start - first,
+            causal=self.causal,
+            window=self.window,
+        )
+
+
+def visible_keys(heads, query_segments, key_segments, **kind):
+    """Which keys each query may see, in the form that attention of this size takes.
+
+    Args:
+        heads: N, of which each has logits of its own.
+        query_segments: int [B, T], the queries' segment ids.
+        key_segments: int [B, S], the keys'.
+        **kind: `query_start`, `causal` and `window` of `attention_mask`.
+
+    Returns:
+        bool [B, T, S], or for long sequences a `BlockMask`. Lengths that are not known, as when TensorFlow traces for
+        any length, are taken to be short.
+    """
+    (batch, queries), keys = query_segments.shape, key_segments.shape[1]
+    if queries is not None and keys is not None:
+        # An unknown batch counts as one example: its activations, too, need memory an example.
+        longest = max(SHORTEST_BLOCK, BLOCK_BYTES * _devices() // (4 * (batch or 1) * heads * keys))
+        if longest < queries:
+            blocks = -(-queries // longest)
+            return BlockMask(-(-queries // blocks), query_segments, key_segments, **kind)
+    return attention_mask(query_segments, key_segments, **kind)
+
+
+def _devices():
+    """How many devices share the work: on JAX, shapes are those of all of them together."""
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else distribution.device_mesh.devices.size

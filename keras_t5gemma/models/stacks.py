@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_t5gemma.layers.attention import rotary_angles, write_at
 from keras_t5gemma.layers.blocks import Block
-from keras_t5gemma.layers.masks import attention_mask
+from keras_t5gemma.layers.masks import visible_keys
 from keras_t5gemma.layers.norm import RMSNorm
 from keras_t5gemma.layers.rematerialization import rematerialized
 from keras_t5gemma.layers.weights import embedding
@@ -46,7 +46,9 @@ class Stack(keras.layers.Layer):
         self.final_norm.build(hidden_shape)
         self.built = True
 
-    def run(self, token_ids, key_segments, query_segments, *, start=0, encoder=None, caches=None, training=None):
+    def run(
+        self, token_ids, key_segments, query_segments, *, start=0, encoder=(None, None), caches=None, training=None
+    ):
         """The forward pass.
 
         Args:
@@ -54,7 +56,7 @@ class Stack(keras.layers.Layer):
             key_segments: int [B, S], segment ids of the positions attended to: the tokens' own, or a cache's.
             query_segments: int [B, T], segment ids of the tokens.
             start: position of the first token among the keys.
-            encoder: a decoder's `(output, mask)`, see `Block.call`.
+            encoder: a decoder's `(encoder_output, encoder_visible)`, see `Block.call`.
             caches: a cache a block, or None.
             training: whether dropout is on.
 
@@ -63,7 +65,8 @@ class Stack(keras.layers.Layer):
         """
         config = self.config
         masks = {
-            kind: attention_mask(
+            kind: visible_keys(
+                config.num_query_heads,
                 query_segments,
                 key_segments,
                 query_start=start,
@@ -83,19 +86,29 @@ class Stack(keras.layers.Layer):
             if self.rematerialize and training and cache is None:
                 x = _rematerialized(block, x, masks[kind], angles, encoder)
             else:
-                x, cache = block(x, masks[kind], angles, encoder=encoder, cache=cache, index=start, training=training)
+                x, cache = block(
+                    x,
+                    visible=masks[kind],
+                    angles=angles,
+                    encoder_output=encoder[0],
+                    encoder_visible=encoder[1],
+                    cache=cache,
+                    index=start,
+                    training=training,
+                )
             updated.append(cache)
         return self.final_norm(x), updated
 
 
-def _rematerialized(block, x, mask, angles, encoder):
+def _rematerialized(block, x, visible, angles, encoder):
     """[B, T, D]: a block in training, its activations not kept. Arguments as in `Block.call`."""
 
     def call(x, output=None):
-        encoder_now = None if encoder is None else (output, encoder[1])
-        return block(x, mask, angles, encoder=encoder_now, training=True)[0]
+        return block(
+            x, visible=visible, angles=angles, encoder_output=output, encoder_visible=encoder[1], training=True
+        )[0]
 
-    return rematerialized(call, block, x, *(() if encoder is None else encoder[:1]))
+    return rematerialized(call, block, x, *(() if encoder[0] is None else encoder[:1]))
 
 
 class Encoder(Stack):
@@ -138,7 +151,8 @@ class Decoder(Stack):
             [B, T, D].
         """
         segments = ops.cast(padding_mask, "int32")
-        encoder = (encoder_output, attention_mask(segments, ops.cast(encoder_padding_mask, "int32")))
+        encoder_segments = ops.cast(encoder_padding_mask, "int32")
+        encoder = (encoder_output, visible_keys(self.config.num_query_heads, segments, encoder_segments))
         x, _ = self.run(token_ids, segments, segments, encoder=encoder, training=training)
         return x
 
@@ -187,7 +201,7 @@ class Decoder(Stack):
         """
         segments = ops.cast(padding_mask, "int32")
         key_segments = write_at(cache["segments"], segments, index)
-        encoder = (None, attention_mask(segments, cache["encoder_segments"]))
+        encoder = (None, visible_keys(self.config.num_query_heads, segments, cache["encoder_segments"]))
         x, layers = self.run(
             token_ids, key_segments, segments, start=index, encoder=encoder, caches=cache["layers"], training=False
         )
