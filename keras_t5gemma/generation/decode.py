@@ -70,7 +70,7 @@ def check_sampler(sampler, control, vocabulary_size):
         )
     if control.processors and isinstance(sampler, keras_hub.samplers.ContrastiveSampler):
         raise ValueError(f"`processors` are not available with {name}, which also scores tokens that they rule out.")
-    if control.log_probs and not is_beam and not _has_common_loop(sampler):
+    if control.log_probs and not is_beam and not has_common_loop(sampler):
         raise ValueError(f"`return_log_probs` is not available with {name}: pass what it generates to `score()`.")
 
 
@@ -101,11 +101,7 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
     if prefill:
         _, hidden_states, cache = step(token_ids[:, :prefill], cache, 0)
 
-    def next(ids, cache, index):
-        last = ops.slice(ids, [0, index - 1], [ops.shape(ids)[0], 1])
-        logits, hidden, cache = step(last, cache, index - 1)
-        return ops.squeeze(logits, 1), ops.squeeze(hidden, 1), cache
-
+    next = _next(step)
     samples = control.num_samples
     if samples > 1 and not isinstance(sampler, BeamSampler):
         # After the prompts were read, once each. A beam search makes room for its beams itself.
@@ -120,8 +116,11 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
         best = {name: ops.reshape(x[:, :samples], (-1, x.shape[2])) for name, x in best.items()}
         token_ids, log_probs = best["token_ids"], best.get("log_probs")
         prompt_mask, limits = _repeat((prompt_mask, limits), samples)
-    elif _has_common_loop(sampler):
-        token_ids, log_probs = _run(next, sampler, process=process, limits=limits, control=control, **common)
+    elif has_common_loop(sampler):
+        state = start_state(token_ids, cache, index, control.log_probs)
+        end, options = token_ids.shape[1], {"limits": limits, "control": control, "model": model}
+        token_ids, *_, log_probs = run_tokens(step, sampler, state, end, prompt_mask=prompt_mask, **options)
+        log_probs = log_probs if control.log_probs else None
     else:
 
         def processed(ids, cache, index):
@@ -132,8 +131,8 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
     return token_ids, output_mask(token_ids, prompt_mask, control.stop_token_ids, limits), log_probs
 
 
-def _has_common_loop(sampler):
-    """Whether a sampler chooses token after token, so that `_run` is all of its loop."""
+def has_common_loop(sampler):
+    """Whether a sampler chooses token after token, so that `run_tokens` is all of its loop."""
     return type(sampler).__call__ is keras_hub.samplers.Sampler.__call__
 
 
@@ -161,13 +160,42 @@ def _processing(control, prompt_mask, limits):
     return process
 
 
-def _run(next, sampler, *, prompt, cache, index, mask, stop_token_ids, model, process, limits, control):
-    """The loop of every sampler that chooses token after token: keras-hub's own, with what it has no room for.
+def start_state(token_ids, cache, index, log_probs=False):
+    """What `run_tokens` carries, before its first token.
+
+    Args:
+        token_ids: int [B, L].
+        cache: nested structure of tensors.
+        index: the first position to fill.
+        log_probs: whether log-probabilities are wanted.
 
     Returns:
-        `(token_ids [B, L], log_probs [B, L] or None)`.
+        `(token_ids, cache, index, running, log_probs)`: `running` is bool [B], False for a row that has ended, and
+        `log_probs` [B, L], or empty.
     """
-    length = prompt.shape[1]
+    running = ops.ones((token_ids.shape[0],), dtype="bool")
+    log_probs = ops.zeros(token_ids.shape, "float32") if log_probs else ()
+    return token_ids, cache, ops.cast(index, "int32"), running, log_probs
+
+
+def run_tokens(step, sampler, state, end, *, prompt_mask, control, limits=None, model=None):
+    """The loop of every sampler that chooses token after token: keras-hub's own, with what it has no room for.
+
+    Args:
+        step: as for `decode`.
+        sampler: a sampler with `has_common_loop`.
+        state: from `start_state` or an earlier call.
+        end: the position to stop before, an int or a scalar tensor; at most L.
+        prompt_mask: as for `decode`.
+        control: as for `decode`.
+        limits: as for `decode`.
+        model: as for `decode`.
+
+    Returns:
+        The state after it, every row ended or `end` reached.
+    """
+    process = _processing(control, prompt_mask, limits)
+    next = _next(step)
 
     def cond(*state):
         return ops.any(state[3])
@@ -176,25 +204,29 @@ def _run(next, sampler, *, prompt, cache, index, mask, stop_token_ids, model, pr
         logits, _, cache = next(token_ids, cache, index)
         processed = logits if process is None else process(logits, token_ids, index)
         chosen = sampler.get_next_token(sampler.compute_probabilities(processed))
-        from_prompt = ops.take(mask, index, axis=1)
+        from_prompt = ops.take(prompt_mask, index, axis=1)
         chosen = ops.where(from_prompt, ops.take(token_ids, index, axis=1), ops.cast(chosen, token_ids.dtype))
         chosen = ops.expand_dims(chosen, 1)
         token_ids = ops.slice_update(token_ids, [0, index], chosen)
-        stops = ops.logical_and(is_stop(chosen[:, 0], stop_token_ids), ops.logical_not(from_prompt))
+        stops = ops.logical_and(is_stop(chosen[:, 0], control.stop_token_ids), ops.logical_not(from_prompt))
         if limits is not None:
             stops = ops.logical_or(stops, index + 1 >= limits)
         if control.log_probs:
             log_probs = ops.slice_update(log_probs, [0, index], token_log_probs(logits, chosen))
         return token_ids, cache, index + 1, ops.logical_and(running, ops.logical_not(stops)), log_probs
 
-    index = ops.cast(index, "int32")
-    running = ops.ones((prompt.shape[0],), dtype="bool")
-    log_probs = ops.zeros(prompt.shape, "float32") if control.log_probs else ()
-    state = (prompt, cache, index, running, log_probs)
-    token_ids, *_, log_probs = sampler.run_loop(
-        cond, body, model=model, loop_vars=state, maximum_iterations=length - index
-    )
-    return token_ids, log_probs if control.log_probs else None
+    return sampler.run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=end - state[2])
+
+
+def _next(step):
+    """`step` for the last token before a position, as samplers call it: `(ids [R, L], cache, index) -> ...`."""
+
+    def next(ids, cache, index):
+        last = ops.slice(ids, [0, index - 1], [ops.shape(ids)[0], 1])
+        logits, hidden, cache = step(last, cache, index - 1)
+        return ops.squeeze(logits, 1), ops.squeeze(hidden, 1), cache
+
+    return next
 
 
 def token_log_probs(logits, token_ids):

@@ -50,13 +50,16 @@ class Program:
         if self._model.run_eagerly:
             return self._function(*arguments)
         # A `tf.function` knows the variables it was made with. Others take their place when a model is quantized or
-        # gets LoRA; references are weak, so that the old ones are freed then.
+        # gets LoRA; the program, which keeps the old ones' memory, goes with the first of them.
         variables = self._variables()
         known = [reference() for reference in self._compiled_for]
         if list(map(id, known)) != list(map(id, variables)):
             self._compiled = tf.function(self._function, jit_compile=self._model.jit_compile)
-            self._compiled_for = [weakref.ref(variable) for variable in variables]
+            self._compiled_for = [weakref.ref(variable, self._forget) for variable in variables]
         return self._compiled(*arguments)
+
+    def _forget(self, _):
+        self._compiled = None
 
     def _run_jax(self, arguments):
         if self._model.run_eagerly:

@@ -68,30 +68,40 @@ class TopKTopPSampler(keras_hub.samplers.Sampler):
         return {**super().get_config(), "k": self.k, "p": self.p, "seed": self.seed}
 
 
-@contextlib.contextmanager
-def seeded(sampler, seed):
-    """For a while, gives a sampler's random numbers another start; afterwards they go on as if nothing had been.
+class Draws:
+    """The random numbers of one call, from a seed of its own; the sampler's go on afterwards as if it had not been.
 
     Args:
         sampler: a `keras_hub.samplers.Sampler`; one without random numbers stays as it is.
-        seed: an integer from 0, or None to change nothing.
+        seed: an integer from 0, or None to go on with the sampler's.
 
     Raises:
         ValueError: where the seed is neither.
     """
-    if seed is None:
-        yield
-        return
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
-        raise ValueError(f"`seed` must be an integer from 0, or None. Received: seed={seed!r}.")
-    before = [np.array(ops.convert_to_numpy(state)) for state in sampler.variables]
-    for i, state in enumerate(sampler.variables):
+
+    def __init__(self, sampler, seed):
+        if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0):
+            raise ValueError(f"`seed` must be an integer from 0, or None. Received: seed={seed!r}.")
+        self._variables = [] if seed is None else sampler.variables
         # Keras counts calls in the second number, and PyTorch adds both up: seeds 1 and 2 as they are would give the
         # same draws, one step apart. 30 bits leave room to count in every backend's integers.
-        start = np.random.SeedSequence([int(seed), i]).generate_state(1)[0] >> 2
-        state.assign(np.array([start, 0], keras.backend.standardize_dtype(state.dtype)))
-    try:
-        yield
-    finally:
-        for state, value in zip(sampler.variables, before, strict=True):
-            state.assign(value)
+        starts = (np.random.SeedSequence([int(seed), i]).generate_state(1)[0] >> 2 for i in range(len(self._variables)))
+        self._values = [[start, 0] for start in starts]
+
+    @contextlib.contextmanager
+    def active(self):
+        """While it is, the sampler draws these; the next time it goes on with those after."""
+        others = self._read()
+        self._assign(self._values)
+        try:
+            yield
+        finally:
+            self._values = self._read()
+            self._assign(others)
+
+    def _read(self):
+        return [np.array(ops.convert_to_numpy(variable)) for variable in self._variables]
+
+    def _assign(self, values):
+        for variable, value in zip(self._variables, values, strict=True):
+            variable.assign(np.array(value, keras.backend.standardize_dtype(variable.dtype)))

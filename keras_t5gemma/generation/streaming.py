@@ -1,12 +1,10 @@
 """Decoding in chunks, so that what is there can be seen before the rest is."""
 
 import keras
-import keras_hub
-import numpy as np
 from keras import ops
 
+from keras_t5gemma.generation.decode import has_common_loop, run_tokens, start_state
 from keras_t5gemma.generation.program import Program
-from keras_t5gemma.generation.stopping import is_stop
 
 # Tokens between two looks at what came, on the backends that compile: each look costs a millisecond or so, as much as
 # a step of a small model on an accelerator. On PyTorch Python runs between two steps anyway.
@@ -25,7 +23,7 @@ def check_streamable(sampler):
         ValueError: for beam search and contrastive search, which may yet take back what they had; the message says
             what would work.
     """
-    if type(sampler).__call__ is not keras_hub.samplers.Sampler.__call__:
+    if not has_common_loop(sampler):
         raise ValueError(
             f"`stream()` gives text that stands, and {type(sampler).__name__} knows its first token only with its "
             f'last. Use `generate()`, or compile the model with "greedy", "top_k", "top_p" or "random".'
@@ -33,7 +31,7 @@ def check_streamable(sampler):
 
 
 class DecodingStream:
-    """`generation.decode.decode` in chunks: the same tokens for the same sampler, seeds and prompt.
+    """`generation.decode.decode` for one prompt and in chunks: the same tokens.
 
     Two programs are compiled for a prompt's shapes, one that reads the prompt and one that decodes. The latter runs up
     to a position that it is given, so that chunks of any size share it. Between chunks the state, which holds the
@@ -41,23 +39,24 @@ class DecodingStream:
     nothing of a stream: one that is given up is garbage, and several may run in turn.
 
     Args:
-        start: `inputs -> (token_ids [1, L], cache)`, the prompt read but for its last token.
+        start: a `Program`, `inputs -> (token_ids [1, L], prompt_mask bool [1, L], cache)`, the prompt read but for its
+            last token; streams of other controls may share it.
         step: as for `decode`.
         sampler: a `keras_hub.samplers.Sampler` that passes `check_streamable`.
-        model: the model whose variables `start` and `step` read.
-        stop_token_ids: ids that end it, or None.
+        model: the model whose variables `step` reads.
+        control: the `Control` of a single sample.
     """
 
-    def __init__(self, start, step, sampler, model, stop_token_ids):
+    def __init__(self, start, step, sampler, model, control):
         self._step = step
         self._sampler = sampler
         self._model = model
-        self._stop_token_ids = stop_token_ids
-        self._start = Program(start, model)
+        self._control = control
+        self._start = start
         # The sampler's loop reads the model's variables, and changes its own: the seeds.
         self._advance = Program(self._run_to, model, seeds=sampler.variables, donated=1)
 
-    def __call__(self, inputs, prompt_length, chunk_size):
+    def __call__(self, inputs, prompt_length, chunk_size, draws):
         """Decodes.
 
         Args:
@@ -65,40 +64,25 @@ class DecodingStream:
             prompt_length: tokens of the decoder's prompt.
             chunk_size: tokens between two looks, a positive integer. The first chunk is one token, the next two, four,
                 and so on up to this, so that the first token does not wait for others.
+            draws: the sampler's `Draws`, active during each chunk and not between them.
 
         Yields:
             int [N], the tokens of a chunk, `N >= 1`; the last one ends in a stop id, or at position L.
         """
-        token_ids, cache = self._start(inputs)
+        token_ids, prompt_mask, cache = self._start(inputs)
         length = token_ids.shape[1]
-        state = {"token_ids": token_ids, "cache": cache}
+        state = start_state(token_ids, cache, prompt_length)
         index, size = prompt_length, 1
         while index < length:
-            state, reached = self._advance(state, prompt_length, index, min(index + size, length))
+            with draws.active():
+                state = self._advance(state, prompt_mask, min(index + size, length))
+            token_ids, _, reached, running, _ = state
             reached = int(ops.convert_to_numpy(reached))
-            chunk = ops.convert_to_numpy(state["token_ids"])[0, index:reached]
-            yield chunk
-            if np.isin(chunk, self._stop_token_ids or ()).any():
+            yield ops.convert_to_numpy(token_ids)[0, index:reached]
+            if not ops.convert_to_numpy(running)[0]:
                 return
             index, size = reached, min(2 * size, chunk_size)
 
-    def _run_to(self, state, prompt_length, index, end):
-        """The loop of `keras_hub.samplers.Sampler.__call__`, from position `index` to `end` and with its cache kept."""
-
-        def cond(token_ids, _, index):
-            last = ops.slice(token_ids, [0, index - 1], [1, 1])
-            # A stop id in the prompt ends nothing.
-            stopped = ops.logical_and(is_stop(last, self._stop_token_ids), index > prompt_length)
-            return ops.logical_and(index < end, ops.logical_not(ops.squeeze(stopped)))
-
-        def body(token_ids, cache, index):
-            last = ops.slice(token_ids, [0, index - 1], [1, 1])
-            logits, _, cache = self._step(last, cache, index - 1)
-            token = self._sampler.get_next_token(self._sampler.compute_probabilities(ops.squeeze(logits, 1)))
-            token = ops.cast(ops.expand_dims(token, 1), token_ids.dtype)
-            return ops.slice_update(token_ids, [0, index], token), cache, index + 1
-
-        token_ids, cache, index = self._sampler.run_loop(
-            cond, body, model=self._model, loop_vars=(state["token_ids"], state["cache"], ops.cast(index, "int32"))
-        )
-        return {"token_ids": token_ids, "cache": cache}, index
+    def _run_to(self, state, prompt_mask, end):
+        options = {"prompt_mask": prompt_mask, "control": self._control, "model": self._model}
+        return run_tokens(self._step, self._sampler, state, end, **options)

@@ -14,6 +14,10 @@ from keras_t5gemma.models.stacks import Decoder, Encoder
 INPUT_NAMES = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
 
 
+# Of our layers those that Keras quantizes; it warns of each of the others.
+QUANTIZABLE = (keras.layers.Dense, keras.layers.Embedding)
+
+
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class T5GemmaBackbone(keras_hub.models.Backbone):
     """T5Gemma without a head: two Gemma 2 stacks joined by cross-attention.
@@ -146,7 +150,8 @@ class T5GemmaBackbone(keras_hub.models.Backbone):
             preset: a built-in name (`keras-t5gemma presets` lists them), "hf://owner/name", "kaggle://...", or a folder
                 in Keras or Hugging Face format. keras-hub's own T5Gemma presets are read too.
             load_weights: False for the architecture with random weights.
-            **kwargs: `dtype`, or what the class takes.
+            **kwargs: `dtype`, or what the class takes. "int8_from_bfloat16" and the like, Keras's names for a quantized
+                policy, load in bfloat16 and quantize then, as `quantize("int8")` does.
 
         Raises:
             ValueError: where the preset is unknown, or is no T5Gemma.
@@ -158,12 +163,25 @@ class T5GemmaBackbone(keras_hub.models.Backbone):
         if "Quantized" in str(saved.get("dtype")):
             return super().from_preset(str(folder), load_weights=load_weights, **kwargs)
         kwargs = {name: saved[name] for name in ("name", "trainable") if name in saved} | kwargs
+        kwargs["dtype"], mode = _unquantized(kwargs.get("dtype"))
         source = t5gemma_source(folder)
 
         def make():
             return cls(**{**source.config.to_dict(), **kwargs})
 
-        return load(make, source.config, source.tensors) if load_weights else make()
+        backbone = load(make, source.config, source.tensors) if load_weights else make()
+        if mode is not None:
+            backbone.quantize(mode, filters=lambda layer: isinstance(layer, QUANTIZABLE))
+        return backbone
+
+
+def _unquantized(dtype):
+    """`(dtype, mode)`: the policy that a quantized one comes from, and its mode; any other policy, and None."""
+    policy = None if dtype is None else keras.dtype_policies.get(dtype)
+    mode = getattr(policy, "quantization_mode", None)
+    if mode is None:
+        return dtype, None
+    return policy.name.partition("_from_")[2], mode
 
 
 def _saved_config(folder):

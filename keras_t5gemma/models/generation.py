@@ -9,11 +9,11 @@ from keras import ops
 from keras_t5gemma.generation.decode import Control, check_sampler, decode
 from keras_t5gemma.generation.processors import Request, check_processors
 from keras_t5gemma.generation.program import Program
-from keras_t5gemma.generation.random_sampler import seeded
+from keras_t5gemma.generation.random_sampler import Draws
 from keras_t5gemma.models.inputs import prompt_arrays, result_arrays
 
 # Programs for different options that are kept; the oldest goes first. More are a sign of options made anew each time.
-_MOST_PROGRAMS = 64
+MOST_PROGRAMS = 64
 
 
 class Generates:
@@ -112,7 +112,7 @@ class Generates:
         options = {"processors": processors, "num_samples": num_samples or 1, "log_probs": bool(return_log_probs)}
         options["stop_token_ids"] = self._stop_token_ids(stop_token_ids)
         batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]
-        with seeded(self.sampler, seed):
+        with Draws(self.sampler, seed).active():
             results = [
                 self._generate_batch(batch, max_length, max_new_tokens, strip_prompt, num_samples is not None, options)
                 for batch in batches
@@ -122,13 +122,8 @@ class Generates:
     def _generate_batch(self, batch, max_length, max_new_tokens, strip_prompt, several, options):
         if self.preprocessor is not None:
             batch = self.preprocessor.generate_preprocess(batch, sequence_length=max_length)
-        vocabulary_size = self.backbone.config.vocabulary_size
-        prompts = prompt_arrays(batch, max_length, vocabulary_size, max_new_tokens)
-        limits = prompts.get("limits", prompts["decoder_token_ids"].shape[1])
-        rooms = limits - prompts["decoder_padding_mask"].sum(axis=1)
-        check_processors(options["processors"], Request(vocabulary_size, rooms, options["stop_token_ids"]))
-        control = Control(**{**options, "processors": tuple(options["processors"])})
-        check_sampler(self.sampler, control, vocabulary_size)
+        prompts = prompt_arrays(batch, max_length, self.backbone.config.vocabulary_size, max_new_tokens)
+        control = self._control(prompts, options)
         outputs = self._generate_program(control)(distributed(prompts))
         outputs = {name: ops.convert_to_numpy(x) for name, x in outputs.items()}
         outputs = result_arrays(outputs, prompts, strip_prompt)
@@ -144,10 +139,20 @@ class Generates:
             outputs["text"] = text.tolist() if isinstance(text, np.ndarray) else text
         return outputs["text"] if self.preprocessor is not None and not control.log_probs else outputs
 
+    def _control(self, prompts, options):
+        """The `Control` of options that fit the prompts and the sampler."""
+        vocabulary_size = self.backbone.config.vocabulary_size
+        limits = prompts.get("limits", prompts["decoder_token_ids"].shape[1])
+        rooms = limits - prompts["decoder_padding_mask"].sum(axis=1)
+        check_processors(options["processors"], Request(vocabulary_size, rooms, options["stop_token_ids"]))
+        control = Control(**{**options, "processors": tuple(options["processors"])})
+        check_sampler(self.sampler, control, vocabulary_size)
+        return control
+
     def _generate_program(self, control):
         programs = self._generate_programs
         if control not in programs:
-            if len(programs) == _MOST_PROGRAMS:
+            if len(programs) == MOST_PROGRAMS:
                 del programs[next(iter(programs))]
             step = partial(self.generate_step, control=control)
             programs[control] = Program(step, self, seeds=self.sampler.variables)

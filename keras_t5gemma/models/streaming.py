@@ -1,6 +1,13 @@
 """What a T5Gemma generates, as it comes."""
 
+import itertools
+
+from keras import ops
+
+from keras_t5gemma.generation.program import Program
+from keras_t5gemma.generation.random_sampler import Draws
 from keras_t5gemma.generation.streaming import DecodingStream, check_streamable, default_chunk_size
+from keras_t5gemma.models.generation import MOST_PROGRAMS
 from keras_t5gemma.models.inputs import prompt_arrays
 from keras_t5gemma.text.streaming import TextStream
 
@@ -8,17 +15,31 @@ from keras_t5gemma.text.streaming import TextStream
 class Streams:
     """Mixed into a `Generates`."""
 
-    def stream(self, inputs, max_length=None, stop_token_ids="auto", strip_prompt=False, chunk_size=None):
+    def stream(
+        self,
+        inputs,
+        max_length=None,
+        stop_token_ids="auto",
+        strip_prompt=False,
+        *,
+        max_new_tokens=None,
+        processors=(),
+        seed=None,
+        chunk_size=None,
+    ):
         """Generates from one prompt, and gives what is there while the rest is still to come.
 
         Joined, it is what `generate()` gives for the same arguments, sampler and seed. A stream may be given up at any
-        point, and others may run between two of its steps; samplers with seeds then share these.
+        point, and others may run between two of its chunks; without a `seed` they share the sampler's random numbers.
 
         Args:
             inputs: as for `generate`, one prompt.
             max_length: as for `generate`.
             stop_token_ids: as for `generate`.
             strip_prompt: as for `generate`.
+            max_new_tokens: as for `generate`.
+            processors: as for `generate`.
+            seed: as for `generate`.
             chunk_size: tokens decoded between two looks at them, beginning with 1, 2, 4, .... 8 where left out, or 1 on
                 PyTorch; 1 shows each token at once, more cost less time.
 
@@ -33,35 +54,40 @@ class Streams:
         if not isinstance(chunk_size, int) or chunk_size < 1:
             raise ValueError(f"`chunk_size` must be a positive integer. Received: {chunk_size!r}.")
         check_streamable(self.sampler)
-        stop_token_ids = self._stop_token_ids(stop_token_ids)
+        options = {"stop_token_ids": self._stop_token_ids(stop_token_ids), "processors": processors}
         if self.preprocessor is not None:
             inputs = self.preprocessor.generate_preprocess(inputs, sequence_length=max_length)
-        prompts = prompt_arrays(inputs, max_length, self.backbone.config.vocabulary_size)
+        prompts = prompt_arrays(inputs, max_length, self.backbone.config.vocabulary_size, max_new_tokens)
         if (rows := len(prompts["encoder_token_ids"])) != 1:
             raise ValueError(f"`stream()` takes one prompt at a time. Received: {rows}. `generate()` takes several.")
-        chunks = _id_chunks(self._decoding_stream(stop_token_ids), prompts, strip_prompt, chunk_size)
+        prompt = prompts["decoder_token_ids"][prompts["decoder_padding_mask"] == 1]
+        decode = self._decoding_stream(self._control(prompts, options))
+        chunks = decode(prompts, len(prompt), chunk_size, Draws(self.sampler, seed))
+        chunks = chunks if strip_prompt else itertools.chain([prompt], chunks)
         return (int(i) for ids in chunks for i in ids) if self.preprocessor is None else self._texts(chunks)
 
     def compile(self, *args, **kwargs):
         """Forgets the programs of the sampler before."""
         super().compile(*args, **kwargs)
+        self._start_program = Program(self._start_decoding, self)
         self._decoding_streams = {}
 
-    def _decoding_stream(self, stop_token_ids):
-        if stop_token_ids not in self._decoding_streams:
-            self._decoding_streams[stop_token_ids] = DecodingStream(
-                self._start_decoding, self.decoding_step, self.sampler, self, stop_token_ids
-            )
-        return self._decoding_streams[stop_token_ids]
+    def _decoding_stream(self, control):
+        streams = self._decoding_streams
+        if control not in streams:
+            if len(streams) == MOST_PROGRAMS:
+                del streams[next(iter(streams))]
+            streams[control] = DecodingStream(self._start_program, self.decoding_step, self.sampler, self, control)
+        return streams[control]
 
     def _start_decoding(self, inputs):
-        """`(token_ids, cache)` of a prompt that was read; see `DecodingStream`."""
+        """`(token_ids, prompt_mask, cache)` of a prompt that was read; see `DecodingStream`."""
         encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
         encoder_output = self.backbone.encoder(inputs["encoder_token_ids"], encoder_mask, training=False)
         cache = self.backbone.decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1])
         if prefill := inputs["prefill"].shape[0]:
             _, _, cache = self.decoding_step(token_ids[:, :prefill], cache, 0)
-        return token_ids, cache
+        return token_ids, ops.cast(inputs["decoder_padding_mask"], "bool"), cache
 
     def _texts(self, chunks):
         text = TextStream(self.preprocessor.tokenizer.detokenize)
@@ -70,11 +96,3 @@ class Streams:
                 yield new
         if rest := text.finish():
             yield rest
-
-
-def _id_chunks(decode, prompts, strip_prompt, chunk_size):
-    """The ids of a stream, prompt included where it is not to be stripped, as arrays."""
-    prompt = prompts["decoder_token_ids"][prompts["decoder_padding_mask"] == 1]
-    if not strip_prompt:
-        yield prompt
-    yield from decode(prompts, len(prompt), chunk_size)

@@ -9,7 +9,8 @@ from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 from tiny_tokenizer import train_tiny_tokenizer
 
-from keras_t5gemma.generation.decode import resolve_sampler
+from keras_t5gemma.generation.decode import Control, resolve_sampler
+from keras_t5gemma.generation.processors import ForbiddenTokens, NoRepeatNgrams
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
@@ -23,8 +24,10 @@ PROMPT = {"encoder_text": "Why is the sky blue?", "decoder_text": "Because é"}
 def chatty(tmp_path_factory):
     """A model with a tokenizer, whose answers are full of single bytes."""
     tokenizer = T5GemmaTokenizer(proto=train_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"))
-    backbone = loud_backbone(tiny_config(balanced=False, num_layers=2, vocabulary_size=512))
-    return T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, 32, LENGTH))
+    backbone = loud_backbone(tiny_config(balanced=False, num_layers=1, vocabulary_size=512))
+    lm = T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, 32, LENGTH))
+    lm.compile(sampler=keras_hub.samplers.RandomSampler(seed=5, temperature=2.0))
+    return lm
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +58,37 @@ def generated(lm, row=0, stop_token_ids=None):
 
 
 def test_joined_stream_is_what_generate_gives_under_each_seed(chatty):
-    def answers(run):
-        chatty.compile(sampler=keras_hub.samplers.RandomSampler(seed=5, temperature=0.7))
-        return [run() for _ in range(2)]
-
-    whole = answers(lambda: chatty.generate(PROMPT, max_length=LENGTH, stop_token_ids=(1,)))
-    pieces = answers(lambda: list(chatty.stream(PROMPT, max_length=LENGTH, stop_token_ids=(1,))))
-    assert [("").join(texts) for texts in pieces] == whole
-    assert whole[0] != whole[1]
-    for texts, text in zip(pieces, whole, strict=True):
+    options = {"max_length": LENGTH, "stop_token_ids": (1,)}
+    for seed in (5, 6):
+        whole = chatty.generate(PROMPT, seed=seed, **options)
+        texts = list(chatty.stream(PROMPT, seed=seed, **options))
+        assert "".join(texts) == whole
         assert all(texts)
         assert len(texts) > 3
-        assert text.startswith("Because é")
+        stripped = chatty.stream(PROMPT, seed=seed, strip_prompt=True, **options)
+        assert f"Because é{''.join(stripped)}" == whole
+    assert whole != chatty.generate(PROMPT, seed=5, **options)
 
 
-def test_stripped_stream_leaves_the_decoder_prompt_out(chatty):
-    chatty.compile(sampler="greedy")
-    whole = "".join(chatty.stream(PROMPT, max_length=LENGTH))
-    assert "".join(chatty.stream(PROMPT, max_length=LENGTH, strip_prompt=True)) == whole.removeprefix("Because é")
-    assert whole == chatty.generate(PROMPT, max_length=LENGTH)
+def test_stream_without_a_seed_goes_on_with_the_samplers_draws(chatty):
+    options = {"max_length": LENGTH, "stop_token_ids": (1,)}
+    seeds = chatty.sampler.variables[0]
+    state = ops.convert_to_numpy(seeds)
+    whole = [chatty.generate(PROMPT, **options) for _ in range(2)]
+    seeds.assign(state)
+    assert ["".join(chatty.stream(PROMPT, **options)) for _ in range(2)] == whole
+    assert whole[0] != whole[1]
+
+
+def test_stream_with_seed_processors_and_room_is_what_generate_gives_and_leaves_the_samplers_draws(chatty):
+    options = {"max_new_tokens": 9, "processors": [NoRepeatNgrams(1), ForbiddenTokens(range(108, 140))], "seed": 3}
+    state = ops.convert_to_numpy(chatty.sampler.variables[0]).tolist()
+    whole = chatty.generate(PROMPT, **options)
+    assert "".join(chatty.stream(PROMPT, **options)) == whole
+    left = chatty.stream(PROMPT, **options)
+    next(left), next(left)
+    assert ops.convert_to_numpy(chatty.sampler.variables[0]).tolist() == state  # between chunks, too
+    assert "".join(chatty.stream(PROMPT, **{**options, "seed": 4})) != whole
 
 
 def test_stream_of_ids_ends_with_the_first_stop_id(lm, whole):
@@ -124,7 +139,7 @@ class Counting(keras_hub.samplers.GreedySampler):
         return super().get_next_token(probabilities)
 
 
-def test_stream_given_up_or_broken_leaves_the_model_as_it_was(lm, whole):
+def test_stream_given_up_or_broken_leaves_the_model_as_it_was(lm, whole, monkeypatch):
     stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)
     taken = [next(stream) for _ in range(5)]
     stream.close()
@@ -135,10 +150,10 @@ def test_stream_given_up_or_broken_leaves_the_model_as_it_was(lm, whole):
 
     stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)
     assert [next(stream) for _ in range(2)] == whole[0][:2]
-    lm._decoding_stream(None)._advance, kept = broken, lm._decoding_stream(None)._advance
-    with pytest.raises(KeyboardInterrupt):
-        list(stream)
-    lm._decoding_stream(None)._advance = kept
+    with monkeypatch.context() as patch:
+        patch.setattr(lm._decoding_stream(Control()), "_advance", broken)
+        with pytest.raises(KeyboardInterrupt):
+            list(stream)
     assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)) == whole[0]
     assert generated(lm) == whole[0]
 

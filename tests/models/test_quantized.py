@@ -1,0 +1,69 @@
+"""Quantized weights: the memory they promise, logits near the unquantized ones, the same by either way there."""
+
+import gc
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from peers import loud_inputs, tiny_config
+from tiny import loud_backbone
+
+from keras_t5gemma.models.backbone import T5GemmaBackbone
+from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
+
+CONFIG = tiny_config(balanced=False, num_layers=1)
+BYTES = {"int8": 1, "int4": 0.5}  # a weight
+# Of the logits' correlation; per-channel rounding to 255 and to 15 levels, at these loud weights.
+CORRELATION = {"int8": 0.998, "int4": 0.8}
+
+
+def matrices(backbone):
+    """`{path: variable}` of what is quantized."""
+    return {v.path: v for v in backbone.weights if v.path.endswith(("/kernel", "/embeddings"))}
+
+
+def nbytes(variables):
+    return sum(math.prod(v.shape) * np.dtype(keras.backend.standardize_dtype(v.dtype)).itemsize for v in variables)
+
+
+@pytest.fixture
+def quick_collections():
+    """Keras collects garbage once for each layer it quantizes: not all that the libraries have imported, here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("quick_collections")
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_quantized_model_takes_its_memory_stays_near_and_decodes_and_loads_the_same(mode, tmp_path):
+    lm = T5GemmaSeq2SeqLM(loud_backbone(CONFIG))
+    lm.backbone.save_to_preset(str(tmp_path / "preset"))
+    inputs = loud_inputs(CONFIG, batch=1)
+    prompt = {name: x[0] for name, x in inputs.items() if name.startswith("encoder")}
+    options = {"max_length": 8, "stop_token_ids": None}
+    lm.generate(prompt, **options)  # a program of the weights as they are now, which must not be used again
+    logits = ops.convert_to_numpy(lm(inputs))
+    weights = sum(math.prod(v.shape) for v in matrices(lm.backbone).values())
+
+    lm.quantize(mode)
+    kept = matrices(lm.backbone)
+    assert nbytes(kept.values()) == BYTES[mode] * weights
+    scales = [v for v in lm.backbone.weights if v.path.endswith("_scale")]
+    assert len(scales) == len(kept)
+    quantized = ops.convert_to_numpy(lm(inputs))
+    assert np.corrcoef(logits.ravel(), quantized.ravel())[0, 1] > CORRELATION[mode]
+    assert (quantized != logits).any()
+    ids = lm.generate(prompt, **options)["decoder_token_ids"]
+    outputs = lm({**inputs, "decoder_token_ids": ids[None], "decoder_padding_mask": np.ones((1, 8), "int32")})
+    np.testing.assert_array_equal(ops.convert_to_numpy(outputs)[0, :-1].argmax(axis=-1), ids[1:])
+
+    loaded = T5GemmaBackbone.from_preset(str(tmp_path / "preset"), dtype=f"{mode}_from_float32")
+    for path, variable in matrices(loaded).items():
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), ops.convert_to_numpy(kept[path]), err_msg=path)
+    half = T5GemmaBackbone.from_preset(str(tmp_path / "preset"), dtype=f"{mode}_from_bfloat16")
+    assert nbytes(matrices(half).values()) == BYTES[mode] * weights
+    assert half.compute_dtype == "bfloat16"
