@@ -76,7 +76,10 @@ def output_and_gradients(attention, query, key, value, upstream):
 def both(case, of_attend=lambda attend: attend):
     """`(in blocks, plain)` of a case, each the output and three gradients."""
     case = {"queries": SEGMENTS, "keys": SEGMENTS, "block": 4, "dtype": "float32", "scale": 3.0, "cap": 2.0, **case}
-    kind = {"query_start": case.get("start", 0), "causal": case.get("causal", False), "window": case.get("window")}
+    start = case.get("start", 0)
+    # In a compiled decoding step it is a tensor.
+    start = start and ops.convert_to_tensor(start)
+    kind = {"query_start": start, "causal": case.get("causal", False), "window": case.get("window")}
     segments = [ops.convert_to_tensor(case[name]) for name in ("queries", "keys")]
     tensors = inputs(*(s.shape[1] for s in segments), case["dtype"], case["scale"])
     plain = functools.partial(attend, cap=case["cap"], dtype=case["dtype"])
