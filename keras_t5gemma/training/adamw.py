@@ -18,6 +18,22 @@ class AdamW(keras.optimizers.AdamW):
     `tf.distribute` strategy, Keras's own is at work.
     """
 
+    @functools.cached_property
+    def tensorflow_update(self):
+        """One weight's step, compiled; an optimiser's own, because a `tf.function` must not outlive its variables."""
+        import tensorflow as tf
+
+        @tf.function(jit_compile=True)
+        def update(variable, momentum, velocity, grad, alpha):
+            new_momentum = momentum + (grad - momentum) * (1 - self.beta_1)
+            new_velocity = velocity + (tf.square(grad) - velocity) * (1 - self.beta_2)
+            momentum.assign(new_momentum)
+            velocity.assign(new_velocity)
+            variable.assign_sub(new_momentum * alpha / (tf.sqrt(new_velocity) + self.epsilon))
+            return alpha
+
+        return update
+
     def _clip_gradients(self, grads):
         if keras.config.backend() == "tensorflow" and self.global_clipnorm is not None:
             grads = [_without_duplicates(grad) for grad in grads]
@@ -87,7 +103,7 @@ def _tensorflow_update(optimizer, grads, variables, learning_rate):
     local_step = tf.cast(optimizer.iterations.value + 1, "float32")
     corrections = tf.sqrt(1 - optimizer.beta_2**local_step) / (1 - optimizer.beta_1**local_step)
     alpha = tf.cast(learning_rate, "float32") * corrections
-    update = _tensorflow_update_function(optimizer.beta_1, optimizer.beta_2, optimizer.epsilon)
+    update = optimizer.tensorflow_update
     previous = []
     for grad, variable in zip(grads, variables, strict=True):
         place = optimizer._get_variable_index(variable)
@@ -96,19 +112,3 @@ def _tensorflow_update(optimizer, grads, variables, learning_rate):
         with tf.control_dependencies(previous):
             dense = tf.convert_to_tensor(grad)  # lookups have sparse ones
             previous = [update(variable.value, *states, dense, alpha)]
-
-
-@functools.cache
-def _tensorflow_update_function(beta_1, beta_2, epsilon):
-    import tensorflow as tf
-
-    @tf.function(jit_compile=True)
-    def update(variable, momentum, velocity, grad, alpha):
-        new_momentum = momentum + (grad - momentum) * (1 - beta_1)
-        new_velocity = velocity + (tf.square(grad) - velocity) * (1 - beta_2)
-        momentum.assign(new_momentum)
-        velocity.assign(new_velocity)
-        variable.assign_sub(new_momentum * alpha / (tf.sqrt(new_velocity) + epsilon))
-        return alpha
-
-    return update

@@ -1,5 +1,7 @@
 """AdamW in one pass: Keras's own numbers."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -68,3 +70,14 @@ def test_state_goes_on_from_keras_own():
 
     theirs = keras.optimizers.AdamW
     np.testing.assert_allclose(after(theirs, AdamW), after(theirs, theirs), rtol=2e-6)
+
+
+def test_optimizer_trains_after_another_ones_model_is_gone():
+    for _ in range(2):
+        model = keras.Sequential([keras.layers.Dense(1)])
+        model.compile(optimizer=AdamW(**SETTINGS), loss="mse")
+        model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)
+        assert np.isfinite(model.get_weights()[0]).all()
+        del model
+        gc.collect()
+        keras.backend.clear_session()
