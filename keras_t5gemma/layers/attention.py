@@ -75,12 +75,36 @@ def attend(query, key, value, visible, *, cap, dtype):
         [B, T, K, G, H]; zeros for a query that sees no key.
     """
     logits = ops.cast(finite(ops.einsum("btkgh,bskh->bkgts", query, key)), "float32")
-    logits = soft_cap(logits, cap)
     visible = ops.expand_dims(visible, (1, 2))
-    weights = ops.softmax(ops.where(visible, logits, _HIDDEN), axis=-1)
+    weights = (_weights_in_place if _may_overwrite() else _weights)(logits, visible, cap)
+    return ops.einsum("bkgts,bskh->btkgh", ops.cast(weights, dtype), value)
+
+
+def _weights(logits, visible, cap):
+    """The softmax of capped logits [B, K, G, T, S] over the keys that are visible, bool [B, 1, 1, T, S]."""
+    weights = ops.softmax(ops.where(visible, soft_cap(logits, cap), _HIDDEN), axis=-1)
     # A query that sees nothing has equal weights on everything here: make them the zeros they should be.
-    weights = ops.cast(ops.where(visible, weights, 0.0), dtype)
-    return ops.einsum("bkgts,bskh->btkgh", weights, value)
+    return ops.where(visible, weights, 0.0)
+
+
+def _may_overwrite():
+    """On PyTorch each step would make a tensor of the logits' size, which the system has to find and clear."""
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    return not torch.is_grad_enabled()
+
+
+def _weights_in_place(logits, visible, cap):
+    """`_weights` on PyTorch, where no gradient is wanted; the logits become the weights."""
+    import torch
+
+    if cap is not None:
+        logits.div_(cap).tanh_().mul_(cap)
+    hidden = ~visible
+    logits.masked_fill_(hidden, _HIDDEN)
+    return torch.softmax(logits, dim=-1, out=logits).masked_fill_(hidden, 0.0)
 
 
 class Attention(keras.layers.Layer):

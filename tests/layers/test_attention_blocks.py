@@ -1,5 +1,6 @@
 """Attention in blocks of queries: the numbers of the plain one, without its memory."""
 
+import contextlib
 import functools
 
 import keras
@@ -96,6 +97,27 @@ def test_output_and_gradients_are_those_of_the_plain_one(case):
     for got, value, tolerance in zip(found, expected, [rounding] + 3 * [3 * rounding], strict=True):
         assert np.abs(value).max() > 0
         np.testing.assert_allclose(got, value, rtol=tolerance, atol=tolerance * np.abs(value).max())
+
+
+def no_gradients():
+    """Where PyTorch is told that none is wanted; other backends are never told."""
+    if keras.config.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_output_where_no_gradient_is_wanted_is_that_where_one_is(cap):
+    segments = [ops.convert_to_tensor(array) for array in (OTHERS, SEGMENTS)]
+    query, key, value, _ = inputs(7, 13, "float32", 3.0)
+    plain = functools.partial(attend, cap=cap, dtype="float32")
+    whole, blocks = attention_mask(*segments, window=4), BlockMask(3, *segments, window=4)
+    expected = ops.convert_to_numpy(plain(query, key, value, whole))
+    with no_gradients():
+        for got in (plain(query, key, value, whole), in_blocks(plain, query, key, value, blocks)):
+            np.testing.assert_allclose(ops.convert_to_numpy(got), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_query_that_sees_nothing_gives_zero_and_no_gradient():
