@@ -21,7 +21,9 @@ def tests(session, backend):
     stay together, since they share their models.
     """
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    session.run(sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile", *session.posargs, env=environment)
+    # In the order of tests/conftest.py: by itself loadfile leaves files with few tests, slow ones among them, for last.
+    order = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    session.run(sys.executable, "-m", "pytest", *order, *session.posargs, env=environment)
 
 
 @nox.session(venv_backend="none")

@@ -14,3 +14,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Figures are drawn into files.
 os.environ.setdefault("MPLBACKEND", "agg")
+
+# Files that take long: begun last, one of two processes would still be at them when the other has nothing left to do.
+_SLOW = (
+    "test_distribution.py",
+    "test_resume.py",
+    "test_demo.py",
+    "test_readme.py",
+    "test_notebook.py",
+    "test_contract.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Slow files first, everything else as it was."""
+    items.sort(key=lambda item: item.path.name not in _SLOW)
