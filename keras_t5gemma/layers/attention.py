@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.layers.attention_blocks import in_blocks
+from keras_t5gemma.layers.attention_kernels import has_kernel, kernel
 from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.layers.masks import BlockMask
 from keras_t5gemma.layers.weights import as_rows, dense
@@ -47,17 +48,20 @@ def soft_cap(logits, cap):
     return logits if cap is None else ops.tanh(logits / cap) * cap
 
 
-def write_at(buffer, update, index):
-    """Puts `update` [B, T, ...] into `buffer` [B, L, ...] from position `index` on."""
+def write_at(buffer, update, index, axis=1):
+    """Puts `update` into `buffer`, which is longer along `axis`, from position `index` on."""
     if keras.config.backend() == "torch":
         import torch
 
         # Keras's slice_update clones the whole buffer on PyTorch; compiled backends update in place by themselves.
         if not torch.is_grad_enabled() and buffer.device.type != "meta":
             buffer = buffer.contiguous()  # a sampler may have repeated a batch of one without giving it memory
-            buffer[:, index : index + update.shape[1]] = update
-            return buffer
-    return ops.slice_update(buffer, [0, index] + [0] * (len(buffer.shape) - 2), update)
+            # By a tensor of places, since a slice would have to wait for the device to know the index.
+            places = torch.arange(update.shape[axis], device=buffer.device) + index
+            return buffer.index_copy_(axis, places, update)
+    start = [0] * len(buffer.shape)
+    start[axis] = index
+    return ops.slice_update(buffer, start, update)
 
 
 def attend(query, key, value, visible, *, cap, dtype):
@@ -65,8 +69,8 @@ def attend(query, key, value, visible, *, cap, dtype):
 
     Args:
         query: [B, T, K, G, H], scaled.
-        key: [B, S, K, H].
-        value: [B, S, K, H].
+        key: [B, K, S, H].
+        value: [B, K, S, H].
         visible: bool [B, T, S], True where the query may see the key.
         cap: soft cap on the logits, or None.
         dtype: of the weights in their product with the values; the softmax is in float32.
@@ -74,10 +78,10 @@ def attend(query, key, value, visible, *, cap, dtype):
     Returns:
         [B, T, K, G, H]; zeros for a query that sees no key.
     """
-    logits = ops.cast(finite(ops.einsum("btkgh,bskh->bkgts", query, key)), "float32")
+    logits = ops.cast(finite(ops.einsum("btkgh,bksh->bkgts", query, key)), "float32")
     visible = ops.expand_dims(visible, (1, 2))
     weights = (_weights_in_place if _may_overwrite() else _weights)(logits, visible, cap)
-    return ops.einsum("bkgts,bskh->btkgh", ops.cast(weights, dtype), value)
+    return ops.einsum("bkgts,bksh->btkgh", ops.cast(weights, dtype), value)
 
 
 def _weights(logits, visible, cap):
@@ -105,6 +109,16 @@ def _weights_in_place(logits, visible, cap):
     hidden = ~visible
     logits.masked_fill_(hidden, _HIDDEN)
     return torch.softmax(logits, dim=-1, out=logits).masked_fill_(hidden, 0.0)
+
+
+def attend_to(query, key, value, visible, *, cap, dtype):
+    """`attend` to what is visible, bool or a `BlockMask`: at once, by a kernel, or in blocks."""
+    weigh = functools.partial(attend, cap=cap, dtype=dtype)
+    if not isinstance(visible, BlockMask):
+        return weigh(query, key, value, visible)
+    if has_kernel(dtype) and (fused := kernel(visible)) is not None:
+        return fused(query, key, value, visible, cap)
+    return in_blocks(weigh, query, key, value, visible)
 
 
 class Attention(keras.layers.Layer):
@@ -143,13 +157,14 @@ class Attention(keras.layers.Layer):
             angles: its `rotary_angles`, or None in cross-attention.
 
         Returns:
-            `{"key", "value"}`, each [B, S, K, H].
+            `{"key", "value"}`, each [B, K, S, H]: as a decoding step reads them, which would else turn them each time.
         """
         rows = as_rows(source)
         key = self._split_heads(self.key_dense(rows), source)
         if angles is not None:
             key = rotate(key, angles)
-        return {"key": finite(key), "value": finite(self._split_heads(self.value_dense(rows), source))}
+        value = self._split_heads(self.value_dense(rows), source)
+        return {name: ops.swapaxes(finite(x), 1, 2) for name, x in (("key", key), ("value", value))}
 
     def call(self, x, keys_values, visible, angles=None):
         """Attends.
@@ -172,10 +187,8 @@ class Attention(keras.layers.Layer):
         grouped = (batch, length, config.num_key_value_heads, groups, config.head_dim)
         # Scaled before the product, so that float16 has its range for it.
         query = ops.reshape(finite(query) * config.query_scale, grouped)
-        weigh = functools.partial(attend, cap=config.attention_soft_cap, dtype=self.compute_dtype)
-        if isinstance(visible, BlockMask):
-            weigh = functools.partial(in_blocks, weigh)
-        attended = weigh(query, keys_values["key"], keys_values["value"], visible)
+        cap, dtype = config.attention_soft_cap, self.compute_dtype
+        attended = attend_to(query, keys_values["key"], keys_values["value"], visible, cap=cap, dtype=dtype)
         width = config.num_query_heads * config.head_dim
         output = self.output_dense(ops.reshape(attended, (-1, width)))
         return ops.reshape(output, (batch, length, config.hidden_dim))

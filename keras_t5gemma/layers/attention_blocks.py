@@ -22,8 +22,8 @@ def in_blocks(attend, query, key, value, mask):
     Args:
         attend: query, key, value and bool [B, t, s] to [B, t, K, G, H]; no variables.
         query: [B, T, K, G, H].
-        key: [B, S, K, H].
-        value: [B, S, K, H].
+        key: [B, K, S, H].
+        value: [B, K, S, H].
         mask: the `BlockMask`.
 
     Returns:
@@ -40,7 +40,7 @@ def in_blocks(attend, query, key, value, mask):
 
     def block(i, query, segments, key, value):
         first, length = mask.run_of_keys(i)
-        run = [ops.slice(x, (0, first, 0, 0), (batch, length, *x.shape[2:])) for x in (key, value)]
+        run = [ops.slice(x, (0, 0, first, 0), (batch, x.shape[1], length, x.shape[3])) for x in (key, value)]
         visible = mask.of_block(i, segments, first, length)
         return attend(query, *(ops.cast(x, dtype) for x in run), visible)
 

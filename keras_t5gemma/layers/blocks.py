@@ -2,7 +2,8 @@
 
 import keras
 
-from keras_t5gemma.layers.attention import Attention, write_at
+from keras_t5gemma.layers.attention import Attention
+from keras_t5gemma.layers.cache import is_start, write
 from keras_t5gemma.layers.feed_forward import FeedForward
 from keras_t5gemma.layers.norm import RMSNorm
 
@@ -63,7 +64,8 @@ class Block(keras.layers.Layer):
 
         Args:
             x: [B, T, D].
-            visible: who sees whom in self-attention, bool [B, T, S] or a `BlockMask`; S is T, or the cache's length.
+            visible: who sees whom in self-attention, bool [B, T, S] or a `BlockMask`; S is T, or the cache's places,
+                where it is not empty.
             angles: `rotary_angles` of x's positions.
             encoder_output: [B, S, D] of the encoder; None with a cache, or where there is no encoder.
             encoder_visible: who sees whom in cross-attention; None where there is no encoder.
@@ -77,8 +79,10 @@ class Block(keras.layers.Layer):
         normed = self.pre_self_attention_norm(x)
         keys_values = self.self_attention.keys_values(normed, angles)
         if cache is not None:
-            keys_values = {name: write_at(cache["self"][name], keys_values[name], index) for name in keys_values}
-            cache = {"self": keys_values, "cross": cache["cross"]}
+            written = {name: write(cache["self"][name], keys_values[name], index) for name in keys_values}
+            cache = {"self": written, "cross": cache["cross"]}
+            # The first tokens see each other alone, whatever room there is for others.
+            keys_values = keys_values if is_start(index) else written
         attended = self.self_attention(normed, keys_values, visible=visible, angles=angles)
         x = x + self.dropout(self.post_self_attention_norm(attended), training=training)
         if encoder_visible is not None:

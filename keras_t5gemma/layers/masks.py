@@ -14,7 +14,7 @@ BLOCK_BYTES = 2**27
 SHORTEST_BLOCK = 128
 
 
-def attention_mask(query_segments, key_segments, *, query_start=0, causal=False, window=None):
+def attention_mask(query_segments, key_segments, *, query_start=0, causal=False, window=None, key_positions=None):
     """Which keys each query may see.
 
     A padding mask is a segment id: 0 is padding, and a query sees the keys of its own non-zero segment. An ordinary
@@ -37,6 +37,7 @@ def attention_mask(query_segments, key_segments, *, query_start=0, causal=False,
         query_start: the first query's position, where the first key's is 0: not 0 only when decoding from a cache.
         causal: a query sees no later key.
         window: a query at `q` sees keys with `|q - k| < window`; `None` for any distance.
+        key_positions: int [S], where they are not 0, 1, 2, ...
 
     Returns:
         bool [B, T, S].
@@ -46,7 +47,8 @@ def attention_mask(query_segments, key_segments, *, query_start=0, causal=False,
     if not causal and window is None:
         return visible
     query_positions = ops.add(ops.arange(ops.shape(query_segments)[1], dtype="int32"), query_start)
-    key_positions = ops.arange(ops.shape(key_segments)[1], dtype="int32")
+    if key_positions is None:
+        key_positions = ops.arange(ops.shape(key_segments)[1], dtype="int32")
     distance = ops.expand_dims(query_positions, 1) - ops.expand_dims(key_positions, 0)
     if causal:
         visible = ops.logical_and(visible, distance >= 0)
@@ -60,12 +62,13 @@ class BlockMask:
     """The mask of sequences so long that neither it nor the logits are to exist as a whole.
 
     Attributes:
-        block: t, the length of the blocks in which queries are attended for.
+        block: t, the length of the blocks in which queries are attended for, where no kernel serves them.
         query_segments: int [B, T].
         key_segments: int [B, S].
         query_start: as in `attention_mask`, like those that follow.
         causal: whether a query sees no later key.
         window: how far a query sees, or None.
+        made: what a kernel makes of it, once for all layers.
     """
 
     block: int
@@ -74,6 +77,7 @@ class BlockMask:
     query_start: typing.Any = 0
     causal: bool = False
     window: int | None = None
+    made: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     def run_of_keys(self, index):
         """`(first, length)` of the keys among which are all that block `index` of the queries sees.
@@ -112,13 +116,14 @@ class BlockMask:
         )
 
 
-def visible_keys(heads, query_segments, key_segments, **kind):
+def visible_keys(heads, query_segments, key_segments, *, fused=False, **kind):
     """Which keys each query may see, in the form that attention of this size takes.
 
     Args:
         heads: N, of which each has logits of its own.
         query_segments: int [B, T], the queries' segment ids.
         key_segments: int [B, S], the keys'.
+        fused: whether there is a kernel, for which sequences are long earlier.
         **kind: `query_start`, `causal` and `window` of `attention_mask`.
 
     Returns:
@@ -129,7 +134,7 @@ def visible_keys(heads, query_segments, key_segments, **kind):
     if queries is not None and keys is not None:
         # An unknown batch counts as one example: its activations, too, need memory an example.
         longest = max(SHORTEST_BLOCK, BLOCK_BYTES * _devices() // (4 * (batch or 1) * heads * keys))
-        if longest < queries:
+        if longest < queries or (fused and queries >= SHORTEST_BLOCK):
             blocks = -(-queries // longest)
             return BlockMask(-(-queries // blocks), query_segments, key_segments, **kind)
     return attention_mask(query_segments, key_segments, **kind)

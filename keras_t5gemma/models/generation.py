@@ -3,6 +3,7 @@
 from functools import partial
 
 import keras
+import keras_hub
 import numpy as np
 from keras import ops
 
@@ -10,6 +11,7 @@ from keras_t5gemma.generation.decode import Control, check_sampler, decode
 from keras_t5gemma.generation.processors import Request, check_processors
 from keras_t5gemma.generation.program import Program
 from keras_t5gemma.generation.random_sampler import Draws
+from keras_t5gemma.generation.recorded import recorded
 from keras_t5gemma.models.inputs import prompt_arrays, result_arrays
 
 # Programs for different options that are kept; the oldest goes first. More are a sign of options made anew each time.
@@ -23,6 +25,7 @@ class Generates:
         """Forgets the programs of the sampler before."""
         super().compile(*args, **kwargs)
         self._generate_programs = {}
+        self._recorded_step = recorded(self.decoding_step, self)
 
     def generate_step(self, inputs, stop_token_ids=None, control=None):
         """Generates for one batch of arrays; compiled as a whole where the backend compiles.
@@ -40,20 +43,25 @@ class Generates:
         """
         encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
         encoder, decoder = self.backbone.encoder, self.backbone.decoder
+        prefill = inputs["prefill"].shape[0] if "prefill" in inputs else 0
         encoder_output = encoder(inputs["encoder_token_ids"], encoder_mask, training=False)
         token_ids, mask, log_probs = decode(
-            self.decoding_step,
+            self._recorded_step,
             self.sampler,
             token_ids,
             inputs["decoder_padding_mask"],
-            decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1]),
-            prefill=inputs["prefill"].shape[0] if "prefill" in inputs else 0,
+            decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1], self._ahead(prefill)),
+            prefill=prefill,
             limits=inputs.get("limits"),
             control=control or Control(stop_token_ids),
             model=self,
         )
         outputs = {"decoder_token_ids": token_ids, "decoder_padding_mask": mask}
         return outputs if log_probs is None else {**outputs, "log_probs": log_probs}
+
+    def _ahead(self, prefill):
+        """The most tokens of a decoding step; None where a sampler reads whole sequences at once."""
+        return None if isinstance(self.sampler, keras_hub.samplers.ContrastiveSampler) else prefill
 
     def decoding_step(self, token_ids, cache, index):
         """`(logits [B, T, V], hidden states [B, T, D], cache)` of the tokens [B, T] from position `index` on."""

@@ -4,8 +4,10 @@ import keras
 from keras import ops
 
 from keras_t5gemma.layers.attention import rotary_angles, write_at
+from keras_t5gemma.layers.attention_kernels import has_kernel
 from keras_t5gemma.layers.blocks import Block
-from keras_t5gemma.layers.masks import visible_keys
+from keras_t5gemma.layers.cache import is_start, places, positions
+from keras_t5gemma.layers.masks import attention_mask, visible_keys
 from keras_t5gemma.layers.norm import RMSNorm
 from keras_t5gemma.layers.rematerialization import rematerialized
 from keras_t5gemma.layers.weights import embedding
@@ -64,17 +66,13 @@ class Stack(keras.layers.Layer):
             `(x, caches)`: [B, T, D] after the final norm, and the updated caches.
         """
         config = self.config
-        masks = {
-            kind: visible_keys(
-                config.num_query_heads,
-                query_segments,
-                key_segments,
-                query_start=start,
-                causal=self.causal,
-                window=config.sliding_window if kind == "sliding" else None,
-            )
-            for kind in sorted(set(config.layer_kinds))
-        }
+        if caches is not None and is_start(start):
+            key_segments = query_segments  # see `Block.call`
+        masks = {}
+        for i, kind in enumerate(config.layer_kinds):
+            if kind not in masks:
+                room = None if caches is None or is_start(start) else caches[i]["self"]["key"].shape[2]
+                masks[kind] = self._visible(kind, query_segments, key_segments, start, room)
         angles = rotary_angles(ops.shape(token_ids)[1], start, config.head_dim, config.rope_wavelength)
         x = self.token_embedding(token_ids)
         # Gemma rounds the factor to the compute dtype: sqrt(3584) is 59.867 in float32, 59.75 in bfloat16.
@@ -98,6 +96,20 @@ class Stack(keras.layers.Layer):
                 )
             updated.append(cache)
         return self.final_norm(x), updated
+
+    def _visible(self, kind, query_segments, key_segments, start, room):
+        """Who sees whom in layers of a kind, whose cache has so many places, or is None."""
+        config = self.config
+        options = {"query_start": start, "causal": self.causal, "window": self._window(kind)}
+        if room is None or room == key_segments.shape[1]:
+            fused = has_kernel(self.compute_dtype)
+            return visible_keys(config.num_query_heads, query_segments, key_segments, fused=fused, **options)
+        held = positions(room, start + query_segments.shape[1] - 1)
+        segments = ops.where(held < 0, 0, ops.take(key_segments, ops.maximum(held, 0), axis=1))
+        return attention_mask(query_segments, segments, key_positions=held, **options)
+
+    def _window(self, kind):
+        return self.config.sliding_window if kind == "sliding" else None
 
 
 def _rematerialized(block, x, visible, angles, encoder):
@@ -152,7 +164,7 @@ class Decoder(Stack):
         """
         segments = ops.cast(padding_mask, "int32")
         encoder_segments = ops.cast(encoder_padding_mask, "int32")
-        encoder = (encoder_output, visible_keys(self.config.num_query_heads, segments, encoder_segments))
+        encoder = (encoder_output, self._visible_encoder(segments, encoder_segments))
         x, _ = self.run(token_ids, segments, segments, encoder=encoder, training=training)
         return x
 
@@ -160,28 +172,32 @@ class Decoder(Stack):
         """[B, T, D]."""
         return (*token_ids_shape, self.config.hidden_dim)
 
-    def start_cache(self, encoder_output, encoder_padding_mask, length):
+    def start_cache(self, encoder_output, encoder_padding_mask, length, ahead=None):
         """An empty cache, cross-attention's keys and values in it once and for all.
 
         Args:
             encoder_output: [B, S, D of the encoder].
             encoder_padding_mask: int [B, S].
             length: L, the longest sequence it is to hold.
+            ahead: the most tokens that a step will take; any number where None. Sliding layers then keep R = window +
+                ahead positions, where these are fewer than L.
 
         Returns:
             A nested structure of tensors, the batch first in each, so that beam search can reorder it:
-            `layers`, a `{"self": {"key", "value"}, "cross": {"key", "value"}}` a block ([B, L, K, H] and [B, S, K, H]);
+            `layers`, a `{"self": {"key", "value"}, "cross": {"key", "value"}}` a block ([B, K, R, H] and [B, K, S, H]);
             `segments` [B, L] of what is in it so far; `encoder_segments` [B, S].
         """
         config, batch = self.config, ops.shape(encoder_output)[0]
-        shape = (batch, length, config.num_key_value_heads, config.head_dim)
+
+        def empty(kind):
+            room = places(length, self._window(kind), length if ahead is None else max(1, ahead))
+            shape = (batch, config.num_key_value_heads, room, config.head_dim)
+            return {name: ops.zeros(shape, dtype=self.compute_dtype) for name in ("key", "value")}
+
         return {
             "layers": [
-                {
-                    "self": {name: ops.zeros(shape, dtype=self.compute_dtype) for name in ("key", "value")},
-                    "cross": block.cross_attention.keys_values(encoder_output),
-                }
-                for block in self.blocks
+                {"self": empty(kind), "cross": block.cross_attention.keys_values(encoder_output)}
+                for block, kind in zip(self.blocks, config.layer_kinds, strict=True)
             ],
             "segments": ops.zeros((batch, length), dtype="int32"),
             "encoder_segments": ops.cast(encoder_padding_mask, "int32"),
@@ -201,8 +217,12 @@ class Decoder(Stack):
         """
         segments = ops.cast(padding_mask, "int32")
         key_segments = write_at(cache["segments"], segments, index)
-        encoder = (None, visible_keys(self.config.num_query_heads, segments, cache["encoder_segments"]))
+        encoder = (None, self._visible_encoder(segments, cache["encoder_segments"]))
         x, layers = self.run(
             token_ids, key_segments, segments, start=index, encoder=encoder, caches=cache["layers"], training=False
         )
         return x, {**cache, "layers": layers, "segments": key_segments}
+
+    def _visible_encoder(self, segments, encoder_segments):
+        heads, fused = self.config.num_query_heads, has_kernel(self.compute_dtype)
+        return visible_keys(heads, segments, encoder_segments, fused=fused)

@@ -77,15 +77,16 @@ class Streams:
         if control not in streams:
             if len(streams) == MOST_PROGRAMS:
                 del streams[next(iter(streams))]
-            streams[control] = DecodingStream(self._start_program, self.decoding_step, self.sampler, self, control)
+            streams[control] = DecodingStream(self._start_program, self._recorded_step, self.sampler, self, control)
         return streams[control]
 
     def _start_decoding(self, inputs):
         """`(token_ids, prompt_mask, cache)` of a prompt that was read; see `DecodingStream`."""
         encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
         encoder_output = self.backbone.encoder(inputs["encoder_token_ids"], encoder_mask, training=False)
-        cache = self.backbone.decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1])
-        if prefill := inputs["prefill"].shape[0]:
+        prefill = inputs["prefill"].shape[0]
+        cache = self.backbone.decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1], prefill)
+        if prefill:
             _, _, cache = self.decoding_step(token_ids[:, :prefill], cache, 0)
         return token_ids, ops.cast(inputs["decoder_padding_mask"], "bool"), cache
 

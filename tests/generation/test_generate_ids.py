@@ -132,15 +132,20 @@ def test_left_padded_decoder_prompts_give_what_right_padded_ones_give(lm):
     np.testing.assert_array_equal(got["decoder_token_ids"], expected["decoder_token_ids"])
 
 
+@pytest.mark.parametrize("ring", [False, True], ids=["whole", "ring"])
 @pytest.mark.parametrize("pieces", [[1] * 13, [5, 1, 1, 4, 2], [13]], ids=["steps", "pieces", "prefill"])
-def test_cached_decoding_equals_the_whole_forward_pass_at_every_position(pieces):
+def test_cached_decoding_equals_the_whole_forward_pass_at_every_position(pieces, ring):
     config = UNBALANCED  # the decoder's window is 5, the sequence 13
     backbone = loud_backbone(config)
     inputs = loud_inputs(config)
     outputs = backbone(inputs)
     expected = ops.convert_to_numpy(outputs["decoder_sequence_output"])
     decoder = backbone.decoder
-    cache = decoder.start_cache(outputs["encoder_sequence_output"], inputs["encoder_padding_mask"], 16)
+    ahead = max(pieces) if ring else None
+    cache = decoder.start_cache(outputs["encoder_sequence_output"], inputs["encoder_padding_mask"], 16, ahead)
+    # The first layer's window is 5, the second sees everything.
+    kept = [layer["self"]["key"].shape[2] for layer in cache["layers"]]
+    assert kept == [min(16, 5 + ahead) if ring else 16, 16]
     got, index = [], 0
     for size in pieces:
         ids, mask = (inputs[f"decoder_{n}"][:, index : index + size] for n in ("token_ids", "padding_mask"))
