@@ -94,7 +94,7 @@ class _Recording:
 
         # On copies: recording runs the step, and writes.
         inputs = [token_ids, _place(index, token_ids), *(x.clone() for x in keras.tree.flatten(cache))]
-        self._run = make_fx(flat)(*inputs)
+        self._run = _with_constants(make_fx(flat)(*inputs))
         if jit_compile:
             self._run = torch.compile(self._run, dynamic=False, fullgraph=True)
         self._graphs = []
@@ -153,6 +153,33 @@ class _Graph:
         lent = [own.view_as(own) for own in self._inputs[2:]]
         self._lent = [weakref.ref(x) for x in lent]
         return *(x.clone() for x in self._results), *lent
+
+
+def _with_constants(module):
+    """A recording whose constants are ready: those of Python's would be copied to the device in each step anew."""
+    import torch
+
+    copies = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten._to_copy.default)
+    values = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            tensor = getattr(module, node.target)
+            if not isinstance(tensor, torch.nn.Parameter):  # of a variable, which may be assigned to
+                values[node] = tensor
+        elif node.target in copies and node.args[0] in values:
+            written = any(
+                getattr(user.target, "_schema", None) and user.target._schema.is_mutable for user in node.users
+            )
+            if not written:
+                values[node] = node.target(values[node.args[0]], *node.args[1:], **node.kwargs)
+    for i, (node, value) in enumerate(values.items()):
+        if node.op != "get_attr":
+            module.register_buffer(f"_ready_{i}", value)
+            with module.graph.inserting_before(node):
+                node.replace_all_uses_with(module.graph.get_attr(f"_ready_{i}"))
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
 
 
 def _place(index, token_ids):

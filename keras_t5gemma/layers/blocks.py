@@ -70,7 +70,7 @@ class Block(keras.layers.Layer):
             encoder_output: [B, S, D] of the encoder; None with a cache, or where there is no encoder.
             encoder_visible: who sees whom in cross-attention; None where there is no encoder.
             cache: `{"self": {"key", "value"}, "cross": {"key", "value"}}`, or None.
-            index: position of x's first token in the cache.
+            index: position of x's first token, or of a single one its place in the cache.
             training: whether dropout is on.
 
         Returns:

@@ -35,12 +35,24 @@ def is_start(index):
     return isinstance(index, int) and index == 0
 
 
+def place(index, places):
+    """The place of a position; one for all layers of a kind."""
+    return index if isinstance(index, int) and index < places else ops.mod(index, places)
+
+
 def write(buffer, update, index):
-    """Puts keys or values [B, K, T, H] of the positions from `index` on into their places in `buffer` [B, K, R, H]."""
+    """Puts keys or values [B, K, T, H] into their places in `buffer` [B, K, R, H].
+
+    Args:
+        buffer: of a cache.
+        update: what is new.
+        index: the first one's position, or of a single one its place.
+
+    Returns:
+        The buffer, which on PyTorch is overwritten.
+    """
     size, count = buffer.shape[2], update.shape[2]
-    if count == 1:
-        return write_at(buffer, update, ops.mod(index, size), axis=2)
-    if isinstance(index, int) and index + count <= size:
+    if count == 1 or (isinstance(index, int) and index + count <= size):
         return write_at(buffer, update, index, axis=2)
     held = positions(size, index + count - 1)
     new = ops.take(update, ops.maximum(held - index, 0), axis=2)

@@ -6,7 +6,7 @@ from keras import ops
 from keras_t5gemma.layers.attention import rotary_angles, write_at
 from keras_t5gemma.layers.attention_kernels import has_kernel
 from keras_t5gemma.layers.blocks import Block
-from keras_t5gemma.layers.cache import is_start, places, positions
+from keras_t5gemma.layers.cache import is_start, place, places, positions
 from keras_t5gemma.layers.masks import attention_mask, visible_keys
 from keras_t5gemma.layers.norm import RMSNorm
 from keras_t5gemma.layers.rematerialization import rematerialized
@@ -68,11 +68,12 @@ class Stack(keras.layers.Layer):
         config = self.config
         if caches is not None and is_start(start):
             key_segments = query_segments  # see `Block.call`
-        masks = {}
+        masks, indices = {}, {}
         for i, kind in enumerate(config.layer_kinds):
             if kind not in masks:
                 room = None if caches is None or is_start(start) else caches[i]["self"]["key"].shape[2]
                 masks[kind] = self._visible(kind, query_segments, key_segments, start, room)
+                indices[kind] = start if room is None or query_segments.shape[1] > 1 else place(start, room)
         angles = rotary_angles(ops.shape(token_ids)[1], start, config.head_dim, config.rope_wavelength)
         x = self.token_embedding(token_ids)
         # Gemma rounds the factor to the compute dtype: sqrt(3584) is 59.867 in float32, 59.75 in bfloat16.
@@ -91,7 +92,7 @@ class Stack(keras.layers.Layer):
                     encoder_output=encoder[0],
                     encoder_visible=encoder[1],
                     cache=cache,
-                    index=start,
+                    index=indices[kind],
                     training=training,
                 )
             updated.append(cache)

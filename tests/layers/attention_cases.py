@@ -9,6 +9,7 @@ from keras import ops
 from keras_t5gemma.layers.attention import attend
 from keras_t5gemma.layers.masks import BlockMask, attention_mask
 
+KINDS = ("queries", "keys")
 BATCH, KV_HEADS, GROUPS, SIZE = 2, 2, 3, 4
 # Packed from three examples, with padding on the left of one row and on the right of the other.
 SEGMENTS = np.array([[0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3], [1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0, 0]], "int32")
@@ -29,10 +30,10 @@ CASES = {
 }
 
 
-def inputs(queries, keys, dtype, scale):
+def inputs(queries, keys, dtype, scale, size=SIZE):
     """Query, key, value and the weights of a sum of the output, which makes a gradient."""
     generator = np.random.default_rng(0)
-    shapes = [(queries, KV_HEADS, GROUPS, SIZE), (keys, KV_HEADS, SIZE), (keys, KV_HEADS, SIZE)]
+    shapes = [(queries, KV_HEADS, GROUPS, size), (keys, KV_HEADS, size), (keys, KV_HEADS, size)]
     arrays = [scale * generator.standard_normal((BATCH, *shape)) for shape in (*shapes, shapes[0])]
     arrays[2:] = [array / scale for array in arrays[2:]]
     arrays[1:3] = [array.swapaxes(1, 2) for array in arrays[1:3]]
@@ -84,8 +85,9 @@ def both(case, attention, gradients=True):
     # In a compiled decoding step it is a tensor.
     start = start and ops.convert_to_tensor(start)
     kind = {"query_start": start, "causal": case.get("causal", False), "window": case.get("window")}
-    segments = [ops.convert_to_tensor(case[name]) for name in ("queries", "keys")]
-    tensors = inputs(*(s.shape[1] for s in segments), case["dtype"], case["scale"])
+    # Each position so many times over.
+    segments = [ops.convert_to_tensor(np.repeat(case[name], case.get("times", 1), axis=1)) for name in KINDS]
+    tensors = inputs(*(s.shape[1] for s in segments), case["dtype"], case["scale"], case.get("size", SIZE))
     plain = functools.partial(attend, cap=case["cap"], dtype=case["dtype"])
     whole, blocks = attention_mask(*segments, **kind), BlockMask(case["block"], *segments, **kind)
     if gradients:

@@ -28,6 +28,7 @@ def test_each_place_holds_the_newest_of_its_positions(sizes, traced):
     for count in sizes:
         update = np.arange(index, index + count, dtype="float32").reshape(1, 1, count, 1) + 100
         where = ops.convert_to_tensor(index, dtype="int32") if traced else index
+        where = cache.place(where, size) if count == 1 else where
         buffer = cache.write(buffer, ops.convert_to_tensor(update), where)
         index += count
         held = ops.convert_to_numpy(cache.positions(size, index - 1))

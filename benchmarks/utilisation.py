@@ -1,0 +1,158 @@
+"""Model FLOP utilisation of a training step on an accelerator, and the largest batch that fits.
+
+    python benchmarks/utilisation.py                                  # 2B-2B, 1,024 + 1,024 and 4,096 + 4,096 tokens
+    python benchmarks/utilisation.py --pair s s --lengths 64 --tokens-kept 64 --tokens-again 64
+
+JAX, bfloat16 weights, gradients and AdamW moments, the chunked loss, each with rematerialisation and without. The batch
+is the largest tried that fits by XLA's own account of the compiled step; seconds are the median of the steps
+after one to warm up. FLOPs are those the model asks for: two a weight of a matrix and token, two a visible pair of
+positions, head and size for each of attention's products, three times that with the backward pass, nothing for what is
+computed again. Utilisation is their share of `--peak`, the chip's dense bfloat16 rate by its data sheet, and of the
+rate that a product of two 8,192 x 8,192 matrices reaches in the same run.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from rich.console import Console
+from rich.table import Table
+
+
+def flops(config, length, batch):
+    """FLOPs of a step on a batch of `length` + `length` tokens."""
+    encoder, decoder = config.encoder, config.decoder
+    heads = [stack.num_query_heads * stack.head_dim for stack in (encoder, decoder)]
+    shared = [stack.num_key_value_heads * stack.head_dim for stack in (encoder, decoder)]
+
+    def block(stack, width, kv_width):
+        return stack.hidden_dim * (2 * width + 2 * kv_width + 3 * stack.intermediate_dim)
+
+    matrices = encoder.num_layers * block(encoder, heads[0], shared[0])
+    cross = 2 * decoder.hidden_dim * heads[1] + 2 * encoder.hidden_dim * shared[1]
+    matrices += decoder.num_layers * (block(decoder, heads[1], shared[1]) + cross)
+    matrices += config.vocabulary_size * decoder.hidden_dim
+    pairs = 0
+    for kind in encoder.layer_kinds:
+        window = encoder.sliding_window if kind == "sliding" else length
+        pairs += heads[0] * sum(min(q + window, length) - max(q - window + 1, 0) for q in range(length))
+    for kind in decoder.layer_kinds:
+        window = decoder.sliding_window if kind == "sliding" else length
+        pairs += heads[1] * (sum(min(q + 1, window) for q in range(length)) + length * length)
+    return 3 * batch * (2 * matrices * length + 4 * pairs)
+
+
+def matmul_rate():
+    """FLOP/s of a large product in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    left, right = (jax.random.normal(jax.random.key(i), (8192, 8192), jnp.bfloat16) for i in range(2))
+    product = jax.jit(jnp.matmul)
+    product(left, right).block_until_ready()
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        product(left, right).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * 8192**3 / statistics.median(times)
+
+
+class Step:
+    """A training step of a model on a batch of random tokens, traced."""
+
+    def __init__(self, lm, length, batch):
+        import jax
+        import numpy as np
+
+        ids = np.random.default_rng(0).integers(3, lm.backbone.config.vocabulary_size, (batch, length), dtype="int32")
+        ones = np.ones_like(ids)
+        names = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
+        self._batch = jax.device_put((dict(zip(names, (ids, ones) * 2, strict=True)), ids, ones.astype("float32")))
+        groups = (lm.trainable_variables, lm.non_trainable_variables, lm.optimizer.variables, lm.metrics_variables)
+        self._variables = groups
+        state = tuple([variable.value for variable in group] for group in groups)
+        self.length, self.batch = length, batch
+        self._traced = jax.jit(lm.train_step, donate_argnums=0).lower(state, self._batch)
+
+    def compile(self):
+        """Compiles, which takes minutes and may be done for several at once."""
+        start = time.perf_counter()
+        self._run = self._traced.compile()
+        self.compile_seconds = time.perf_counter() - start
+        memory = self._run.memory_analysis()
+        self.bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+    def seconds(self, repeats):
+        """The median of a step's seconds; the model's variables are none the wiser until it is done."""
+        import jax
+
+        state = tuple([variable.value for variable in group] for group in self._variables)
+        times = []
+        for _ in range(1 + repeats):
+            start = time.perf_counter()
+            logs, state = self._run(state, self._batch)
+            jax.block_until_ready((logs, state))
+            times.append(time.perf_counter() - start)
+        for group, values in zip(self._variables, state, strict=True):
+            for variable, value in zip(group, values, strict=True):
+                variable.assign(value)
+        return statistics.median(times[1:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", nargs=2, default=["2b", "2b"])
+    parser.add_argument("--lengths", nargs="*", type=int, default=[1024, 4096])
+    parser.add_argument("--tokens-kept", nargs="*", type=int, default=[4096, 2048], help="A side of the batches tried.")
+    parser.add_argument("--tokens-again", nargs="*", type=int, default=[65536, 32768, 16384], help="Likewise.")
+    parser.add_argument("--activations", nargs="*", default=["kept", "again"], choices=["kept", "again"])
+    parser.add_argument("--memory", type=float, default=0.92 * 79.6e9, help="Bytes that may be used.")
+    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s by the data sheet: an H100 SXM's.")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    os.environ["KERAS_BACKEND"] = "jax"
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    import jax
+
+    import keras_t5gemma as kt
+    from keras_t5gemma.training.adamw import AdamW
+
+    reached = matmul_rate()
+    lm = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone(*arguments.pair, dtype="bfloat16"))
+    lm.compile(AdamW(1e-5))
+    lm.optimizer.build(lm.trainable_variables)
+    title = f"{'-'.join(arguments.pair)}, bfloat16, {jax.devices()[0].device_kind}"
+    table = Table(title=title, caption=f"A product of matrices reaches {reached / 1e12:.0f} TFLOP/s")
+    for heading in ("tokens", "activations", "batch", "GB", "s a step", "tokens/s", "TFLOP/s", "MFU", "of a product"):
+        table.add_column(heading, justify="left" if heading == "activations" else "right")
+    candidates = {}
+    for length, kept in itertools.product(arguments.lengths, arguments.activations):
+        lm.backbone.rematerialize = kept == "again"
+        tokens = arguments.tokens_kept if kept == "kept" else arguments.tokens_again
+        sizes = {max(1, count // length) for count in tokens}
+        candidates[length, kept] = [Step(lm, length, batch) for batch in sorted(sizes, reverse=True)]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(Step.compile, itertools.chain(*candidates.values())))
+    for (length, kept), steps in candidates.items():
+        for step in steps:
+            size, compiling = f"{step.bytes / 1e9:.1f} GB", f"compiled in {step.compile_seconds:.0f} s"
+            print(length, kept, step.batch, size, compiling, flush=True)
+        step = next((step for step in steps if step.bytes <= arguments.memory), None)
+        if step is None:
+            table.add_row(f"{length} + {length}", kept, "none fits")
+            continue
+        seconds = step.seconds(arguments.repeats)
+        rate = flops(lm.backbone.config, length, step.batch) / seconds
+        row = (f"{length} + {length}", kept, str(step.batch), f"{step.bytes / 1e9:.1f}", f"{seconds:.3f}")
+        row += (f"{2 * step.batch * length / seconds:,.0f}", f"{rate / 1e12:.0f}")
+        table.add_row(*row, f"{rate / arguments.peak:.2f}", f"{rate / reached:.2f}")
+        print(*row, f"{rate / arguments.peak:.3f}", flush=True)
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
