@@ -6,7 +6,8 @@
 
 Vocabulary 256,000, random weights and ids, all of a batch's tokens in use; AdamW, keras-hub with Keras's, this package
 with its own, which `kt.optimizer("adamw")` is, transformers with PyTorch's. Each program runs in a process of its
-own; seconds are the median of the steps after two to warm up, memory is the peak above the bare import.
+own; seconds are the median of the steps after those to warm up, memory is the peak above the bare import in GB of
+1e9 bytes. To take a long table in pieces, name a program with `--programs`; ratios are to the first that is named.
 """
 
 import argparse
@@ -22,12 +23,13 @@ from rich.table import Table
 MEASURE = """
 import json, sys, time
 import numpy as np
-program, batch, length, dtype, steps = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], int(sys.argv[5])
+program, batch, length, dtype, steps, warm_up = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], *map(
+    int, sys.argv[5:7])
 V = 256000
 rng = np.random.default_rng(0)
 ids = {side: rng.integers(3, V, (batch, length), dtype="int32") for side in ("encoder", "decoder", "label")}
 def memory(field):
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
+    return next(int(line.split()[1]) * 1024 / 1e9 for line in open("/proc/self/status") if line.startswith(field))
 if program == "transformers":
     import torch, transformers
     open("/proc/self/clear_refs", "w").write("5")
@@ -75,11 +77,11 @@ else:
         logs = model.train_on_batch(x, ids["label"], ones.astype("float32"), return_dict=True)
         return float(logs["loss"])
 times = []
-for _ in range(steps + 2):
+for _ in range(steps + warm_up):
     start = time.perf_counter()
     loss = step()
     times.append(time.perf_counter() - start)
-print(json.dumps([float(np.median(times[2:])), memory("VmHWM") - before, loss, times[0]]))
+print(json.dumps([float(np.median(times[warm_up:])), memory("VmHWM") - before, loss, times[0]]))
 """
 
 
@@ -88,7 +90,8 @@ def main():
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128, help="Of encoder and decoder each.")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--steps", type=int, default=3, help="Measured, after two to warm up.")
+    parser.add_argument("--steps", type=int, default=3, help="Measured, after those to warm up.")
+    parser.add_argument("--warm-up", type=int, default=2, help="Steps before the measured ones.")
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--programs", nargs="*", default=["keras-hub", "keras-t5gemma", "transformers"])
     arguments = parser.parse_args()
@@ -98,9 +101,9 @@ def main():
         "backend",
         "program",
         "seconds",
-        "to keras-hub",
+        "ratio",
         "peak GB",
-        "to keras-hub",
+        "ratio",
         "loss",
         "first step, s",
     ):
@@ -112,7 +115,7 @@ def main():
                 continue
             command = [sys.executable, "-c", MEASURE, program, arguments.batch, arguments.length, arguments.dtype]
             result = subprocess.run(
-                [*map(str, command), str(arguments.steps)],
+                [*map(str, command), str(arguments.steps), str(arguments.warm_up)],
                 check=False,
                 capture_output=True,
                 text=True,
@@ -125,7 +128,7 @@ def main():
             seconds, peak, loss, first = json.loads(result.stdout.splitlines()[-1])
             reference = reference or (seconds, peak)
             ratios = [f"{value / base:.2f}" for value, base in zip((seconds, peak), reference, strict=True)]
-            row = (f"{seconds:.2f}", ratios[0], f"{peak / 1024:.2f}", ratios[1], f"{loss:.3f}", f"{first:.1f}")
+            row = (f"{seconds:.2f}", ratios[0], f"{peak:.2f}", ratios[1], f"{loss:.3f}", f"{first:.1f}")
             table.add_row(backend, program, *row)
     Console(width=120).print(table)
 

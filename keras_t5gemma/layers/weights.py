@@ -77,6 +77,10 @@ def as_rows(x):
 def embedding(vocabulary_size, name, config, dtype, *, tied):
     """A plain `keras.layers.ReversibleEmbedding`.
 
+    In `mixed_bfloat16` a tied one looks rows up in the table as it is and casts those: cast first, as Keras's layers do
+    by themselves, there would be another table a step, and one more for its gradient. What it gives may be in the
+    table's dtype where it is quantized.
+
     Args:
         vocabulary_size: V.
         name: the layer's name.
@@ -93,5 +97,6 @@ def embedding(vocabulary_size, name, config, dtype, *, tied):
         embeddings_initializer=first,
         dtype=dtype,
         name=name,
+        autocast=not tied,
     )
     return first.layer

@@ -7,6 +7,7 @@ Keras's own makes some ten temporary tensors a weight on TensorFlow and PyTorch:
 import functools
 
 import keras
+from keras import ops
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -24,12 +25,26 @@ class AdamW(keras.optimizers.AdamW):
         import tensorflow as tf
 
         @tf.function(jit_compile=True)
-        def update(variable, momentum, velocity, grad, alpha):
-            new_momentum = momentum + (grad - momentum) * (1 - self.beta_1)
-            new_velocity = velocity + (tf.square(grad) - velocity) * (1 - self.beta_2)
-            momentum.assign(new_momentum)
-            velocity.assign(new_velocity)
-            variable.assign_sub(new_momentum * alpha / (tf.sqrt(new_velocity) + self.epsilon))
+        def update(variable, momentum, velocity, alpha, decay, grad):
+            momentum.assign_add((grad - momentum) * (1 - self.beta_1))
+            velocity.assign_add((tf.square(grad) - velocity) * (1 - self.beta_2))
+            variable.assign(_stepped(variable, momentum, velocity, alpha, decay, self.epsilon))
+            return alpha
+
+        return update
+
+    @functools.cached_property
+    def tensorflow_update_rows(self):
+        """The same for a table of which only some rows have a gradient, without one of the table's size."""
+        import tensorflow as tf
+
+        @tf.function(jit_compile=True)
+        def update(variable, momentum, velocity, alpha, decay, rows, places):
+            places = tf.expand_dims(places, -1)
+            shrunk = momentum - momentum * (1 - self.beta_1), velocity - velocity * (1 - self.beta_2)
+            momentum.assign(tf.tensor_scatter_nd_add(shrunk[0], places, rows * (1 - self.beta_1)))
+            velocity.assign(tf.tensor_scatter_nd_add(shrunk[1], places, tf.square(rows) * (1 - self.beta_2)))
+            variable.assign(_stepped(variable, momentum, velocity, alpha, decay, self.epsilon))
             return alpha
 
         return update
@@ -39,13 +54,21 @@ class AdamW(keras.optimizers.AdamW):
             grads = [_without_duplicates(grad) for grad in grads]
         return super()._clip_gradients(grads)
 
+    def _apply_weight_decay(self, variables):
+        if keras.config.backend() == "tensorflow" and self._is_fused(variables):
+            return  # `_tensorflow_update` does it, in the same pass
+        super()._apply_weight_decay(variables)
+
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        update = {"tensorflow": _tensorflow_update, "torch": _torch_update}.get(keras.config.backend())
-        dtypes = {keras.backend.standardize_dtype(x.dtype) for x in (*grads, *trainable_variables)}
-        if update is None or self.amsgrad or dtypes != {"float32"} or _is_distributed():
-            super()._backend_update_step(grads, trainable_variables, learning_rate)
+        if self._is_fused(trainable_variables):
+            update = {"tensorflow": _tensorflow_update, "torch": _torch_update}[keras.config.backend()]
+            update(self, [ops.cast(grad, "float32") for grad in grads], trainable_variables, learning_rate)
         else:
-            update(self, grads, trainable_variables, learning_rate)
+            super()._backend_update_step(grads, trainable_variables, learning_rate)
+
+    def _is_fused(self, variables):
+        dtypes = {keras.backend.standardize_dtype(variable.dtype) for variable in variables}
+        return keras.config.backend() != "jax" and not self.amsgrad and dtypes == {"float32"} and not _is_distributed()
 
 
 def _is_distributed():
@@ -57,14 +80,20 @@ def _is_distributed():
 
 
 def _without_duplicates(grad):
-    """A lookup's gradient with one row an id: TensorFlow's norm would take the rows of a repeated id one by one."""
+    """A lookup's gradient with one row an id: TensorFlow's norm would take the rows of a repeated id one by one.
+
+    The rows stay as many, so that XLA compiles once; those left over are zero, and said to be id 0's.
+    """
     import tensorflow as tf
 
     if not isinstance(grad, tf.IndexedSlices):
         return grad
-    indices, rows = tf.unique(grad.indices)
+    count = tf.size(grad.indices)
+    ids, rows = tf.unique(grad.indices)
     return tf.IndexedSlices(
-        tf.math.unsorted_segment_sum(grad.values, rows, tf.size(indices)), indices, grad.dense_shape
+        tf.math.unsorted_segment_sum(grad.values, rows, count),
+        tf.pad(ids, [[0, count - tf.size(ids)]]),
+        grad.dense_shape,
     )
 
 
@@ -97,18 +126,29 @@ def _torch_update(optimizer, grads, variables, learning_rate):
         )
 
 
+def _stepped(variable, momentum, velocity, alpha, decay, epsilon):
+    import tensorflow as tf
+
+    return variable - variable * decay - momentum * alpha / (tf.sqrt(velocity) + epsilon)
+
+
 def _tensorflow_update(optimizer, grads, variables, learning_rate):
     import tensorflow as tf
 
     local_step = tf.cast(optimizer.iterations.value + 1, "float32")
     corrections = tf.sqrt(1 - optimizer.beta_2**local_step) / (1 - optimizer.beta_1**local_step)
-    alpha = tf.cast(learning_rate, "float32") * corrections
-    update = optimizer.tensorflow_update
+    learning_rate = tf.cast(learning_rate, "float32")
     previous = []
-    for grad, variable in zip(grads, variables, strict=True):
+    # Backwards, and one after the other: gradients of the last weights are there first, and go before the others come.
+    for grad, variable in reversed(list(zip(grads, variables, strict=True))):
         place = optimizer._get_variable_index(variable)
         states = [optimizer._momentums[place].value, optimizer._velocities[place].value]
-        # One after the other: all at once would need all tables' dense gradients at once.
+        decays = optimizer.weight_decay is not None and optimizer._use_weight_decay(variable)
+        factors = learning_rate * corrections, learning_rate * (optimizer.weight_decay if decays else 0.0)
         with tf.control_dependencies(previous):
-            dense = tf.convert_to_tensor(grad)  # lookups have sparse ones
-            previous = [update(variable.value, *states, dense, alpha)]
+            if isinstance(grad, tf.IndexedSlices):
+                once = _without_duplicates(grad)
+                last = optimizer.tensorflow_update_rows(variable.value, *states, *factors, once.values, once.indices)
+            else:
+                last = optimizer.tensorflow_update(variable.value, *states, *factors, grad)
+        previous = [last]

@@ -26,13 +26,12 @@ def sums_and_gradients(settings, targets, x, table, train_table):
     Returns:
         `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`, float32 [2], [C, m, D] and [V, D].
     """
-    compute, (vocabulary_size, width) = table.to(x.dtype), table.shape
-    count, tokens, _ = x.shape
+    x = finite(x)
+    compute, vocabulary_size = table.to(x.dtype), table.shape[0]
+    count, tokens, width = x.shape
     sums = torch.zeros(2, dtype=torch.float32, device=x.device)
     x_gradient = torch.empty((count, tokens, width), dtype=torch.float32, device=x.device)
-    table_gradient = (
-        torch.zeros((vocabulary_size, width), dtype=torch.float32, device=x.device) if train_table else None
-    )
+    table_gradient = None
     logits = torch.empty((tokens, vocabulary_size), dtype=torch.float32, device=x.device)
     rows = max(1, _BLOCK_BYTES // (4 * vocabulary_size)) if x.device.type == "cpu" else tokens
     for i in range(count):
@@ -43,11 +42,14 @@ def sums_and_gradients(settings, targets, x, table, train_table):
             sums += settings.in_place(logits[part], *(array[part] for array in by_token))
         gradient = logits.to(x.dtype)
         _product(gradient, compute, x_gradient[i])
-        if train_table:
-            if x.dtype == torch.float32:
-                table_gradient.addmm_(gradient.T, x[i])
-            else:
-                table_gradient.add_(torch.mm(gradient.T, x[i]))
+        if not train_table:
+            continue
+        if table_gradient is None:  # the first chunk's, so that there are no zeros to add it to
+            table_gradient = torch.mm(gradient.T, x[i]).float()
+        elif x.dtype == torch.float32:
+            table_gradient.addmm_(gradient.T, x[i])
+        else:
+            table_gradient.add_(torch.mm(gradient.T, x[i]))
     return (sums, x_gradient, table_gradient) if train_table else (sums, x_gradient)
 
 
