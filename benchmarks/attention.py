@@ -11,6 +11,7 @@ in float32, as a share of its norm.
 
 import argparse
 import functools
+import importlib.util
 import os
 import statistics
 import time
@@ -37,9 +38,29 @@ def ways(backend):
     found = {"plain": plain, "in blocks": blocks}
     if backend == "torch":
         return found | {"flex_attention": kernels.flex}
-    for name in ("mosaic", "triton", "xla_chunked"):
-        found[f"tokamax, {name}"] = functools.partial(kernels.tokamax, implementation=name)
+    import jax
+
+    if jax.default_backend() == "tpu":
+        return found | {"splash": kernels.splash}
+    if importlib.util.find_spec("tokamax"):
+        found |= {f"tokamax, {name}": functools.partial(tokamax, name) for name in ("mosaic", "triton", "xla_chunked")}
     return found
+
+
+def tokamax(implementation, query, key, value, mask, cap):
+    """Which the package does not use: see benchmarks/RESULTS.md."""
+    import tokamax as library
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # else it takes this program's arguments for its own
+    batch, queries, kv_heads, groups, size = query.shape
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    window = None if mask.window is None else (mask.window - 1,) * 2
+    options = {"is_causal": mask.causal, "local_window_size": window, "logits_soft_cap": cap, "scale": 1.0}
+    query = query.reshape(batch, queries, kv_heads * groups, size)
+    found = library.dot_product_attention(query, key, value, implementation=implementation, **options)
+    return found.reshape(batch, queries, kv_heads, groups, size)
 
 
 def whole(mask):

@@ -1,16 +1,15 @@
 """Attention by a kernel of the accelerator's library: no logits in memory, and the speed that it was tuned for.
 
     TPU, JAX           splash attention, which comes with JAX; padding and packing are its segment ids
-    NVIDIA GPU, JAX    Tokamax (`pip install 'keras-t5gemma[kernels]'`), on the chips that it is tuned for
     NVIDIA GPU, torch  `flex_attention`, which PyTorch compiles for the mask and the cap
 
-Each has soft caps, gradients and grouped heads, and leaves out what a window hides. They serve long sequences in
-bfloat16 and float16; the rest attends plainly or in blocks, which are the oracle of these. cuDNN, which JAX and PyTorch
-would take by themselves, has no soft cap.
+Both have soft caps, gradients and grouped heads, and leave out what a window hides. They serve long sequences in
+bfloat16 and float16; the rest attends plainly or in blocks, which are their oracle. On NVIDIA's GPUs JAX has none:
+cuDNN has no soft cap, and of Tokamax's what ran was slower than what XLA makes of the plain one
+(benchmarks/RESULTS.md).
 """
 
 import functools
-import importlib.util
 
 import keras
 from keras import ops
@@ -32,10 +31,10 @@ def kernel(mask):
     Shapes are those of `attention.attend`, and so are the numbers, but for the order of sums.
     """
     name = _name()
-    # Of JAX's, none takes queries that begin within the keys, at a position that is known only when it runs.
-    if name is None or (name != "flex" and not _from_the_start(mask)):
+    # Splash attention's mask is made before it runs: queries must not begin at a position that is known only then.
+    if name is None or (name == "splash" and not _from_the_start(mask)):
         return None
-    return {"splash": splash, "tokamax": tokamax, "flex": flex}[name]
+    return {"splash": splash, "flex": flex}[name]
 
 
 def _from_the_start(mask):
@@ -50,10 +49,7 @@ def _name():
 def _name_on_jax():
     import jax
 
-    if jax.default_backend() == "tpu":
-        return "splash"
-    is_hopper_or_later = jax.default_backend() == "gpu" and float(jax.devices()[0].compute_capability) >= 9
-    return "tokamax" if is_hopper_or_later and importlib.util.find_spec("tokamax") else None
+    return "splash" if jax.default_backend() == "tpu" else None
 
 
 def _name_on_torch():
@@ -113,27 +109,6 @@ def _flex_mask(mask):
         (batch, queries), keys = query_segments.shape, key_segments.shape[1]
         mask.made["flex"] = create(sees, batch, None, queries, keys, device=key_segments.device)
     return mask.made["flex"]
-
-
-def tokamax(query, key, value, mask, cap, implementation=("mosaic", "triton", "xla")):
-    """Tokamax's attention, by the first of its implementations that takes these shapes."""
-    import tokamax as library
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # else Tokamax would take the program's own arguments for its flags
-    batch, queries, kv_heads, groups, size = query.shape
-    window = None if mask.window is None else (mask.window - 1,) * 2
-    options = {"is_causal": mask.causal, "local_window_size": window, "logits_soft_cap": cap, "scale": 1.0}
-
-    def attend(query, key, value, query_segments, key_segments):
-        same = attention_mask(query_segments, key_segments)[:, None]
-        key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
-        return library.dot_product_attention(query, key, value, mask=same, implementation=implementation, **options)
-
-    query = ops.reshape(query, (batch, queries, kv_heads * groups, size))
-    attended = _on_each_device(attend, query, key, value, mask)
-    return _without_the_blind(ops.reshape(attended, (batch, queries, kv_heads, groups, size)), mask)
 
 
 def splash(query, key, value, mask, cap, interpret=False):

@@ -15,23 +15,18 @@ from tiny import loud_backbone
 
 from keras_t5gemma.layers import attention, masks
 from keras_t5gemma.layers import attention_kernels as kernels
-from keras_t5gemma.layers.masks import BlockMask, visible_keys
+from keras_t5gemma.layers.masks import BlockMask, attention_mask, visible_keys
 from keras_t5gemma.models import stacks
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 BACKEND = keras.config.backend()
 CONFIG = tiny_config(balanced=False, num_layers=2)
 KERNELS = {
-    # The first has its numbers from a definition of its own, the second runs block by block as on the chip.
-    "jax": {
-        "tokamax": functools.partial(kernels.tokamax, implementation="xla"),
-        "splash": functools.partial(kernels.splash, interpret=True),
-    },
+    "jax": {"splash": functools.partial(kernels.splash, interpret=True)},
     "torch": {"flex": kernels.flex},
 }.get(BACKEND, {})
-# What a library cannot do, here at least: JAX's begin with the first key; TPUs have no float16, nor have XLA's products
-# on CPUs with sums in float32.
-CANNOT = {"tokamax": ("start", "float16"), "splash": ("start", "float16"), "flex": ()}
+# What a library cannot do: splash attention begins with the first key, and TPUs have no float16.
+CANNOT = {"splash": ("start", "float16"), "flex": ()}
 PAIRS = [
     pytest.param(kernel, case, id=f"{name}, {label}")
     for name, kernel in KERNELS.items()
@@ -70,11 +65,10 @@ def check(attention, case, gradients=True):
         np.testing.assert_allclose(got, value, rtol=tolerance, atol=tolerance * np.abs(value).max())
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="JAX's kernels alone know no first position but 0")
-def test_jax_has_no_kernel_for_queries_whose_place_among_the_keys_is_not_known(monkeypatch):
-    monkeypatch.setattr(kernels, "_name", lambda: "tokamax")
+def test_splash_attention_is_not_asked_where_the_first_querys_place_is_not_known(monkeypatch):
+    monkeypatch.setattr(kernels, "_name", lambda: "splash")
     segments = [ops.convert_to_tensor(SEGMENTS)] * 2
-    assert kernels.kernel(BlockMask(4, *segments)) is kernels.tokamax
+    assert kernels.kernel(BlockMask(4, *segments)) is kernels.splash
     assert kernels.kernel(BlockMask(4, *segments, query_start=ops.convert_to_tensor(0))) is None
 
 
@@ -85,26 +79,28 @@ def test_sequences_are_long_earlier_where_there_is_a_kernel():
     assert not isinstance(visible_keys(2, segments[:, 1:], segments, fused=True), BlockMask)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="PyTorch's kernel has no gradients on a CPU, TensorFlow has none")
 @pytest.mark.parametrize("rematerialize", [False, True])
-def test_model_with_a_kernel_learns_what_it_learns_without(monkeypatch, rematerialize):
+def test_model_has_its_long_attention_from_the_kernel_in_both_directions(monkeypatch, rematerialize):
     monkeypatch.setattr(masks, "SHORTEST_BLOCK", 8)
     x = loud_inputs(CONFIG, batch=3, encoder_length=21, decoder_length=13)
     labels, weight = np.roll(x["decoder_token_ids"], -1, 1), x["decoder_padding_mask"].astype("float32")
     losses, used = [], []
 
-    def kernel(*args):
-        used.append(args)
-        return kernels.tokamax(*args, implementation="xla")
+    def stand_in(query, key, value, mask, cap):
+        """Which computes the same, and is seen to have been asked."""
+        used.append((query.shape[1], key.shape[2]))
+        options = {"query_start": mask.query_start, "causal": mask.causal, "window": mask.window}
+        visible = attention_mask(mask.query_segments, mask.key_segments, **options)
+        return attention.attend(query, key, value, visible, cap=cap, dtype="float32")
 
     for with_kernel in (False, True):
         monkeypatch.setattr(attention, "has_kernel", lambda dtype, answer=with_kernel: answer)
         monkeypatch.setattr(stacks, "has_kernel", lambda dtype, answer=with_kernel: answer)
-        monkeypatch.setattr(attention, "kernel", lambda mask: kernel)
+        monkeypatch.setattr(attention, "kernel", lambda mask: stand_in)
         lm = T5GemmaSeq2SeqLM(loud_backbone(CONFIG))
         lm.backbone.rematerialize = rematerialize
         lm.compile(keras.optimizers.SGD(0.05))
-        losses.append([lm.train_on_batch(x, labels, weight)[0] for _ in range(2)])
-        assert bool(used) == with_kernel
+        losses.append([float(lm.train_on_batch(x, labels, weight)[0]) for _ in range(2)])
+        assert set(used) == ({(21, 21), (13, 13), (13, 21)} if with_kernel else set())
     assert losses[0][1] != losses[0][0]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
