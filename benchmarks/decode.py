@@ -3,11 +3,17 @@
     python benchmarks/decode.py                                     # every backend, batch 1, 256 input tokens
     python benchmarks/decode.py --batch 4 --inputs 1024             # and 16, 4096
     python benchmarks/decode.py --dtype bfloat16
+    python benchmarks/decode.py --dtype int8                        # or int4, int8_from_bfloat16: quantized weights
 
-Vocabulary 256,000, random weights and ids, no stop ids. A step's cost is the difference of two lengths of the answer,
-divided by the difference of their tokens; the first token's is that of the shorter answer less its steps. Each program
-runs in a process of its own. The floor is the time the decoder's weights, its table included, take to be read once, by
-the speed of a matrix-vector product of the table's size measured in the same run.
+Vocabulary 256,000, random weights and ids, no stop ids. Each program runs in a process of its own. The first token's
+time is that of an answer of `--short` tokens, `<bos>` included: by default 2, so one is generated. A step costs
+the difference of that answer and one of `--long`, divided by the difference of their tokens. "Compile" is what the
+first call took besides. `transformers` quantizes nothing here and has no row then.
+
+The floor is the time that the bytes a step must read take: the decoder's weights but for those that make
+cross-attention's keys and values, its table once, and the keys and values of the input and of the tokens so far. The
+speed of memory is the best at which PyTorch reads half a gigabyte of float32 on all cores in the same run: in products
+of matrices of several widths with a vector, and in a dot product. For the table's own width it can be far from that.
 """
 
 import argparse
@@ -27,21 +33,29 @@ program, batch, inputs, dtype, short, long, repeats = sys.argv[1], *map(int, sys
     int, sys.argv[5:8])
 V = 256000
 ids = np.random.default_rng(0).integers(3, V, (batch, inputs), dtype="int32")
+mode, _, policy = dtype.partition("_from_")
+quantized = mode in ("int8", "int4")
+policy = (policy or "float32") if quantized else dtype
 def seconds(run):
-    run()
     times = []
-    for _ in range(repeats):
+    for _ in range(1 + repeats):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return min(times)
+    return times[0], min(times[1:])
 if program == "floor":
     import torch
-    table, x = torch.zeros(V, 512), torch.ones(512)
-    speed = table.numel() * 4 / seconds(lambda: torch.mv(table, x))
-    size = {"float32": 4, "bfloat16": 2}[dtype]
-    # 8 layers: four attention kernels of 512 x 512 twice, three of 512 x 1,024; the table; the encoder runs once.
-    print(json.dumps([1e3 * size * (8 * (8 * 512 * 512 + 3 * 512 * 1024) + V * 512) / speed, None, None]))
+    repeats *= 5
+    flat, other = torch.zeros(V * 512), torch.ones(V * 512)
+    products = [lambda m=flat.view(-1, width), v=other[:width]: torch.mv(m, v) for width in (512, 2048, 8192, 32768)]
+    speeds = [4 * V * 512 / seconds(product)[1] for product in products]
+    speed = max(*speeds, 8 * V * 512 / seconds(lambda: torch.dot(flat, other))[1])
+    # 8 layers: six attention kernels of 512 x 512, since cross-attention's keys and values are made once, and three of
+    # 512 x 1,024; the table.
+    weights = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}[mode] * (
+        8 * (6 * 512 * 512 + 3 * 512 * 1024) + V * 512)
+    cache = {"float32": 4, "bfloat16": 2}[policy] * 8 * 2 * 512 * batch * (inputs + (short + long) // 2)
+    print(json.dumps([speed, speeds[0], weights, cache]))
     sys.exit()
 if program == "transformers":
     import torch, transformers
@@ -58,31 +72,34 @@ else:
     import keras, keras_hub
     if program == "keras-t5gemma":
         import keras_t5gemma as kt
-        model = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone("s", "s", dtype=dtype))
+        model = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone("s", "s", dtype=policy))
     else:
         sizes = dict(hidden_dim=512, intermediate_dim=1024, num_layers=8, num_attention_heads=8, num_key_value_heads=8,
             head_dim=64, layer_types=["sliding_attention", "full_attention"] * 4)
         both = {f"{stack}_{name}": value for stack in ("encoder", "decoder") for name, value in sizes.items()}
         model = keras_hub.models.T5GemmaSeq2SeqLM(preprocessor=None, backbone=keras_hub.models.T5GemmaBackbone(
             vocabulary_size=V, query_pre_attn_scalar=64, sliding_window=4096, attn_logit_softcapping=50.0,
-            final_logit_softcapping=30.0, cross_attention_hidden_size=512, dtype=dtype, **both))
+            final_logit_softcapping=30.0, cross_attention_hidden_size=512, dtype=policy, **both))
+    if quantized:
+        model.quantize(mode)
     model.compile(sampler="greedy")
     def generate(length):
         prompt = np.zeros((batch, length), "int32")
         prompt[:, 0] = 2
         return model.generate(dict(encoder_token_ids=ids, encoder_padding_mask=np.ones_like(ids),
             decoder_token_ids=prompt, decoder_padding_mask=(prompt == 2).astype("int32")), stop_token_ids=None)
-start = time.perf_counter()
-generate(short)
-first_call = time.perf_counter() - start
-times = [seconds(lambda: generate(length)) for length in (short, long)]
-step = (times[1] - times[0]) / (long - short)
-print(json.dumps([1e3 * step, 1e3 * (times[0] - step * (short - 2)), first_call - times[0]]))
+first_call, short_time = seconds(lambda: generate(short))
+step = (seconds(lambda: generate(long))[1] - short_time) / (long - short)
+print(json.dumps([1e3 * step, 1e3 * (short_time - step * (short - 2)), first_call - short_time]))
 """
 
 
 def measure(program, backend, arguments):
-    """[ms a step, ms to the first token, s to compile], or what the process said as it failed."""
+    """[ms a step, ms to the first token, s to compile], or what the process said as it failed.
+
+    Of the program "floor": [bytes a second, those of a product with the table, and a step's bytes of weights and of
+    keys and values].
+    """
     command = [sys.executable, "-c", MEASURE, program, arguments.batch, arguments.inputs, arguments.dtype]
     command += [arguments.short, arguments.long, arguments.repeats]
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -94,21 +111,28 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--inputs", type=int, default=256, help="Tokens the encoder reads.")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--short", type=int, default=8, help="Tokens of the shorter answer.")
-    parser.add_argument("--long", type=int, default=40, help="Of the longer.")
+    parser.add_argument(
+        "--dtype", default="float32", help="float32, bfloat16, int8, int4 or, e.g., int8_from_bfloat16."
+    )
+    parser.add_argument("--short", type=int, default=2, help="Tokens of the shorter answer, <bos> included; 2 or more.")
+    parser.add_argument("--long", type=int, default=34, help="Of the longer.")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--programs", nargs="*", default=["keras-hub", "keras-t5gemma", "transformers"])
     arguments = parser.parse_args()
-    floor = measure("floor", "torch", arguments)[0]
+    speed, table_speed, weights, cache = measure("floor", "torch", arguments)
+    floor = 1e3 * (weights + cache) / speed
     title = f"Greedy decoding, S-S, batch {arguments.batch}, {arguments.inputs} input tokens, {arguments.dtype}"
-    table = Table(title=title, caption=f"Floor: {floor:.1f} ms")
+    caption = (
+        f"Floor: {floor:.1f} ms for {weights / 1e6:.0f} MB of weights and {cache / 1e6:.0f} MB of keys and values at "
+        f"{speed / 1e9:.1f} GB/s; PyTorch's product of such a table and a vector: {table_speed / 1e9:.1f} GB/s"
+    )
+    table = Table(title=title, caption=caption)
     for heading in ("backend", "program", "ms a step", "to the floor", "first token, ms", "compile, s"):
         table.add_column(heading, justify="left" if heading in ("backend", "program") else "right")
     for backend in (name for name in arguments.backends if importlib.util.find_spec(name)):
         for program in arguments.programs:
-            if program == "transformers" and backend != "torch":
+            if program == "transformers" and (backend != "torch" or arguments.dtype.startswith("int")):
                 continue
             result = measure(program, backend, arguments)
             if isinstance(result, str):

@@ -1,0 +1,274 @@
+"""Quantized weights: held-out perplexity and answers beside float32, and the memory that they take.
+
+    python benchmarks/quality.py FOLDER                        # perplexity and answers, on every backend
+    python benchmarks/quality.py FOLDER --memory               # bytes and milliseconds a token, at Small-Small size
+    python benchmarks/quality.py FOLDER --backends jax --weights float32 int8
+
+FOLDER keeps what is made once. Quality is that of the demo's toy, a Gemma 2 pretrained on the documentation of Python's
+standard library and adapted with PrefixLM, as in claims.py: loss a target token of held-out documents, in nats; and
+greedy answers to held-out prompts, of each of which "as float32" counts the share before the first token that differs
+from float32's on the same backend.
+
+`--memory` has random weights and a vocabulary of 256,000, saved in bfloat16. "Promised" are the bytes of the weights as
+quantized, of scales and of norms; "loaded" what the process holds more than before the model, "load peak" and "generate
+peak" the most it held while loading and while generating from a prompt of 64 tokens after that.
+
+Each row is a process of its own. "int8" loads in float32 and quantizes then, "int8_from_bfloat16" is `from_preset`'s
+dtype of that name, and "int4, blocks of 32" has a scale and a zero for each 32 inputs of an output, not one a channel.
+"""
+
+import argparse
+import dataclasses
+import gc
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# By name: the dtype that is loaded, and how it is quantized then, matrices and tables: a mode, and int4's block size.
+WEIGHTS = {
+    "float32": ("float32", None, None),
+    "bfloat16": ("bfloat16", None, None),
+    "int8": ("float32", ("int8", None), ("int8", None)),
+    "int8_from_float32": ("int8_from_float32", None, None),
+    "int8_from_bfloat16": ("int8_from_bfloat16", None, None),
+    "int4": ("float32", ("int4", None), ("int4", None)),
+    "int4_from_bfloat16": ("int4_from_bfloat16", None, None),
+    "int4, blocks of 128": ("float32", ("int4", 128), ("int4", 128)),
+    "int4, blocks of 32": ("float32", ("int4", 32), ("int4", 32)),
+    "int4, tables int8": ("float32", ("int4", None), ("int8", None)),
+    "int4, blocks of 128, tables int8": ("float32", ("int4", 128), ("int8", None)),
+    "int4, blocks of 32, tables int8": ("float32", ("int4", 32), ("int8", None)),
+    "int8, tables int4": ("float32", ("int8", None), ("int4", None)),
+}
+PROMPTS, ANSWER = 32, 32
+
+
+def train(folder, pretraining_steps, steps):
+    """Saves the toy that quality is measured on as a Keras preset, with its tokenizer beside it; once."""
+    if (folder / "toy").is_dir():
+        return
+    import keras
+    from rich.console import Console
+
+    import keras_t5gemma as kt
+    from keras_t5gemma.demo.corpus import standard_library_corpus
+    from keras_t5gemma.demo.fitting import optimizer
+    from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
+    from keras_t5gemma.demo.settings import FULL
+    from keras_t5gemma.training.progress import ProgressBar, progress_display
+
+    keras.utils.set_random_seed(0)
+    corpus = standard_library_corpus()
+    proto = kt.train_tokenizer(corpus.train, FULL.vocabulary_size, folder / "tokenizer.model")
+    pretraining = dataclasses.replace(FULL.large_pretraining, steps=pretraining_steps)
+    adaptation = dataclasses.replace(FULL.adaptation, steps=steps)
+    with progress_display(Console()) as display:
+        bar = ProgressBar(display, "pretrain a Gemma 2", pretraining.steps)
+        gemma2, _ = pretrain_gemma2(FULL.large, corpus, proto, FULL, pretraining, [bar])
+        save_gemma2(gemma2, proto, folder / "gemma2")
+        lm = kt.T5GemmaSeq2SeqLM(kt.adapt_gemma2(str(folder / "gemma2")))
+        lm.compile(optimizer=optimizer(adaptation))
+        data = kt.pretraining_dataset(
+            corpus.train,
+            kt.T5GemmaTokenizer(proto=proto),
+            kt.PrefixLM(FULL.encoder_length, FULL.decoder_length),
+            batch_size=adaptation.batch_size,
+            seed=0,
+        )
+        bar = ProgressBar(display, "train a T5Gemma", adaptation.steps)
+        lm.fit(data, steps_per_epoch=adaptation.steps, verbose=0, callbacks=[bar])
+    lm.backbone.save_to_preset(str(folder / "toy"))
+
+
+def draw(folder):
+    """Saves random weights of Small-Small size; once."""
+    if (folder / "s_s").is_dir():
+        return
+    import keras_t5gemma as kt
+
+    kt.export_to_hugging_face(kt.T5GemmaBackbone("s", "s", dtype="bfloat16"), folder / "s_s")
+
+
+def load(preset, name):
+    """The model of a preset with the weights of a name."""
+    import keras
+
+    import keras_t5gemma as kt
+
+    dtype, matrices, tables = WEIGHTS[name]
+    lm = kt.T5GemmaSeq2SeqLM.from_preset(str(preset), dtype=dtype, preprocessor=None)
+    for kind, chosen in ((keras.layers.Dense, matrices), (keras.layers.Embedding, tables)):
+        if chosen is not None:
+            mode, block = chosen
+            config = None if block is None else keras.quantizers.Int4QuantizationConfig(block_size=block)
+            lm.quantize(mode, config=config, filters=lambda layer, kind=kind: isinstance(layer, kind))
+    return lm
+
+
+def held_out(folder):
+    """Batches of held-out examples, and an array of prompts [N, S]."""
+    import numpy as np
+
+    import keras_t5gemma as kt
+    from keras_t5gemma.demo.corpus import standard_library_corpus
+    from keras_t5gemma.demo.settings import FULL
+
+    tokenizer = kt.T5GemmaTokenizer(proto=str(folder / "tokenizer.model"))
+    objective = kt.PrefixLM(FULL.encoder_length, FULL.decoder_length)
+    texts = standard_library_corpus().held_out
+    batches = kt.pretraining_dataset(texts, tokenizer, objective, batch_size=8, shuffle=False, num_epochs=1)
+    batches = batches[: FULL.evaluation_batches]
+    rows = np.concatenate([x["encoder_token_ids"] for x, *_ in batches])
+    return batches, rows[:: len(rows) // PROMPTS][:PROMPTS]
+
+
+def answers(lm, prompts):
+    """Greedy answers to prompts [N, S]: [N, ANSWER]."""
+    out = lm.generate({"encoder_token_ids": prompts}, max_new_tokens=ANSWER, stop_token_ids=None)
+    return out["decoder_token_ids"][:, 1:]
+
+
+def measure_quality(folder, name):
+    """`{"loss", "agreement", "bytes"}` of the toy."""
+    from keras_t5gemma.training.evaluation import mean_loss
+
+    batches, prompts = held_out(folder)
+    reference = answers(load(folder / "toy", "float32"), prompts)
+    lm = load(folder / "toy", name)
+    lm.compile(sampler="greedy")
+    same = (answers(lm, prompts) == reference).cumprod(axis=1)
+    return {"loss": mean_loss(lm, batches), "agreement": float(same.mean()), "bytes": nbytes(lm.backbone)}
+
+
+def nbytes(backbone):
+    """Bytes of all weights as they are held."""
+    import keras
+
+    sizes = {"float32": 4, "int32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
+    return sum(math.prod(v.shape) * sizes[keras.backend.standardize_dtype(v.dtype)] for v in backbone.weights)
+
+
+def memory(field):
+    """A field of the process's status, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return 1024 * int(line.split()[1])
+
+
+def forget_peak():
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure_memory(folder, name):
+    """`{"promised", "loaded", "load_peak", "generate_peak", "ms"}` of Small-Small; bytes above the bare import."""
+    import keras
+    import numpy as np
+
+    import keras_t5gemma as kt
+
+    kt.T5GemmaSeq2SeqLM  # noqa: B018 imported now, not while it is measured
+    keras.ops.convert_to_numpy(keras.ops.matmul(keras.ops.ones((64, 64)), keras.ops.ones((64, 64))))
+    forget_peak()
+    before = memory("VmRSS")
+    lm = load(folder / "s_s", name)
+    lm.compile(sampler="greedy")
+    gc.collect()
+    loaded, load_peak = memory("VmRSS") - before, memory("VmHWM") - before
+    forget_peak()
+    prompt = {"encoder_token_ids": np.random.default_rng(0).integers(3, 256_000, (1, 64), dtype="int32")}
+    times = []
+    for length in (4, 4, 4, 20, 20, 20):
+        start = time.perf_counter()
+        lm.generate(prompt, max_new_tokens=length, stop_token_ids=None)
+        times.append(time.perf_counter() - start)
+    return {
+        "promised": nbytes(lm.backbone),
+        "loaded": loaded,
+        "load_peak": load_peak,
+        "generate_peak": memory("VmHWM") - before,
+        "ms": 1e3 * (min(times[4:]) - min(times[1:3])) / 16,
+    }
+
+
+def run(backend, name, arguments):
+    """A row's measurements, from a process of its own; None where it failed."""
+    command = [sys.executable, __file__, str(arguments.folder), "--only", name, *["--memory"] * arguments.memory]
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    if result.returncode:
+        print(result.stderr[-2000:], file=sys.stderr)
+        return None
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def quality_row(result, reference):
+    difference = result["loss"] - reference["loss"]
+    return (
+        f"{result['loss']:.4f}",
+        f"{math.exp(result['loss']):.1f}",
+        f"{math.exp(difference) - 1:+.2%}",
+        f"{result['agreement']:.0%}",
+        f"{result['bytes'] / 1e6:.2f}",
+        f"{result['bytes'] / reference['bytes']:.2f}",
+    )
+
+
+def memory_row(result, reference):
+    megabytes = [f"{result[key] / 1e6:,.0f}" for key in ("promised", "loaded", "load_peak", "generate_peak")]
+    return (*megabytes, f"{result['ms']:.1f}", f"{result['ms'] / reference['ms']:.2f}")
+
+
+def print_table(arguments):
+    from rich.console import Console
+    from rich.table import Table
+
+    headings = ("loss", "perplexity", "to float32", "as float32", "MB", "to float32")
+    title, row = "Held-out text, by a toy", quality_row
+    if arguments.memory:
+        headings = ("promised, MB", "loaded, MB", "load peak, MB", "generate peak, MB", "ms a token", "to float32")
+        title, row = "Memory above the import, Small-Small", memory_row
+    table = Table(title=title)
+    for heading in ("backend", "weights", *headings):
+        table.add_column(heading, justify="left" if heading in ("backend", "weights") else "right")
+    for backend in (name for name in arguments.backends if importlib.util.find_spec(name)):
+        reference = None
+        for name in arguments.weights:
+            result = run(backend, name, arguments)
+            reference = reference or result
+            cells = row(result, reference) if result else ("failed",)
+            table.add_row(backend, name, *cells)
+            print(backend, name, *cells, flush=True)
+    Console(width=140).print(table)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="Where the models are made, or were.")
+    parser.add_argument("--memory", action="store_true", help="Measure memory and speed in place of quality.")
+    parser.add_argument(
+        "--weights", nargs="*", default=list(WEIGHTS), choices=list(WEIGHTS), help="The first: reference."
+    )
+    parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
+    parser.add_argument("--pretraining-steps", type=int, default=1000, help="Of the Gemma 2.")
+    parser.add_argument("--steps", type=int, default=300, help="Of the T5Gemma.")
+    parser.add_argument("--only", choices=list(WEIGHTS), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    if arguments.only:
+        measure = measure_memory if arguments.memory else measure_quality
+        print(json.dumps(measure(arguments.folder, arguments.only)))
+        return
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.memory:
+        draw(arguments.folder)
+    else:
+        train(arguments.folder, arguments.pretraining_steps, arguments.steps)
+    print_table(arguments)
+
+
+if __name__ == "__main__":
+    main()
