@@ -13,7 +13,7 @@ first call took besides. `transformers` quantizes nothing here and has no row th
 The floor is the time that the bytes a step must read take: the decoder's weights but for those that make
 cross-attention's keys and values, its table once, and the keys and values of the input and of the tokens so far. The
 speed of memory is the best at which PyTorch reads half a gigabyte of float32 on all cores in the same run: in products
-of matrices of several widths with a vector, and in a dot product. For the table's own width it can be far from that.
+of matrices of several widths with one vector or two, and in a dot product. With one vector the table can be slow.
 """
 
 import argparse
@@ -47,8 +47,10 @@ if program == "floor":
     import torch
     repeats *= 5
     flat, other = torch.zeros(V * 512), torch.ones(V * 512)
-    products = [lambda m=flat.view(-1, width), v=other[:width]: torch.mv(m, v) for width in (512, 2048, 8192, 32768)]
-    speeds = [4 * V * 512 / seconds(product)[1] for product in products]
+    # The table with one vector and with two, which can be faster; wider matrices; two vectors of the table's size.
+    shapes = [(512, 1), (512, 2), (2048, 1), (8192, 1), (32768, 1)]
+    speeds = [4 * V * 512 / seconds(lambda: flat.view(-1, width) @ other[: width * n].view(n, width).T)[1]
+        for width, n in shapes]
     speed = max(*speeds, 8 * V * 512 / seconds(lambda: torch.dot(flat, other))[1])
     # 8 layers: six attention kernels of 512 x 512, since cross-attention's keys and values are made once, and three of
     # 512 x 1,024; the table.

@@ -13,8 +13,9 @@ from float32's on the same backend.
 quantized, of scales and of norms; "loaded" what the process holds more than before the model, "load peak" and "generate
 peak" the most it held while loading and while generating from a prompt of 64 tokens after that.
 
-Each row is a process of its own. "int8" loads in float32 and quantizes then, "int8_from_bfloat16" is `from_preset`'s
-dtype of that name, and "int4, blocks of 32" has a scale and a zero for each 32 inputs of an output, not one a channel.
+Each row is a process of its own. "int8" loads in float32 and quantizes then, "int8_from_float32" is `from_preset`'s
+dtype of that name. "int4" is Keras's default: a scale and a zero for each 128 inputs of an output. "Tables" are the
+embeddings, of which the decoder's is the output projection too.
 """
 
 import argparse
@@ -37,13 +38,11 @@ WEIGHTS = {
     "int8_from_float32": ("int8_from_float32", None, None),
     "int8_from_bfloat16": ("int8_from_bfloat16", None, None),
     "int4": ("float32", ("int4", None), ("int4", None)),
-    "int4_from_bfloat16": ("int4_from_bfloat16", None, None),
-    "int4, blocks of 128": ("float32", ("int4", 128), ("int4", 128)),
+    "int4_from_float32": ("int4_from_float32", None, None),
+    "int4, a scale a channel": ("float32", ("int4", -1), ("int4", -1)),
     "int4, blocks of 32": ("float32", ("int4", 32), ("int4", 32)),
     "int4, tables int8": ("float32", ("int4", None), ("int8", None)),
-    "int4, blocks of 128, tables int8": ("float32", ("int4", 128), ("int8", None)),
     "int4, blocks of 32, tables int8": ("float32", ("int4", 32), ("int8", None)),
-    "int8, tables int4": ("float32", ("int8", None), ("int4", None)),
 }
 PROMPTS, ANSWER = 32, 32
 

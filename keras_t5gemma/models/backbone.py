@@ -151,7 +151,8 @@ class T5GemmaBackbone(keras_hub.models.Backbone):
                 in Keras or Hugging Face format. keras-hub's own T5Gemma presets are read too.
             load_weights: False for the architecture with random weights.
             **kwargs: `dtype`, or what the class takes. "int8_from_bfloat16" and the like, Keras's names for a quantized
-                policy, load in bfloat16 and quantize then, as `quantize("int8")` does.
+                policy, load in bfloat16 and quantize then, as `quantize("int8")` does; "int4/32_from_bfloat16" as
+                `quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=32))` does.
 
         Raises:
             ValueError: where the preset is unknown, or is no T5Gemma.
@@ -163,7 +164,7 @@ class T5GemmaBackbone(keras_hub.models.Backbone):
         if "Quantized" in str(saved.get("dtype")):
             return super().from_preset(str(folder), load_weights=load_weights, **kwargs)
         kwargs = {name: saved[name] for name in ("name", "trainable") if name in saved} | kwargs
-        kwargs["dtype"], mode = _unquantized(kwargs.get("dtype"))
+        kwargs["dtype"], mode, config = _unquantized(kwargs.get("dtype"))
         source = t5gemma_source(folder)
 
         def make():
@@ -171,17 +172,23 @@ class T5GemmaBackbone(keras_hub.models.Backbone):
 
         backbone = load(make, source.config, source.tensors) if load_weights else make()
         if mode is not None:
-            backbone.quantize(mode, filters=lambda layer: isinstance(layer, QUANTIZABLE))
+            backbone.quantize(mode, config=config, filters=lambda layer: isinstance(layer, QUANTIZABLE))
         return backbone
 
 
 def _unquantized(dtype):
-    """`(dtype, mode)`: the policy that a quantized one comes from, and its mode; any other policy, and None."""
+    """What a policy asks for, as `(dtype, mode, config)`.
+
+    The policy to load in; the mode to quantize in then, or None; and a config where int4's size of blocks is given.
+    """
     policy = None if dtype is None else keras.dtype_policies.get(dtype)
     mode = getattr(policy, "quantization_mode", None)
     if mode is None:
-        return dtype, None
-    return policy.name.partition("_from_")[2], mode
+        return dtype, None, None
+    config = None
+    if isinstance(policy, keras.dtype_policies.Int4DTypePolicy):
+        config = keras.quantizers.Int4QuantizationConfig(block_size=policy.block_size)
+    return policy.name.partition("_from_")[2], mode, config
 
 
 def _saved_config(folder):

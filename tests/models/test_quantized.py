@@ -67,3 +67,21 @@ def test_quantized_model_takes_its_memory_stays_near_and_decodes_and_loads_the_s
     half = T5GemmaBackbone.from_preset(str(tmp_path / "preset"), dtype=f"{mode}_from_bfloat16")
     assert nbytes(matrices(half).values()) == BYTES[mode] * weights
     assert half.compute_dtype == "bfloat16"
+
+
+@pytest.mark.usefixtures("quick_collections")
+def test_int4_with_its_size_of_blocks_in_the_dtype_loads_as_quantized_so(tmp_path):
+    backbone = loud_backbone(CONFIG)
+    backbone.save_to_preset(str(tmp_path / "preset"))
+    loaded = T5GemmaBackbone.from_preset(str(tmp_path / "preset"), dtype="int4/8_from_float32")
+    config = keras.quantizers.Int4QuantizationConfig(block_size=8)
+    backbone.quantize(
+        config=config, filters=lambda layer: isinstance(layer, keras.layers.Embedding | keras.layers.Dense)
+    )
+    stack = CONFIG.decoder
+    scale = loaded.decoder.blocks[0].feed_forward.down_dense.kernel_scale
+    assert tuple(scale.shape) == (math.ceil(stack.intermediate_dim / 8), stack.hidden_dim)
+    variables = {v.path: v for v in backbone.weights}
+    for variable in loaded.weights:
+        expected = ops.convert_to_numpy(variables[variable.path])
+        np.testing.assert_array_equal(ops.convert_to_numpy(variable), expected, err_msg=variable.path)
