@@ -10,6 +10,7 @@ import numpy as np
 from keras_t5gemma.checkpoints.files import SafetensorsFile, read_json
 from keras_t5gemma.checkpoints.name_maps import tensors
 from keras_t5gemma.checkpoints.new_folder import new_folder
+from keras_t5gemma.checkpoints.processes import whole, write_on_first
 from keras_t5gemma.checkpoints.tensors import CheckpointError, TensorSource, is_finite
 from keras_t5gemma.checkpoints.writing import write_json, write_tensors
 
@@ -26,7 +27,7 @@ def save_lora(model, folder, *, base_model=None):
     `adapter_model.safetensors` holds, for a layer with LoRA of rank r, `....lora_A.weight` [r, in] and
     `....lora_B.weight` [out, r], the transposes of Keras's `lora_kernel_a` and `lora_kernel_b`, in float32;
     `adapter_config.json` says which layers, their rank and `lora_alpha`. To have the merged model instead, use
-    `export_to_hugging_face`.
+    `export_to_hugging_face`; as there, all processes on which the weights lie call this.
 
     Args:
         model: a `T5GemmaBackbone`, or a model with one, with LoRA enabled; it may be quantized.
@@ -58,11 +59,16 @@ def save_lora(model, folder, *, base_model=None):
         "rank_pattern": {re.escape(module): value for module, value in ranks.items() if value != rank},
         "alpha_pattern": {re.escape(module): value for module, value in alphas.items() if value != alpha},
     }
-    with new_folder(folder) as partial:
-        write_json(partial / CONFIG_FILE, config)
-        # PEFT reads one file.
-        write_tensors(partial, _Matrices(backbone, layers), 2**62, title=f"Writing {Path(folder).name}")
-        (partial / "model.safetensors").rename(partial / WEIGHTS_FILE)
+
+    def write(source):
+        with new_folder(folder) as partial:
+            write_json(partial / CONFIG_FILE, config)
+            # PEFT reads one file.
+            write_tensors(partial, source, 2**62, title=f"Writing {Path(folder).name}")
+            (partial / "model.safetensors").rename(partial / WEIGHTS_FILE)
+
+    matrices = _Matrices(backbone, layers)
+    write_on_first(matrices, matrices.variables(), write)
 
 
 def load_lora(model, folder):
@@ -120,6 +126,9 @@ class _Matrices(TensorSource):
             self._variables[_PREFIX + module + _A] = layer.lora_kernel_a
             self._variables[_PREFIX + module + _B] = layer.lora_kernel_b
 
+    def variables(self):
+        return list(self._variables.values())
+
     def names(self):
         return list(self._variables)
 
@@ -130,9 +139,7 @@ class _Matrices(TensorSource):
         return np.dtype(self._variables[name].dtype)
 
     def read(self, name):
-        import keras
-
-        return np.asarray(keras.ops.convert_to_numpy(self._variables[name].value)).T
+        return whole(self._variables[name]).T
 
     def where(self, name=None):
         return self._title if name is None else f"{self._title} ({self._variables[name].path})"

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from keras_t5gemma.checkpoints.hf_config import BOS_ID, write_t5gemma_config
 from keras_t5gemma.checkpoints.model_card import model_card
 from keras_t5gemma.checkpoints.name_maps import tensors
 from keras_t5gemma.checkpoints.new_folder import new_folder
+from keras_t5gemma.checkpoints.processes import whole, write_on_first
 from keras_t5gemma.checkpoints.tensors import DTYPES, TensorSource
 from keras_t5gemma.checkpoints.tokenizer_files import stop_ids, write_tokenizer
 from keras_t5gemma.checkpoints.transforms import cast_tensors
@@ -23,6 +22,9 @@ def export_to_hugging_face(
     have it, `|q - k| < sliding_window`. Beyond the window `transformers` 5.23 then sees one key more on each side (4.53
     to 4.57 do not), in this checkpoint as in Google's. A model with a causal encoder, which `transformers` does not
     know, is written under a model type that it refuses and `from_preset` here reads.
+
+    A model whose weights lie on several processes (JAX, `keras.distribution`) is exported by all of them, with the same
+    call: each tensor in turn is gathered, and the first process writes it.
 
     Args:
         model: a `T5GemmaBackbone`, or a `T5GemmaSeq2SeqLM`, whose preprocessor then gives `tokenizer` and `chat`.
@@ -46,16 +48,20 @@ def export_to_hugging_face(
     proto = None if tokenizer is None else tokenizer.proto
     if tokenizer is not None and not isinstance(proto, bytes):
         raise ValueError(f"`tokenizer` must have its SentencePiece model as `proto`. Received: {tokenizer!r}.")
-    write_checkpoint(
-        folder,
-        backbone.config,
-        cast_tensors(ModelTensors(backbone), dtype),
-        proto=proto,
-        chat=chat,
-        max_shard_size=max_shard_size,
-        allow_non_finite=allow_non_finite,
-        card=model_card("A T5Gemma exported from Keras", {"model": backbone.name}),
-    )
+
+    def write(source):
+        write_checkpoint(
+            folder,
+            backbone.config,
+            cast_tensors(source, dtype),
+            proto=proto,
+            chat=chat,
+            max_shard_size=max_shard_size,
+            allow_non_finite=allow_non_finite,
+            card=model_card("A T5Gemma exported from Keras", {"model": backbone.name}),
+        )
+
+    write_on_first(ModelTensors(backbone), backbone.weights, write)
 
 
 def write_checkpoint(
@@ -135,12 +141,10 @@ class ModelTensors(TensorSource):
         return self._dtypes[name]
 
     def read(self, name):
-        """The weight as numpy, in Hugging Face's layout."""
-        import keras
-
+        """The weight as numpy, in Hugging Face's layout; all processes ask for it at once, where it lies on several."""
         tensor = self._tensors[name]
         layer, attribute = self._layer(tensor)
-        array = np.asarray(keras.ops.convert_to_numpy(getattr(layer, attribute)))
+        array = whole(getattr(layer, attribute))
         # A merged kernel may come in the compute dtype.
         return tensor.to_stored(array.astype(self._dtypes[name], copy=False))
 
