@@ -10,6 +10,7 @@ import sys
 import keras
 import numpy as np
 from keras import ops
+from launch import PROCESSES
 from peers import tiny_config
 from tiny import backbone_of
 
@@ -18,7 +19,6 @@ from keras_t5gemma.layers.weights import weights_from
 
 # 8 and 4 heads, 4 and 2 key and value heads.
 CONFIG = tiny_config(balanced=False, num_layers=1)
-PROCESSES = 2
 # Mesh, its axes, and whether weights are cut along the first.
 LAYOUTS = {
     "data parallel": ((8,), ("batch",), False),

@@ -4,18 +4,14 @@ JAX has eight devices here, by `keras.distribution`, and two processes; TensorFl
 PyTorch two processes, by `DistributedDataParallel`. Each backend runs its own part.
 """
 
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import distributed
 import keras
 import numpy as np
 import pytest
-from distributed import CONFIG, LAYOUTS, PROCESSES
+from distributed import CONFIG, LAYOUTS
+from launch import PROCESSES, finish, free_address, start
 from peers import hf_gemma2, tiny_gemma_stack
 from tiny import loud_backbone
 
@@ -26,43 +22,25 @@ BACKEND = keras.config.backend()
 on_jax = BACKEND == "jax"
 
 
-# Compiling is most of the time here.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-
-
-def start(path, job, *arguments, devices=1):
-    flags = f"--xla_force_host_platform_device_count={devices} {QUICK}" if on_jax else ""
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, distributed.__file__, job, str(path), *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def finish(path, process):
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-5000:]
-    with np.load(path) as found:
-        return dict(found)
+def begin(path, job, *arguments, devices=1):
+    return start(distributed.__file__, job, path, *arguments, devices=devices)
 
 
 def run(path, *job, **kwargs):
-    return finish(path, start(path, *job, **kwargs))
+    finish(begin(path, *job, **kwargs))
+    return found_in(path)
 
 
 def run_processes(folder, job, meeting, *arguments):
     """The job in as many processes, told their index and where to meet."""
     paths = [folder / f"{index}.npz" for index in range(PROCESSES)]
-    running = [start(path, job, index, meeting, *arguments) for index, path in enumerate(paths)]
-    try:
-        return [finish(path, process) for path, process in zip(paths, running, strict=True)]
-    finally:
-        for process in running:
-            process.kill()
+    finish(*(begin(path, job, index, meeting, *arguments) for index, path in enumerate(paths)))
+    return map(found_in, paths)
 
 
-def free_address():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
+def found_in(path):
+    with np.load(path) as found:
+        return dict(found)
 
 
 def weights(found):
