@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import keras
 
+from keras_t5gemma.checkpoints.processes import process_count, together
 from keras_t5gemma.checkpoints.tensors import CheckpointError
 from keras_t5gemma.training import resume_files as files
+from keras_t5gemma.training import resume_parts as parts
 from keras_t5gemma.training import resume_state as state
 from keras_t5gemma.training.resume_data import NumberedBatches
 
@@ -45,14 +47,26 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     What is saved is checked when it is read: another model, optimizer or dataset and a damaged file are refused, and
     the message says which is meant. Weights that are infinite or NaN are never saved.
 
-    Limits: arrays are gathered in full and written by one process, so under a `keras.distribution` each must be
-    addressable from it; restoring puts them into the layout of the model's variables. One run at a time has a folder.
-    The data must come in the same order each time, which Grain's datasets do.
+    Several processes of JAX, brought together by `keras.distribution.initialize`, all give the same folder, save and go
+    on together. Each writes what it holds into a folder of its own there, `process_0_of_2/step_00000500`: the shards of
+    every array on its devices, each once, its random states and its position in the data. Nothing is gathered, and to
+    go on with the same mesh a process needs its own part alone: the folder may be on a disk that no other sees. A
+    checkpoint counts when all have their part of it, and all go on from the newest that does; a part that was there and
+    is missing, or is damaged, is an error on all. With another mesh, what a process lacks is read from the other parts,
+    where it sees them, as on a shared file system. Another number of processes is refused: each reads a share of the
+    data.
+
+    For those, `training_weights` puts the weights of plain T5Gemma together in one process that sees all parts, one
+    tensor at a time; and `load_training_weights` fills a model of any layout, on any number of processes.
+
+    Limits: of one process, arrays are gathered in full under a `keras.distribution`. What lies on several processes
+    alike, such as all weights where only the batch is divided, each of them writes. One run at a time has a folder. The
+    data must come in the same order each time, which Grain's datasets do.
 
     Args:
-        folder: of the checkpoints; made where it does not exist. A new run needs a new one.
+        folder: of the checkpoints; made where it does not exist. A new run needs a new one. The same on all processes.
         save_every: batches between two checkpoints; a multiple of `steps_per_execution`, or the next such is taken.
-        keep: how many of the newest to keep; None for all.
+        keep: how many of the newest to keep; None for all. Several processes have one more between two saves.
         stop_on_nan: whether to stop at the batch whose logs have a `loss` that is NaN or infinite. With False the
             weights alone are checked, when they are saved: where a loss scale skips such batches, say.
 
@@ -110,7 +124,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 "before the callback is used."
             )
         self._wait()
-        files.prepare(self.folder)
         self._thread = threading.current_thread()
         self._steps = params["steps"]  # a batch count an epoch; None where the data end epochs
         self._number = self._saved = 0  # batches, of all epochs
@@ -120,11 +133,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if not self.model.optimizer.built:  # by Keras on TensorFlow in the first step only
             self.model.optimizer.build(self.model.trainable_variables)
         self._run = state.description(self.model) | {"steps_per_epoch": self._steps}
-        found = files.newest(self.folder)
+        self._own, found = parts.begin(self.folder)
         if found is None:
             self._data.start(0)
         else:
-            self._restore(*found)
+            together(lambda: self._restore(*found))
+        self._agreed = self._number  # the last checkpoint that all processes have
 
     def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002 Keras's signature
         """Restores the metrics of an epoch that was interrupted, and has the data go on."""
@@ -138,7 +152,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 f"`initial_epoch` out: it is restored."
             )
         if self._offset:
-            state.restore_metrics(model, self._restored)
+            state.restore_metrics(model, *self._restored)
         elif self._steps is None:
             self._data.start(self._number)
         self._batch = self._offset
@@ -199,6 +213,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     def _save(self, epoch, batch):
         self._wait()
+        # Here and now: the next step changes all of it.
+        described, arrays, model = state.host_copy(self.model)
         content = {
             "epoch": epoch,
             "batch": batch,
@@ -208,9 +224,10 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             "metrics": state.metrics_description(self.model),
             "keras": keras.__version__,
             "backend": keras.config.backend(),
+            **described,
         }
-        # Here and now: the next step changes all of it.
-        arrays, model = state.host_copy(self.model)
+        if process_count() > 1:
+            content["agreed"] = self._agreed
         self._saved = self._number
         self._pending = self._writer.submit(self._write, self._number, content, arrays, model)
 
@@ -220,20 +237,29 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             state.check_finite(arrays, model)
         except FloatingPointError as error:
             self._stop(f"{error} It was to be saved after batch {number}.")
-        files.write_step(self.folder, number, content, arrays, model)
-        if self.keep is not None:
-            files.prune(self.folder, self.keep)
+        files.write_step(self._own, number, content, arrays, model)
+        if process_count() == 1:
+            self._prune()
 
     def _wait(self):
-        """Waits for the thread and raises its error, once."""
+        """Waits for the thread and raises its error, once; of several processes for each one's thread."""
         pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if pending is None:
+            return
+        together(pending.result)
+        self._agreed = self._saved
+        if process_count() > 1:
+            # Not before: one that has yet to write may have nothing to go on from but what would be removed here.
+            self._prune()
+
+    def _prune(self):
+        if self.keep is not None:
+            files.prune(self._own, self.keep)
 
     def _stop(self, why):
         if threading.current_thread() is self._thread:
             self._wait()
-        steps = files.steps_in(self.folder)
+        steps = files.steps_in(self._own)
         good = f"The last good checkpoint is {steps[-1]}." if steps else "No checkpoint was saved before."
         raise FloatingPointError(f"{why} {good}")
 
@@ -245,11 +271,11 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 f"{self._steps}. Pass the same to go on with it."
             )
         batch = self._data.seek(content["data"])
-        state.restore(self.model, path)
+        state.restore(self.model, path, content)
         if content["batch"]:
             state.build_metrics(self.model, batch)
             state.check_variables(state.metrics_description(self.model), content["metrics"], "list of metrics", path)
-        self._restored = path
+        self._restored = path, content
         self._random = content["random"]
         state.set_random_state(self._random)
         self._number = self._saved = content["data"]["number"]
@@ -264,45 +290,62 @@ def training_weights(folder, last=None):
     >>> average_checkpoints(training_weights("run", last=5), "averaged")
 
     Args:
-        folder: of a `TrainingCheckpoint`, of a T5Gemma without LoRA and not quantized.
+        folder: of a `TrainingCheckpoint`, of a T5Gemma without LoRA and not quantized. Of a run of several processes it
+            holds the folders of all; this is called in one process, and writes what it puts together into the first's.
         last: how many of the newest; all where None.
 
     Returns:
         A list of paths of Hugging Face folders, oldest first.
 
     Raises:
-        CheckpointError: where there are fewer, or one holds no such weights.
+        CheckpointError: where there are fewer, one holds no such weights, or a part is missing or damaged.
     """
-    steps = files.steps_in(folder)
+    steps = parts.readable_steps(folder)
     if not steps or len(steps) < (last or 0):
         raise CheckpointError(f"{folder} holds {len(steps)} training checkpoint(s). Expected {last or 'at least one'}.")
-    folders = [path / files.MODEL_FOLDER for path in (steps[-last:] if last else steps)]
-    for path in folders:
-        if not path.is_dir():
-            raise CheckpointError(
-                f"{path.parent} holds the weights of no plain T5Gemma, but e.g. of one with LoRA. Fill a model with "
-                f"`load_training_weights`, and export that."
-            )
-    return folders
+    return [_model_folder(path) for path in (steps[-last:] if last else steps)]
 
 
-def load_training_weights(model, folder, step=None):
+def _model_folder(path):
+    """The Hugging Face folder in a checkpoint; put together first, where the checkpoint is in parts."""
+    model = path / files.MODEL_FOLDER
+    if not model.is_dir() and parts.part_of(path) is not None:
+        content = files.verified(path)
+        if content["t5gemma"] is not None:
+            state.write_model(path, content)
+    if not model.is_dir():
+        raise CheckpointError(
+            f"{path} holds the weights of no plain T5Gemma, but e.g. of one with LoRA. Fill a model with "
+            f"`load_training_weights`, and export that."
+        )
+    return model
+
+
+def load_training_weights(model, folder, step=None, *, last=None):
     """Fills a model with the weights of a training checkpoint, LoRA's included; to export it, say.
 
     >>> lm.backbone.enable_lora(8)
     >>> load_training_weights(lm, "run")
     >>> lm.save_to_preset("answer")
 
+    Under a `keras.distribution`, each variable goes into its shards as they are read. A run of several processes fills
+    a model of any layout and number of processes, where all their folders are there; all processes call this.
+
     Args:
         model: a model like the one trained.
         folder: of a `TrainingCheckpoint`.
         step: the batches trained on; the newest checkpoint where None.
+        last: the mean of so many checkpoints up to that one instead, as float64 sums.
 
     Raises:
-        CheckpointError: where there is none, it is damaged, or another model's.
+        CheckpointError: where there are none or too few, one is damaged, or another model's.
     """
-    steps = {files.step_of(path): path for path in files.steps_in(folder)}
-    if not steps or (step is not None and step not in steps):
-        raise CheckpointError(f"{folder} holds training checkpoints of steps {sorted(steps)}. Received: step={step}.")
-    path = steps[max(steps) if step is None else step]
-    state.restore_weights(model, files.verified(path), path)
+    steps = parts.restorable_steps(folder)
+    chosen = [number for number in steps if step is None or number <= step][-(last or 1) :]
+    if len(chosen) < (last or 1) or (step is not None and step not in steps):
+        raise CheckpointError(
+            f"{folder} holds training checkpoints of steps {list(steps)}. Received: step={step}"
+            f"{'' if last is None else f', last={last}'}."
+        )
+    checkpoints = together(lambda: [(steps[number], files.verified(steps[number])) for number in chosen])
+    together(lambda: state.restore_weights(model, checkpoints))

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import xxhash
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from keras_t5gemma.checkpoints.export import write_checkpoint
@@ -34,6 +33,11 @@ def steps_in(folder):
 def step_of(path):
     """The number in a checkpoint's name."""
     return int(_STEP.fullmatch(Path(path).name)[1])
+
+
+def step_name(step):
+    """The name of the checkpoint after so many batches."""
+    return f"step_{step:08d}"
 
 
 def prepare(folder):
@@ -73,7 +77,7 @@ def write_step(folder, step, content, arrays, model=None):
     Raises:
         CheckpointError: where the disk has no room.
     """
-    target = Path(folder) / f"step_{step:08d}"
+    target = Path(folder) / step_name(step)
     if target.exists():
         # Of a run that was set back by hand to an older checkpoint.
         _remove(target)
@@ -103,11 +107,7 @@ def verified(path):
     Raises:
         CheckpointError: the message names the damaged file.
     """
-    file = Path(path) / STATE_FILE
-    value = read_json(file)
-    content = value.get("checkpoint")
-    if not isinstance(content, dict) or value.get("xxh3_64") != _text_checksum(content):
-        raise CheckpointError(f"{file} is damaged: its checksum is not that of its contents.")
+    content = read_state(path)
     for name, expected in content["files"].items():
         try:
             found = _file_checksum(Path(path) / name)
@@ -115,6 +115,20 @@ def verified(path):
             raise CheckpointError(f"{Path(path) / name} cannot be read: {error.strerror or error}.") from error
         if found != expected:
             raise CheckpointError(f"{Path(path) / name} is damaged: its checksum is {found}, and was {expected}.")
+    return content
+
+
+def read_state(path):
+    """What is no array of a checkpoint, as it was written; its other files are not looked at.
+
+    Raises:
+        CheckpointError: where it is damaged.
+    """
+    file = Path(path) / STATE_FILE
+    value = read_json(file)
+    content = value.get("checkpoint")
+    if not isinstance(content, dict) or value.get("xxh3_64") != _text_checksum(content):
+        raise CheckpointError(f"{file} is damaged: its checksum is not that of its contents.")
     return content
 
 
@@ -137,12 +151,6 @@ def newest(folder):
             else f"No older checkpoint in {folder} is good: choose another `folder` to begin anew."
         )
         raise CheckpointError(f"{error} {remedy}") from error
-
-
-def read_arrays(path, groups):
-    """The arrays of a checkpoint by name, of those groups that come first in the names."""
-    with safe_open(Path(path) / ARRAYS_FILE, framework="numpy") as file:
-        return {name: file.get_tensor(name) for name in file.keys() if name.partition("/")[0] in groups}  # noqa: SIM118
 
 
 def _is_good(path):

@@ -8,13 +8,17 @@ import re
 import keras
 import numpy as np
 
-from keras_t5gemma.checkpoints.export import ModelTensors
+from keras_t5gemma.checkpoints.export import ModelTensors, write_checkpoint
 from keras_t5gemma.checkpoints.files import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.name_maps import tensors
+from keras_t5gemma.checkpoints.processes import process_count, process_index
 from keras_t5gemma.checkpoints.tensors import DTYPES, CheckpointError, TensorSource, flat_pieces, is_finite
+from keras_t5gemma.checkpoints.transforms import MeanTensors
 from keras_t5gemma.config import T5GemmaConfig
-from keras_t5gemma.training.resume_files import MODEL_FOLDER, read_arrays
+from keras_t5gemma.training import resume_arrays as arrays
+from keras_t5gemma.training.resume_files import MODEL_FOLDER
+from keras_t5gemma.training.resume_parts import part_of
 
 _GLOBAL_SEED = "global_seed_generator"
 
@@ -22,18 +26,23 @@ _GLOBAL_SEED = "global_seed_generator"
 def host_copy(model):
     """Copies of everything that changes as a model trains, in the host's memory, for another thread to write.
 
-    Under a `keras.distribution`, every array is gathered in full.
+    In one process arrays are whole: under a `keras.distribution` they are gathered. Of several, each copies its shards.
 
     Args:
         model: a compiled and built `keras.Model`.
 
     Returns:
-        `(arrays, model_arguments)`: numpy arrays by name; and what `write_step` takes as `model`, or None where the
-        model has no T5Gemma's plain weights, which then are among the arrays.
+        `(content, arrays, model_arguments)`: what to say of the arrays, JSON-ready; numpy arrays by name; and what
+        `write_step` takes as `model`, or None where the model has no T5Gemma's plain weights, or is in parts: those
+        weights then are among the arrays.
     """
     backbone = _plain_backbone(model)
-    arrays = {name: _copy(variable) for name, variable in _named(model, backbone).items()}
-    return arrays, None if backbone is None else _model_arguments(model, backbone)
+    if process_count() > 1:
+        saved, shapes = arrays.shards(_named(model, None))
+        t5gemma = _t5gemma(model, backbone) if backbone is not None and process_index() == 0 else None
+        return {"layout": arrays.layout(), "shapes": shapes, "t5gemma": t5gemma}, saved, None
+    copies = {name: _copy(variable) for name, variable in _named(model, backbone).items()}
+    return {}, copies, None if backbone is None else _model_arguments(model, backbone)
 
 
 def description(model):
@@ -107,27 +116,52 @@ def check_variables(found, expected, group, path):
         )
 
 
-def restore(model, path):
+def restore(model, path, content):
     """Puts a checkpoint's weights and optimiser state into a model, into the layout of its variables."""
-    _restore_backbone(model, path)
-    _restore_groups(model, path, ("model", "optimizer"))
+    _restore_backbone(model, [path])
+    _restore_groups(model, [(path, content)], ("model", "optimizer"))
 
 
-def restore_metrics(model, path):
+def restore_metrics(model, path, content):
     """Puts a checkpoint's metrics into a model."""
-    _restore_groups(model, path, ("metrics",))
+    _restore_groups(model, [(path, content)], ("metrics",))
 
 
-def restore_weights(model, content, path):
-    """Puts a checkpoint's weights into a model, compiled or not, and nothing else.
+def restore_weights(model, checkpoints):
+    """Puts a checkpoint's weights into a model, compiled or not, and nothing else; of several checkpoints the mean.
+
+    Args:
+        model: the model.
+        checkpoints: a list of a path and what is no array, each, oldest first.
 
     Raises:
-        CheckpointError: where it is another model's.
+        CheckpointError: where one is another model's.
     """
     found = [_describe(variable) for variable in model.variables]
-    check_variables(found, content["run"]["variables"]["model"], "model", path)
-    _restore_backbone(model, path)
-    _restore_groups(model, path, ("model",))
+    for path, content in checkpoints:
+        check_variables(found, content["run"]["variables"]["model"], "model", path)
+    _restore_backbone(model, [path for path, _ in checkpoints])
+    _restore_groups(model, checkpoints, ("model",))
+
+
+def write_model(path, content):
+    """Writes the weights in a checkpoint's parts, put together tensor by tensor, as the Hugging Face folder in it.
+
+    Args:
+        path: of the first process's part; the others' are read beside it.
+        content: what is no array of it, with a plain T5Gemma.
+    """
+    described = content["t5gemma"]
+    config = T5GemmaConfig.from_dict(described["config"])
+    proto = described["proto"]
+    write_checkpoint(
+        path / MODEL_FOLDER,
+        config,
+        arrays.SavedTensors(arrays.SavedArrays(path, content), tensors(config)),
+        proto=None if proto is None else base64.b64decode(proto),
+        chat=described["chat"],
+        allow_non_finite=True,
+    )
 
 
 def random_state():
@@ -180,13 +214,13 @@ def _torch_random_state():
     ]
 
 
-def check_finite(arrays, model_arguments):
+def check_finite(copies, model_arguments):
     """Refuses weights that are no numbers.
 
     Raises:
         FloatingPointError: the message names a variable.
     """
-    for name, array in arrays.items():
+    for name, array in copies.items():
         if name.startswith("model/") and array.dtype in DTYPES.values():
             _check_finite(name, array)
     if model_arguments is not None:
@@ -240,30 +274,39 @@ def _plain_backbone(model):
 
 
 def _model_arguments(model, backbone):
+    proto, chat = _tokenizer(model)
+    return {"config": backbone.config, "source": _Copies(backbone), "proto": proto, "chat": chat}
+
+
+def _t5gemma(model, backbone):
+    """What `write_model` needs besides the weights, JSON-ready."""
+    proto, chat = _tokenizer(model)
+    proto = None if proto is None else base64.b64encode(proto).decode()
+    return {"config": _json(backbone.config.to_dict()), "proto": proto, "chat": chat}
+
+
+def _tokenizer(model):
+    """The SentencePiece model of a model's preprocessor, bytes or None, and whether it reads chats."""
     preprocessor = getattr(model, "preprocessor", None)
     proto = None if preprocessor is None else preprocessor.tokenizer.proto
-    return {
-        "config": backbone.config,
-        "source": _Copies(backbone),
-        "proto": proto if isinstance(proto, bytes) else None,
-        "chat": isinstance(proto, bytes) and bool(getattr(preprocessor, "chat", False)),
-    }
+    proto = proto if isinstance(proto, bytes) else None
+    return proto, proto is not None and bool(getattr(preprocessor, "chat", False))
 
 
-def _restore_backbone(model, path):
+def _restore_backbone(model, paths):
     backbone = _plain_backbone(model)
-    if backbone is not None:
-        load_into(backbone, backbone.config, CheckpointFolder(path / MODEL_FOLDER))
+    if backbone is not None and part_of(paths[0]) is None:
+        sources = [CheckpointFolder(path / MODEL_FOLDER) for path in paths]
+        load_into(backbone, backbone.config, sources[0] if len(sources) == 1 else MeanTensors(sources))
 
 
-def _restore_groups(model, path, groups):
-    saved = read_arrays(path, groups)
-    named = _named(model, _plain_backbone(model), groups)
+def _restore_groups(model, checkpoints, groups):
+    saved = [arrays.SavedArrays(path, content) for path, content in checkpoints]
+    backbone = _plain_backbone(model) if part_of(checkpoints[0][0]) is None else None
+    named = _named(model, backbone, groups)
     # By place: in a second model of the same program Keras gives some variables other names.
-    for name, saved_name in zip(sorted(named), sorted(saved), strict=True):
-        # Not every backend takes numpy's bfloat16; through float32 it comes back the same.
-        array = saved[saved_name]
-        named[name].assign(array.astype("float32") if array.dtype == DTYPES["BF16"] else array)
+    for name, *saved_names in zip(sorted(named), *(of_one.names(groups) for of_one in saved), strict=True):
+        arrays.put(named[name], arrays.mean(saved, saved_names))
 
 
 def _named(model, backbone, groups=("model", "optimizer", "metrics")):
