@@ -1,13 +1,11 @@
 """The devices and the processes of a recipe."""
 
 import contextlib
-import shutil
 
 import keras
-import numpy as np
 
+from keras_t5gemma.checkpoints.processes import process_count, process_index
 from keras_t5gemma.models.distribution import layout_map
-from keras_t5gemma.training.resume_files import step_of, steps_in
 
 
 def distribution(hardware):
@@ -24,8 +22,7 @@ def distribution(hardware):
             f"Choose --backend jax, or leave `mesh` out for one device."
         )
     if hardware.processes > 1:
-        # Addresses and numbers are in the environment: KERAS_DISTRIBUTION_JOB_ADDRESSES, _NUM_PROCESSES, _PROCESS_ID.
-        keras.distribution.initialize()
+        _meet()
     names = ("batch", "model")[: len(hardware.mesh)]
     mesh = keras.distribution.DeviceMesh(hardware.mesh, names)
     layouts = layout_map(mesh, fully_sharded=hardware.fully_sharded)
@@ -43,28 +40,15 @@ def process(hardware):
     """
     if hardware.processes == 1:
         return 0
+    if process_count() != hardware.processes:
+        raise ValueError(f"[hardware] processes: the recipe says {hardware.processes}, and {process_count()} have met.")
+    return process_index()
+
+
+def _meet():
+    """Has the processes find each other, unless they have: a program may follow one recipe after another."""
     import jax  # `keras.distribution` has processes there alone
 
-    if jax.process_count() != hardware.processes:
-        raise ValueError(
-            f"[hardware] processes: the recipe says {hardware.processes}, and {jax.process_count()} have met."
-        )
-    return jax.process_index()
-
-
-def agree_on_checkpoint(folder):
-    """Has all processes go on from the newest checkpoint that each of them has.
-
-    Each writes its own, and one may have been killed as it wrote. As all save at the same steps, none lacks an older
-    one.
-
-    Args:
-        folder: of this process's checkpoints; newer ones than that are removed.
-    """
-    from jax.experimental import multihost_utils  # `keras.distribution` has processes on JAX alone
-
-    newest = max((step_of(path) for path in steps_in(folder)), default=0)
-    common = int(np.min(multihost_utils.process_allgather(np.array(newest))))
-    for path in steps_in(folder):
-        if step_of(path) > common:
-            shutil.rmtree(path)
+    if not jax.distributed.is_initialized():
+        # Addresses and numbers are in the environment: KERAS_DISTRIBUTION_JOB_ADDRESSES, _NUM_PROCESSES, _PROCESS_ID.
+        keras.distribution.initialize()

@@ -253,10 +253,14 @@ def _check_together(recipe, path):
             f"[hardware] mesh: several processes need one. Received: processes={hardware.processes}.",
         ),
         (
-            hardware.processes == 1 or (len(hardware.mesh) == 1 and not hardware.fully_sharded),
-            "[hardware] processes: each writes checkpoints, so each needs all weights. Set a mesh along the batch, "
-            f"fully_sharded=false. Received: mesh={list(hardware.mesh)}, "
-            f"fully_sharded={str(hardware.fully_sharded).lower()}.",
+            devices % hardware.processes == 0,
+            "[hardware] mesh: each process reads a share of the batch, so the devices along it must be a multiple of "
+            f"processes={hardware.processes}. Received: mesh={list(hardware.mesh)}.",
+        ),
+        (
+            hardware.processes == 1 or output.format == "hf",
+            "[output] format: several processes write a tensor at a time, a preset is written as a whole. Set it to "
+            f'"hf". Received: processes={hardware.processes}.',
         ),
         (
             not (taught and recipe.data.pack),

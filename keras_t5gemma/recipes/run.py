@@ -12,15 +12,16 @@ from keras_t5gemma.checkpoints.adapters import save_lora
 from keras_t5gemma.checkpoints.convert import average_checkpoints
 from keras_t5gemma.checkpoints.export import export_to_hugging_face
 from keras_t5gemma.checkpoints.new_folder import new_folder
+from keras_t5gemma.checkpoints.processes import gather, together
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.recipes.building import compiled_model, held_out_batches, training_data
-from keras_t5gemma.recipes.devices import agree_on_checkpoint, distribution, process
+from keras_t5gemma.recipes.devices import distribution, process
 from keras_t5gemma.recipes.objectives import make_objective
 from keras_t5gemma.recipes.run_folder import MODEL_FOLDER, begin, locked
 from keras_t5gemma.training.callbacks import CrossAttentionWarmup
 from keras_t5gemma.training.logs import TrainingLog
 from keras_t5gemma.training.progress import ProgressBar, TokenRate, progress_display
-from keras_t5gemma.training.resume import TrainingCheckpoint, training_weights
+from keras_t5gemma.training.resume import TrainingCheckpoint, load_training_weights, training_weights
 from keras_t5gemma.training.run_log import HELD_OUT
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -53,15 +54,21 @@ def run_recipe(recipe, console=None):
     index = process(recipe.hardware)
     with locked(folder, index):
         model_folder = folder / MODEL_FOLDER
-        if begin(folder, recipe, writes=index == 0) and model_folder.exists():
-            console.print(f"{folder} holds this run already, trained to its end.")
+        # The first process speaks for all: the others may see another disk.
+        over = together(lambda: index == 0 and begin(folder, recipe) and model_folder.exists())
+        if gather(over)[0]:
+            _say(console, index, f"{folder} holds this run already, trained to its end.")
             return model_folder
         with distributed:
             lm = _fit(recipe, folder, index, console)
-            if index == 0:
-                _write_model(lm, recipe, folder)
-                console.print(f"Wrote {model_folder}.")
+            _write_model(lm, recipe, folder)
+            _say(console, index, f"Wrote {model_folder}.")
     return model_folder
+
+
+def _say(console, index, text):
+    if index == 0:
+        console.print(text)
 
 
 def _fit(recipe, folder, index, console):
@@ -72,9 +79,7 @@ def _fit(recipe, folder, index, console):
     lm = compiled_model(recipe)
     data = training_data(recipe, lm.preprocessor, objective, index)
     held_out = held_out_batches(recipe, lm.preprocessor, objective, index)
-    if recipe.hardware.processes > 1:
-        agree_on_checkpoint(_checkpoints(folder, index))
-    checkpoint = TrainingCheckpoint(_checkpoints(folder, index), save_every=training.save_every, keep=training.keep)
+    checkpoint = TrainingCheckpoint(folder / CHECKPOINTS_FOLDER, save_every=training.save_every, keep=training.keep)
     callbacks = []
     if training.cross_attention_steps:
         callbacks.append(CrossAttentionWarmup(steps=training.cross_attention_steps))
@@ -121,16 +126,17 @@ def _line(row, time_left):
     return ", ".join([*told, *time_left])
 
 
-def _checkpoints(folder, index):
-    # Processes would be in each other's way in one folder.
-    return folder / (CHECKPOINTS_FOLDER if index == 0 else f"{CHECKPOINTS_FOLDER}_{index}")
-
-
 def _write_model(lm, recipe, folder):
     """The mean of the last checkpoints, or the last weights, or adapters alone; in the format asked for."""
     output, target = recipe.output, folder / MODEL_FOLDER
     if recipe.model.lora_rank:
         save_lora(lm, target, base_model=recipe.model.preset)
+        return
+    if recipe.hardware.processes > 1:
+        if output.average_last:
+            # Each averages what it holds: files that no other process can see are enough for it.
+            load_training_weights(lm, folder / CHECKPOINTS_FOLDER, last=output.average_last)
+        export_to_hugging_face(lm, target)
         return
     if not output.average_last:
         if output.format == "hf":
@@ -138,7 +144,7 @@ def _write_model(lm, recipe, folder):
         else:
             _save_preset(lm, target)
         return
-    weights = training_weights(_checkpoints(folder, 0), last=output.average_last)
+    weights = training_weights(folder / CHECKPOINTS_FOLDER, last=output.average_last)
     if output.format == "hf":
         average_checkpoints(weights, target)
         return

@@ -52,7 +52,7 @@ def locked(folder, index):
         lock.release()
 
 
-def begin(folder, recipe, *, writes):
+def begin(folder, recipe):
     """Writes the recipe into the folder, or the new one where the run goes on.
 
     A run that is over and goes on for more steps leaves its model as `model_00001000`, say.
@@ -60,7 +60,6 @@ def begin(folder, recipe, *, writes):
     Args:
         folder: of the run.
         recipe: a `Recipe`.
-        writes: whether this process is the one that writes.
 
     Returns:
         Whether a model in the folder is what the recipe asks for.
@@ -70,12 +69,11 @@ def begin(folder, recipe, *, writes):
     """
     begun = check_run(folder, recipe)
     more = begun is not None and begun.training.steps < recipe.training.steps
-    if writes:
-        if more and (folder / MODEL_FOLDER).exists():
-            (folder / MODEL_FOLDER).rename(folder / f"{MODEL_FOLDER}_{begun.training.steps:08d}")
-        partial = folder / f".{RECIPE_FILE}.partial"
-        partial.write_text(to_toml(recipe), encoding="utf-8")
-        partial.replace(folder / RECIPE_FILE)
+    if more and (folder / MODEL_FOLDER).exists():
+        (folder / MODEL_FOLDER).rename(folder / f"{MODEL_FOLDER}_{begun.training.steps:08d}")
+    partial = folder / f".{RECIPE_FILE}.partial"
+    partial.write_text(to_toml(recipe), encoding="utf-8")
+    partial.replace(folder / RECIPE_FILE)
     return not more
 
 

@@ -207,8 +207,8 @@ class HardwareSection:
     Attributes:
         mesh: devices along the batch and, where there are two numbers, along each layer; empty for one device.
         fully_sharded: whether weights are divided along the batch's devices, too.
-        processes: how many there are, data parallel alone. Each runs the same command; `keras.distribution.initialize`
-            finds the others by the environment.
+        processes: how many there are; the devices along the batch are a multiple of it. Each runs the same command;
+            `keras.distribution.initialize` finds the others by the environment.
     """
 
     mesh: tuple[int, ...] = _key((), least=1, most_items=2)
@@ -223,7 +223,7 @@ class OutputSection:
     Attributes:
         folder: of the run: recipe.toml, log.csv, checkpoints/, and model/ at the end.
         average_last: the model is the mean of so many of the last checkpoints; 0 for the last weights.
-        format: of the model: "hf", or "keras" for a preset.
+        format: of the model: "hf", or, of one process, "keras" for a preset.
         tensorboard: whether logs are written for TensorBoard, too, into tensorboard/.
     """
 

@@ -57,10 +57,15 @@ FAULTS = {
         "[hardware]\nmesh = [3]\n[output]",
         ("batch_size", "3 devices", "8"),
     ),
-    "processes with weights divided among them": (
+    "processes that share a row of the mesh": (
         "[output]",
-        "[hardware]\nmesh = [2]\nprocesses = 2\n[output]",
-        ("processes", "fully_sharded=false", "mesh=[2]"),
+        "[hardware]\nmesh = [1, 2]\nprocesses = 2\n[output]",
+        ("mesh", "a multiple of processes=2", "[1, 2]"),
+    ),
+    "preset of weights on several processes": (
+        "[output]",
+        '[hardware]\nmesh = [2]\nprocesses = 2\n[output]\nformat = "keras"',
+        ("[output] format", '"hf"', "processes=2"),
     ),
     "no TOML": ("steps = 100", "steps = ", ("not TOML", "line")),
 }
@@ -166,7 +171,7 @@ def test_objective_of_a_recipe_has_its_parts_tokens_and_sentinels(tmp_path):
 def test_run_of_another_recipe_is_refused_and_each_difference_named(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    assert begin(folder, read_recipe(written(tmp_path)), writes=True)
+    assert begin(folder, read_recipe(written(tmp_path)))
     other = written(tmp_path, MINIMAL.replace("batch_size = 8", "batch_size = 16").replace("1e-3", "1e-4"))
     with pytest.raises(RecipeError) as error:
         check_run(folder, read_recipe(other))
@@ -179,10 +184,10 @@ def test_run_goes_on_with_what_may_change_and_for_more_steps_where_the_cosine_st
     folder = tmp_path / "run"
     folder.mkdir()
     text = MINIMAL.replace("1e-3", "1e-3\ndecay_steps = 100")
-    assert begin(folder, read_recipe(written(tmp_path, text)), writes=True)
+    assert begin(folder, read_recipe(written(tmp_path, text)))
     (folder / "model").mkdir()
     changed = text.replace("steps = 100\nb", "steps = 200\nsave_every = 20\nkeep = 2\nb")
-    assert not begin(folder, read_recipe(written(tmp_path, changed)), writes=True)
+    assert not begin(folder, read_recipe(written(tmp_path, changed)))
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["model_00000100"]
     assert read_recipe(folder / "recipe.toml").training.steps == 200
     with pytest.raises(RecipeError, match=r"decay_steps was 100, is 300.*unless decay_steps is stated"):
