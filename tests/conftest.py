@@ -17,6 +17,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 # Files that take long: begun last, one of two processes would still be at them when the other has nothing left to do.
 _SLOW = (
+    "test_sharded_runs.py",
     "test_distribution.py",
     "test_resume.py",
     "test_demo.py",
