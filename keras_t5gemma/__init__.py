@@ -56,6 +56,7 @@ _MODULES = {
     "load_lora": "checkpoints.adapters",
     "save_lora": "checkpoints.adapters",
     "T5GemmaBackbone": "models.backbone",
+    "Buckets": "models.shapes",
     "layout_map": "models.distribution",
     "T5GemmaSeq2SeqLM": "models.seq2seq_lm",
     "read_recipe": "recipes.reading",

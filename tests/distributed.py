@@ -49,7 +49,8 @@ def whole_batch():
 
 
 def prompt():
-    return {name: x for name, x in whole_batch()[0].items() if name.startswith("encoder")}
+    """Fewer rows than devices."""
+    return {name: x[:3] for name, x in whole_batch()[0].items() if name.startswith("encoder")}
 
 
 def loud(path, shape, dtype):

@@ -80,7 +80,7 @@ class BeamSampler(keras_hub.samplers.Sampler):
             index: as for a call.
             mask: as for a call.
             stop_token_ids: as for a call.
-            limits: int [B], the most tokens of an example's sequences; L where None.
+            limits: int [B], the most tokens of an example's sequences, 0 for one that is never open; L where None.
             process: `(log-probabilities [B*W, V], ids [B*W, L], index) -> scores [B*W, V]`, what processors make of a
                 step's log-probabilities, or None. As in `transformers`, scores need not add up to a whole.
             log_probs: whether the tokens' log-probabilities are wanted, before processors and temperature.
@@ -152,7 +152,7 @@ class BeamSampler(keras_hub.samplers.Sampler):
             return running, cache, index + 1, scores, stored, stored_scores, is_open
 
         index = ops.cast(index, "int32")
-        is_open = ops.ones((batch,), dtype="bool")
+        is_open = ops.ones((batch,), dtype="bool") if limits is None else index < limits
         state = (running, cache, index, scores, running, stored_scores, is_open)
         state = self.run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=length - index)
         return state[4]

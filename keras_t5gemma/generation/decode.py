@@ -1,5 +1,6 @@
 """The decoding loop over one cached step."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 
@@ -85,7 +86,7 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
         prompt_mask: bool [B, L], True at prompt tokens.
         cache: nested structure of tensors, the batch first in each.
         prefill: how many positions to run in one call before the loop; what lies beyond a row's prompt is run again.
-        limits: int [B], the most tokens of a row with its prompt; L where None.
+        limits: int [B], the most tokens of a row with its prompt, 0 for one that never runs; L where None.
         control: a `Control`; one without stop ids where None.
         model: the model whose variables `step` reads.
 
@@ -117,7 +118,7 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
         token_ids, log_probs = best["token_ids"], best.get("log_probs")
         prompt_mask, limits = _repeat((prompt_mask, limits), samples)
     elif has_common_loop(sampler):
-        state = start_state(token_ids, cache, index, control.log_probs)
+        state = start_state(token_ids, cache, index, limits, log_probs=control.log_probs)
         end, options = token_ids.shape[1], {"limits": limits, "control": control, "model": model}
         token_ids, *_, log_probs = run_tokens(step, sampler, state, end, prompt_mask=prompt_mask, **options)
         log_probs = log_probs if control.log_probs else None
@@ -127,13 +128,33 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
             logits, hidden, cache = next(ids, cache, index)
             return logits if process is None else process(logits, ids, index), hidden, cache
 
-        token_ids = sampler(next=processed, hidden_states=hidden_states, **common)
+        token_ids = _ending(sampler, limits, index)(next=processed, hidden_states=hidden_states, **common)
     return token_ids, output_mask(token_ids, prompt_mask, control.stop_token_ids, limits), log_probs
+
+
+def caches_of_a_prompt(sampler, control):
+    """How many sequences of a prompt have a cache while a sampler is at it."""
+    if isinstance(sampler, BeamSampler):
+        return sampler.num_beams
+    return sampler.k if isinstance(sampler, keras_hub.samplers.ContrastiveSampler) else control.num_samples
 
 
 def has_common_loop(sampler):
     """Whether a sampler chooses token after token, so that `run_tokens` is all of its loop."""
     return type(sampler).__call__ is keras_hub.samplers.Sampler.__call__
+
+
+def _ending(sampler, limits, index):
+    """A sampler that has a loop of its own and no room for limits, but ends at the last of them all the same."""
+    if limits is None:
+        return sampler
+    ending = copy.copy(sampler)  # shares the variables
+
+    def run_loop(*args, **kwargs):
+        return sampler.run_loop(*args, **{**kwargs, "maximum_iterations": ops.max(limits) - index})
+
+    ending.run_loop = run_loop
+    return ending
 
 
 def _repeat(structure, times):
@@ -160,20 +181,21 @@ def _processing(control, prompt_mask, limits):
     return process
 
 
-def start_state(token_ids, cache, index, log_probs=False):
+def start_state(token_ids, cache, index, limits=None, *, log_probs=False):
     """What `run_tokens` carries, before its first token.
 
     Args:
         token_ids: int [B, L].
         cache: nested structure of tensors.
         index: the first position to fill.
+        limits: as for `decode`.
         log_probs: whether log-probabilities are wanted.
 
     Returns:
         `(token_ids, cache, index, running, log_probs)`: `running` is bool [B], False for a row that has ended, and
         `log_probs` [B, L], or empty.
     """
-    running = ops.ones((token_ids.shape[0],), dtype="bool")
+    running = ops.ones((token_ids.shape[0],), dtype="bool") if limits is None else ops.less(index, limits)
     log_probs = ops.zeros(token_ids.shape, "float32") if log_probs else ()
     return token_ids, cache, ops.cast(index, "int32"), running, log_probs
 

@@ -71,6 +71,8 @@ class TopKTopPSampler(keras_hub.samplers.Sampler):
 class Draws:
     """The random numbers of one call, from a seed of its own; the sampler's go on afterwards as if it had not been.
 
+    They also go on so after a call that fails, whatever its seed.
+
     Args:
         sampler: a `keras_hub.samplers.Sampler`; one without random numbers stays as it is.
         seed: an integer from 0, or None to go on with the sampler's.
@@ -82,7 +84,10 @@ class Draws:
     def __init__(self, sampler, seed):
         if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0):
             raise ValueError(f"`seed` must be an integer from 0, or None. Received: seed={seed!r}.")
-        self._variables = [] if seed is None else sampler.variables
+        self._variables = sampler.variables
+        self._values = None
+        if seed is None:
+            return
         # Keras counts calls in the second number, and PyTorch adds both up: seeds 1 and 2 as they are would give the
         # same draws, one step apart. 30 bits leave room to count in every backend's integers.
         starts = (np.random.SeedSequence([int(seed), i]).generate_state(1)[0] >> 2 for i in range(len(self._variables)))
@@ -91,13 +96,18 @@ class Draws:
     @contextlib.contextmanager
     def active(self):
         """While it is, the sampler draws these; the next time it goes on with those after."""
-        others = self._read()
-        self._assign(self._values)
+        before = self._read()
+        if self._values is not None:
+            self._assign(self._values)
         try:
             yield
-        finally:
-            self._values = self._read()
-            self._assign(others)
+            after = self._read()  # on JAX, what a program that failed left behind cannot even be read
+        except BaseException:
+            self._assign(before)
+            raise
+        if self._values is not None:
+            self._values = after
+            self._assign(before)
 
     def _read(self):
         return [np.array(ops.convert_to_numpy(variable)) for variable in self._variables]

@@ -34,13 +34,13 @@ class DecodingStream:
     """`generation.decode.decode` for one prompt and in chunks: the same tokens.
 
     Two programs are compiled for a prompt's shapes, one that reads the prompt and one that decodes. The latter runs up
-    to a position that it is given, so that chunks of any size share it. Between chunks the state, which holds the
-    cache, stays where it was computed, and each chunk overwrites that of the one before. The model itself holds
-    nothing of a stream: one that is given up is garbage, and several may run in turn.
+    to a position that it is given, so that chunks and limits of any size share it. Between chunks the state, which
+    holds the cache, stays where it was computed, and each chunk overwrites that of the one before. The model itself
+    holds nothing of a stream: one that is given up is garbage, and several may run in turn.
 
     Args:
-        start: a `Program`, `inputs -> (token_ids [1, L], prompt_mask bool [1, L], cache)`, the prompt read but for its
-            last token; streams of other controls may share it.
+        start: a `Program`, `inputs -> (token_ids [B, L], prompt_mask bool [B, L], cache)`, the prompt read but for its
+            last token; the first row is the prompt's. Streams of other controls may share it.
         step: as for `decode`.
         sampler: a `keras_hub.samplers.Sampler` that passes `check_streamable`.
         model: the model whose variables `step` reads.
@@ -56,26 +56,26 @@ class DecodingStream:
         # The sampler's loop reads the model's variables, and changes its own: the seeds.
         self._advance = Program(self._run_to, model, seeds=sampler.variables, donated=1)
 
-    def __call__(self, inputs, prompt_length, chunk_size, draws):
+    def __call__(self, inputs, positions, chunk_size, draws):
         """Decodes.
 
         Args:
-            inputs: what `start` takes.
-            prompt_length: tokens of the decoder's prompt.
+            inputs: what `start` takes, and `limits`, int [1], the most tokens with the prompt.
+            positions: a range, from the length of the decoder's prompt to the limit.
             chunk_size: tokens between two looks, a positive integer. The first chunk is one token, the next two, four,
                 and so on up to this, so that the first token does not wait for others.
             draws: the sampler's `Draws`, active during each chunk and not between them.
 
         Yields:
-            int [N], the tokens of a chunk, `N >= 1`; the last one ends in a stop id, or at position L.
+            int [N], the tokens of a chunk, `N >= 1`; the last one ends in a stop id, or with the range.
         """
         token_ids, prompt_mask, cache = self._start(inputs)
-        length = token_ids.shape[1]
-        state = start_state(token_ids, cache, prompt_length)
-        index, size = prompt_length, 1
-        while index < length:
+        limits = inputs["limits"]
+        index, size = positions.start, 1
+        state = start_state(token_ids, cache, index, limits)
+        while index < positions.stop:
             with draws.active():
-                state = self._advance(state, prompt_mask, min(index + size, length))
+                state = self._advance(state, prompt_mask, limits, min(index + size, positions.stop))
             token_ids, _, reached, running, _ = state
             reached = int(ops.convert_to_numpy(reached))
             yield ops.convert_to_numpy(token_ids)[0, index:reached]
@@ -83,6 +83,6 @@ class DecodingStream:
                 return
             index, size = reached, min(2 * size, chunk_size)
 
-    def _run_to(self, state, prompt_mask, end):
-        options = {"prompt_mask": prompt_mask, "control": self._control, "model": self._model}
+    def _run_to(self, state, prompt_mask, limits, end):
+        options = {"prompt_mask": prompt_mask, "limits": limits, "control": self._control, "model": self._model}
         return run_tokens(self._step, self._sampler, state, end, **options)

@@ -39,7 +39,7 @@ def layout_map(device_mesh, config=None, *, data_axis="batch", model_axis="model
         keras.distribution.set_distribution(distribution)
         lm = kt.T5GemmaSeq2SeqLM.from_preset("t5gemma_9b_9b_ul2", dtype="bfloat16")  # straight into the shards
 
-    Batches must be a multiple of the devices along `data_axis`, in `generate`, too.
+    In training, batches must be a multiple of the devices along `data_axis`; `generate` and the like round them up.
 
     Several processes call `keras.distribution.initialize` first and give `ModelParallel` `auto_shard_dataset=False`.
     Each then reads its share, `pretraining_dataset(...)[process::count]`, in batches of the whole one divided by their

@@ -1,7 +1,6 @@
 """Texts as vectors: the encoder's output, pooled."""
 
 import contextlib
-import sys
 from collections.abc import Mapping
 from functools import partial
 
@@ -10,19 +9,21 @@ from keras import ops
 
 from keras_t5gemma.generation.program import Program
 from keras_t5gemma.models.inputs import check_token_ids
-from keras_t5gemma.text.packing import Packer, bucket, pad_rows
+from keras_t5gemma.models.memory import memory_errors_explained
+from keras_t5gemma.models.shapes import Rounds
+from keras_t5gemma.text.packing import Packer, pad_rows
 from keras_t5gemma.text.progress import text_progress
 
 POOLINGS = ("mean", "last")
 
 
-class Embeds:
+class Embeds(Rounds):
     """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone` and perhaps a `preprocessor`."""
 
     def embed(self, inputs, pooling="mean", *, batch_size=32, progress=False):
         """The encoder's representation of each text, in one vector.
 
-        Texts are sorted by length and padded, in batches, to 16, 32, 64, ... tokens, so that a short one does not pay
+        Texts are sorted by length and padded, in batches, to the model's `buckets`, so that a short one does not pay
         for a long one and few programs are compiled. Neither changes a text's vector.
 
         Args:
@@ -40,12 +41,13 @@ class Embeds:
         Raises:
             ValueError: where there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
                 or `batch_size` is none of these.
+            MemoryError: as for `generate`.
         """
         if pooling not in POOLINGS:
             raise ValueError(f"`pooling` must be one of {', '.join(map(repr, POOLINGS))}. Received: {pooling!r}.")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"`batch_size` must be a positive integer. Received: {batch_size!r}.")
-        rows, batched, limit = self._encoder_rows(inputs)
+        rows, batched = self._encoder_rows(inputs)
         if pooling not in self._embed_programs:
             self._embed_programs[pooling] = Program(partial(self._pooled, pooling=pooling), self)
         vectors = np.zeros((len(rows), self.backbone.config.encoder.hidden_dim), "float32")
@@ -54,8 +56,11 @@ class Embeds:
         with text_progress("Embedding", len(rows)) if progress else contextlib.nullcontext() as advance:
             for start in range(0, len(order), batch_size):
                 chosen = order[start : start + batch_size]
-                arrays = _batch([rows[i] for i in chosen], limit, batch_size)
-                vectors[chosen] = ops.convert_to_numpy(self._embed_programs[pooling](*arrays))[: len(chosen)]
+                ids, mask = pad_rows([rows[i] for i in chosen], len(rows[chosen[0]]), pad_id=0)
+                batch = {"encoder_token_ids": ids, "encoder_padding_mask": mask}
+                arrays = self._rounded(batch, batch_size)
+                with memory_errors_explained(self, batch, arrays):
+                    vectors[chosen] = ops.convert_to_numpy(self._embed_programs[pooling](arrays))[: len(chosen)]
                 if progress:
                     advance(len(chosen))
         return vectors if batched else vectors[0]
@@ -65,12 +70,13 @@ class Embeds:
         super().compile(*args, **kwargs)
         self._embed_programs = {}
 
-    def _pooled(self, token_ids, mask, pooling):
-        """float32 [B, D] of int [B, S] and a mask of padding on the right; zeros where all of a row is padding."""
-        output = ops.cast(self.backbone.encoder(token_ids, mask, training=False), "float32")
+    def _pooled(self, inputs, pooling):
+        """float32 [B, D] of the encoder's two inputs, int [B, S], padded on the right."""
+        mask = inputs["encoder_padding_mask"]
+        output = ops.cast(self.backbone.encoder(inputs["encoder_token_ids"], mask, training=False), "float32")
         counts = ops.sum(mask, axis=1)
         if pooling == "mean":
-            weights = ops.cast(mask, "float32") / ops.cast(ops.maximum(counts, 1), "float32")[:, None]
+            weights = ops.cast(mask, "float32") / ops.cast(counts, "float32")[:, None]
         else:
             weights = ops.one_hot(counts - 1, mask.shape[1], dtype="float32")
         # Not as a product with the mask: what stands at padding must not matter, were it NaN.
@@ -78,12 +84,11 @@ class Embeds:
         return ops.einsum("bs,bsd->bd", weights, output)
 
     def _encoder_rows(self, inputs):
-        """`(rows of ids without padding, whether there may be several, the most ids of a row)`."""
+        """`(rows of ids without padding, whether there may be several)`."""
         if self.preprocessor is not None:
             packer = Packer(self.preprocessor.tokenizer, self.preprocessor.chat, self.preprocessor.truncate)
-            limit = self.preprocessor.encoder_sequence_length
-            return *packer.prompts(inputs, limit), limit
-        return *_token_rows(inputs, self.backbone.config.vocabulary_size), sys.maxsize
+            return packer.prompts(inputs, self.preprocessor.encoder_sequence_length)
+        return _token_rows(inputs, self.backbone.config.vocabulary_size)
 
 
 def _token_rows(inputs, vocabulary_size):
@@ -104,10 +109,3 @@ def _token_rows(inputs, vocabulary_size):
             raise ValueError(f"`inputs`[{i}] must be a row of token ids that is not empty. Received: {row!r}.")
     check_token_ids({"encoder_token_ids": np.concatenate(rows)}, vocabulary_size)
     return rows, batched
-
-
-def _batch(rows, limit, batch_size):
-    """Ids and mask, int32 [B, S]; B is `batch_size`, or for fewer rows the next power of two, to compile little."""
-    ids, mask = pad_rows(rows, bucket(len(rows[0]), limit), pad_id=0)
-    size = min(batch_size, 1 << (len(rows) - 1).bit_length())
-    return tuple(np.pad(array, ((0, size - len(rows)), (0, 0))) for array in (ids, mask))

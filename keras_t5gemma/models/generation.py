@@ -2,23 +2,24 @@
 
 from functools import partial
 
-import keras
 import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.generation.decode import Control, check_sampler, decode
+from keras_t5gemma.generation.decode import Control, caches_of_a_prompt, check_sampler, decode
 from keras_t5gemma.generation.processors import Request, check_processors
 from keras_t5gemma.generation.program import Program
 from keras_t5gemma.generation.random_sampler import Draws
 from keras_t5gemma.generation.recorded import recorded
 from keras_t5gemma.models.inputs import prompt_arrays, result_arrays
+from keras_t5gemma.models.memory import memory_errors_explained
+from keras_t5gemma.models.shapes import Rounds
 
 # Programs for different options that are kept; the oldest goes first. More are a sign of options made anew each time.
 MOST_PROGRAMS = 64
 
 
-class Generates:
+class Generates(Rounds):
     """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone`, a `head` and perhaps a `preprocessor`."""
 
     def compile(self, *args, **kwargs):
@@ -114,6 +115,8 @@ class Generates:
         Raises:
             ValueError: for an empty or over-long prompt, ids outside the vocabulary, a `max_length` too short, or
                 options that are out of range, contradict each other or that the sampler cannot meet.
+            MemoryError: where memory does not suffice; the message says about how many rows would fit. The model can
+                be used on.
         """
         if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
             raise ValueError(f"`num_samples` must be a positive integer, or None. Received: {num_samples!r}.")
@@ -132,9 +135,11 @@ class Generates:
             batch = self.preprocessor.generate_preprocess(batch, sequence_length=max_length)
         prompts = prompt_arrays(batch, max_length, self.backbone.config.vocabulary_size, max_new_tokens)
         control = self._control(prompts, options)
-        outputs = self._generate_program(control)(distributed(prompts))
-        outputs = {name: ops.convert_to_numpy(x) for name, x in outputs.items()}
-        outputs = result_arrays(outputs, prompts, strip_prompt)
+        arrays = self._rounded(prompts)
+        with memory_errors_explained(self, prompts, arrays, caches_of_a_prompt(self.sampler, control)):
+            outputs = self._generate_program(control)(arrays)
+            outputs = {name: ops.convert_to_numpy(x) for name, x in outputs.items()}
+        outputs = result_arrays(outputs, prompts, control.num_samples, strip_prompt)
         if self.preprocessor is not None:
             texts = self.preprocessor.generate_postprocess(outputs)
             outputs = {"text": np.array(texts, object), **outputs}
@@ -150,8 +155,7 @@ class Generates:
     def _control(self, prompts, options):
         """The `Control` of options that fit the prompts and the sampler."""
         vocabulary_size = self.backbone.config.vocabulary_size
-        limits = prompts.get("limits", prompts["decoder_token_ids"].shape[1])
-        rooms = limits - prompts["decoder_padding_mask"].sum(axis=1)
+        rooms = prompts["limits"] - prompts["decoder_padding_mask"].sum(axis=1)
         check_processors(options["processors"], Request(vocabulary_size, rooms, options["stop_token_ids"]))
         control = Control(**{**options, "processors": tuple(options["processors"])})
         check_sampler(self.sampler, control, vocabulary_size)
@@ -177,22 +181,15 @@ class Generates:
                 )
             tokenizer = self.preprocessor.tokenizer
             return (tokenizer.end_token_id, tokenizer.end_token2_id)
-        ids = tuple(int(i) for i in stop_token_ids)
+        is_sequence = hasattr(stop_token_ids, "__iter__") and not isinstance(stop_token_ids, (str, bytes))
+        if not is_sequence or not all(isinstance(i, (int, np.integer)) for i in stop_token_ids):
+            raise ValueError(
+                f'`stop_token_ids` must be a sequence of ids, "auto" or None. Received: {stop_token_ids!r}.'
+            )
         size = self.backbone.config.vocabulary_size
-        if outside := [i for i in ids if not 0 <= i < size]:
+        if outside := [int(i) for i in stop_token_ids if not 0 <= i < size]:
             raise ValueError(f"`stop_token_ids` must be in [0, {size}). Received: {outside}.")
-        return ids
-
-
-def distributed(arrays):
-    """A dict of arrays put where the active `keras.distribution` wants the batch; as it is where there is none."""
-    distribution = keras.distribution.distribution()
-    if distribution is None:
-        return arrays
-    # `prefill` is no batch: its length is all there is to it.
-    batch = {name: ops.convert_to_tensor(x) for name, x in arrays.items() if name != "prefill"}
-    layouts = {name: distribution.get_data_layout(x.shape) for name, x in batch.items()}
-    return {**arrays, **{name: keras.distribution.distribute_tensor(x, layouts[name]) for name, x in batch.items()}}
+        return tuple(map(int, stop_token_ids))
 
 
 def _joined(results):

@@ -103,10 +103,10 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
         max_new_tokens: instead of `max_length`, how many tokens may follow the prompt: an integer, or one a row.
 
     Returns:
-        A dict of int32 arrays: `encoder_token_ids`, `encoder_padding_mask` [B, S]; `decoder_token_ids`,
-        `decoder_padding_mask` [B, L], prompts moved to the left; `prefill` [P], where P is 0 or a power of two that
-        covers the positions that are prompt in every row, so that few programs are compiled; with `max_new_tokens`
-        also `limits` [B], the most tokens of each row.
+        A dict of int32 arrays: `encoder_token_ids`, `encoder_padding_mask` [B, S], without what is padding in every row
+        on either side; `decoder_token_ids`, `decoder_padding_mask` [B, L], prompts moved to the left; `limits` [B], the
+        most tokens of each row; `prefill` [P], where P is 0 or a power of two that covers the positions that are prompt
+        in every row, so that few programs are compiled, and may be more than L.
 
     Raises:
         ValueError: for ids outside the vocabulary, shapes that do not fit, an empty prompt, a `max_length` shorter
@@ -131,11 +131,13 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
     lengths = (decoder_mask != 0).sum(axis=1)
     if not lengths.all():
         raise ValueError("`decoder_token_ids` has an empty row; a decoder prompt holds at least `<bos>`.")
+    if max_length is not None and (not isinstance(max_length, (int, np.integer)) or isinstance(max_length, bool)):
+        raise ValueError(f"`max_length` must be a positive integer. Received: max_length={max_length!r}.")
     length = decoder_ids.shape[1] if max_length is None else max_length
-    limits = {}
+    limits = np.full((batch,), length, "int32")
     if max_new_tokens is not None:
-        limits = {"limits": _limits(lengths, max_length, max_new_tokens)}
-        length = int(limits["limits"].max())
+        limits = _limits(lengths, max_length, max_new_tokens)
+        length = int(limits.max())
     if lengths.max() > length:
         raise ValueError(
             f"`max_length` counts the decoder prompt too, and the longest here has {lengths.max()} tokens. Received: "
@@ -145,33 +147,35 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
     for row, (ids, keep) in enumerate(zip(decoder_ids, decoder_mask, strict=True)):
         token_ids[row, : lengths[row]], mask[row, : lengths[row]] = ids[keep != 0], 1
     shared = int(lengths.min()) - 1
-    prefill = min(length, 1 << (shared - 1).bit_length()) if shared else 0
+    prefill = 1 << (shared - 1).bit_length() if shared else 0
     return {
-        "encoder_token_ids": encoder_ids,
-        "encoder_padding_mask": encoder_mask,
+        **_without_padding(encoder_ids, encoder_mask),
         "decoder_token_ids": token_ids,
         "decoder_padding_mask": mask,
+        "limits": limits,
         "prefill": np.zeros((prefill,), "int32"),
-        **limits,
     }
 
 
-def result_arrays(outputs, prompts, strip_prompt):
+def result_arrays(outputs, prompts, samples, strip_prompt):
     """The generated sequences as arrays: ids with padding zeroed, and their mask.
 
     Args:
-        outputs: `decoder_token_ids`, `decoder_padding_mask` [B n, L] as generated, n samples for each prompt, and
-            perhaps `log_probs`.
+        outputs: `decoder_token_ids`, `decoder_padding_mask` as generated, and perhaps `log_probs`, all with B n rows
+            and L positions or more.
         prompts: what `prompt_arrays` gave.
+        samples: n, sequences for each prompt.
         strip_prompt: drop the prompts and move what follows to the left.
 
     Returns:
         A dict of `decoder_token_ids` int32, `decoder_padding_mask` bool, and perhaps `log_probs` float32, which are 0
         where nothing was generated, all [B n, L].
     """
+    generated = np.repeat(prompts["decoder_padding_mask"] == 0, samples, axis=0)
+    rows, length = generated.shape
+    outputs = {name: x[:rows, :length] for name, x in outputs.items()}
     mask = outputs["decoder_padding_mask"].astype(bool)
-    samples = len(mask) // len(prompts["decoder_padding_mask"])
-    generated = mask & np.repeat(prompts["decoder_padding_mask"] == 0, samples, axis=0)
+    generated &= mask
     results = {"decoder_token_ids": np.where(mask, outputs["decoder_token_ids"], 0).astype("int32")}
     results["decoder_padding_mask"] = mask
     if "log_probs" in outputs:
@@ -196,8 +200,8 @@ def scoring_arrays(prompts, targets, vocabulary_size):
         vocabulary_size: V.
 
     Returns:
-        `(arrays, lengths)`: the model's four inputs and `labels`, `label_mask` [B, T], True at targets, T a power of
-        two from 16 on; and the targets' lengths, int [B].
+        `(arrays, lengths)`: the model's four inputs and `labels`, `label_mask` [B, T], True at targets; and the
+        targets' lengths, int [B].
 
     Raises:
         ValueError: where targets are not as described, empty, or hold ids outside the vocabulary.
@@ -226,7 +230,7 @@ def scoring_arrays(prompts, targets, vocabulary_size):
             )
     lengths = np.array([len(row) for row in rows])
     starts = prompts["decoder_padding_mask"].sum(axis=1)
-    width = max(16, 1 << (int((starts + lengths).max()) - 2).bit_length())  # few lengths, few programs
+    width = int((starts + lengths).max()) - 1
     ids, mask = np.zeros((batch, width + 1), "int32"), np.zeros((batch, width + 1), "int32")
     for row, (start, target) in enumerate(zip(starts, rows, strict=True)):
         ids[row, :start], ids[row, start : start + len(target)] = prompts["decoder_token_ids"][row, :start], target
@@ -256,6 +260,13 @@ def _limits(lengths, max_length, max_new_tokens):
             f"`max_new_tokens` must be a positive integer, or one a row, {len(lengths)}. Received: {max_new_tokens!r}."
         )
     return (lengths + new).astype("int32")
+
+
+def _without_padding(ids, mask):
+    """The encoder's ids and mask [B, S] without the positions before the first token of all rows and after the last."""
+    (used,) = np.nonzero(mask.any(axis=0))
+    kept = slice(used[0], used[-1] + 1)
+    return {"encoder_token_ids": ids[:, kept], "encoder_padding_mask": mask[:, kept]}
 
 
 def _ids_and_mask(inputs, side, default):

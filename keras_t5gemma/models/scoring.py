@@ -5,13 +5,14 @@ from keras import ops
 
 from keras_t5gemma.generation.decode import token_log_probs
 from keras_t5gemma.generation.program import Program
-from keras_t5gemma.models.generation import distributed
 from keras_t5gemma.models.inputs import moved_to_the_left, prompt_arrays, scoring_arrays
+from keras_t5gemma.models.memory import memory_errors_explained
+from keras_t5gemma.models.shapes import Rounds
 from keras_t5gemma.text.packing import Packer
 from keras_t5gemma.training.losses import CHUNK_BYTES, Chunks
 
 
-class Scores:
+class Scores(Rounds):
     """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone`, a `head` and perhaps a `preprocessor`."""
 
     _score_program = None
@@ -34,6 +35,7 @@ class Scores:
 
         Raises:
             ValueError: where prompts or targets are not as described, or do not match in number.
+            MemoryError: as for `generate`.
         """
         if self.preprocessor is not None:
             inputs = self.preprocessor.generate_preprocess(inputs)
@@ -42,7 +44,9 @@ class Scores:
         arrays, lengths = scoring_arrays(prompt_arrays(inputs, None, vocabulary_size), targets, vocabulary_size)
         if self._score_program is None:
             self._score_program = Program(self.score_step, self)
-        log_probs = ops.convert_to_numpy(self._score_program(distributed(arrays)))
+        (rows, length), rounded = arrays["labels"].shape, self._rounded(arrays)
+        with memory_errors_explained(self, arrays, rounded):
+            log_probs = ops.convert_to_numpy(self._score_program(rounded))[:rows, :length]
         log_probs = moved_to_the_left(log_probs, arrays["label_mask"])[:, : lengths.max()]
         scores = {"log_likelihood": log_probs.sum(axis=1), "log_probs": log_probs}
         return {name: x[0] for name, x in scores.items()} if np.ndim(inputs["encoder_token_ids"]) == 1 else scores

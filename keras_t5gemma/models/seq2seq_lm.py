@@ -16,6 +16,7 @@ from keras_t5gemma.models.embedding import Embeds
 from keras_t5gemma.models.generation import Generates
 from keras_t5gemma.models.inputs import check_token_ids, split_rows, training_batches
 from keras_t5gemma.models.scoring import Scores
+from keras_t5gemma.models.shapes import Buckets
 from keras_t5gemma.models.streaming import Streams
 from keras_t5gemma.models.teaching import Taught
 from keras_t5gemma.objectives.streams import READ_OPTIONS
@@ -35,6 +36,7 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, keras_hub.mod
     Args:
         backbone: a `T5GemmaBackbone`.
         preprocessor: a `T5GemmaSeq2SeqLMPreprocessor`, or None for token ids in and out.
+        buckets: a `Buckets`, the shapes that `generate` and the like are compiled for; the attribute may be changed.
         **kwargs: `name`, and `compile=False` to leave the model uncompiled.
 
     Raises:
@@ -51,8 +53,9 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, keras_hub.mod
     preprocessor_cls = T5GemmaSeq2SeqLMPreprocessor
     presets = PRESETS
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    def __init__(self, backbone, preprocessor=None, *, buckets=None, **kwargs):
         self.backbone = backbone
+        self.buckets = Buckets() if buckets is None else buckets
         self.preprocessor = preprocessor
         config = backbone.config
         self._chunked = None
@@ -81,7 +84,7 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, keras_hub.mod
             preset: a built-in name (`keras-t5gemma presets` lists them), "hf://owner/name", "kaggle://...", or a folder
                 in Keras or Hugging Face format.
             load_weights: False for the architecture with random weights.
-            **kwargs: `dtype`; `preprocessor`, None to do without; or what the class takes.
+            **kwargs: `dtype`; `preprocessor`, None to do without; or what the class takes, such as `buckets`.
 
         Raises:
             ValueError: where the preset is unknown, or is no T5Gemma.
@@ -192,6 +195,16 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, keras_hub.mod
             yield
         finally:
             self._hands_over_hidden_states = False
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {**super().get_config(), "buckets": keras.saving.serialize_keras_object(self.buckets)}
+
+    @classmethod
+    def from_config(cls, config):
+        """The inverse of `get_config`."""
+        buckets = keras.saving.deserialize_keras_object(config.get("buckets"))
+        return super().from_config({**config, "buckets": buckets})
 
     def get_compile_config(self):
         """What `compile` was called with, the sampler included, JSON-ready."""

@@ -9,6 +9,7 @@ from keras_t5gemma.generation.random_sampler import Draws
 from keras_t5gemma.generation.streaming import DecodingStream, check_streamable, default_chunk_size
 from keras_t5gemma.models.generation import MOST_PROGRAMS
 from keras_t5gemma.models.inputs import prompt_arrays
+from keras_t5gemma.models.memory import memory_errors_explained
 from keras_t5gemma.text.streaming import TextStream
 
 
@@ -49,6 +50,7 @@ class Streams:
         Raises:
             ValueError: as for `generate`, at once; for several prompts; for a `chunk_size` that is no positive integer;
                 and for beam search and contrastive search, whose first token stands only with the last.
+            MemoryError: as for `generate`, when the iterator begins.
         """
         chunk_size = default_chunk_size() if chunk_size is None else chunk_size
         if not isinstance(chunk_size, int) or chunk_size < 1:
@@ -62,7 +64,7 @@ class Streams:
             raise ValueError(f"`stream()` takes one prompt at a time. Received: {rows}. `generate()` takes several.")
         prompt = prompts["decoder_token_ids"][prompts["decoder_padding_mask"] == 1]
         decode = self._decoding_stream(self._control(prompts, options))
-        chunks = decode(prompts, len(prompt), chunk_size, Draws(self.sampler, seed))
+        chunks = self._chunks(decode, prompts, len(prompt), chunk_size, Draws(self.sampler, seed))
         chunks = chunks if strip_prompt else itertools.chain([prompt], chunks)
         return (int(i) for ids in chunks for i in ids) if self.preprocessor is None else self._texts(chunks)
 
@@ -79,6 +81,12 @@ class Streams:
                 del streams[next(iter(streams))]
             streams[control] = DecodingStream(self._start_program, self._recorded_step, self.sampler, self, control)
         return streams[control]
+
+    def _chunks(self, decode, prompts, start, chunk_size, draws):
+        """What a `DecodingStream` gives for prompts of one row and `start` tokens."""
+        arrays = self._rounded(prompts, most_rows=1)
+        with memory_errors_explained(self, prompts, arrays, caches=1):
+            yield from decode(arrays, range(start, prompts["limits"][0]), chunk_size, draws)
 
     def _start_decoding(self, inputs):
         """`(token_ids, prompt_mask, cache)` of a prompt that was read; see `DecodingStream`."""

@@ -13,9 +13,6 @@ from keras_t5gemma.text.chat import (
 )
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 
-# Each length is a compilation on JAX and TensorFlow: powers of two from here on keep them few, and padding under half.
-_SMALLEST_BUCKET = 16
-
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
@@ -155,14 +152,6 @@ def pad_rows(rows, length, pad_id):
         ids[i, : len(row)] = row
         mask[i, : len(row)] = 1
     return ids, mask
-
-
-def bucket(longest, limit):
-    """The smallest of 16, 32, 64, ... that holds `longest`, at most `limit`."""
-    size = _SMALLEST_BUCKET
-    while size < longest:
-        size *= 2
-    return min(size, limit)
 
 
 def _messages(prompt):

@@ -8,7 +8,7 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.presets import PRESETS, wants_turns
-from keras_t5gemma.text.packing import Packer, bucket, pad_rows
+from keras_t5gemma.text.packing import Packer, pad_rows
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, keras_options, open_preset
 
 KERAS_CONFIG_FILE = "preprocessor.json"
@@ -24,7 +24,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
                         encoder                  decoder input           label              weight
         fit             a b c . .                <bos> x y .             x y <eos> .        1 1 1 0
-        generate        a b c . . (a bucket)     <bos> . . .             (max_length positions)
+        generate        a b c (the longest)      <bos> . . .             (max_length positions)
         fit, chat       <start_of_turn>user\\n   <bos> x y               x y <end_of_turn>  1 1 1 1
                         a b c<end_of_turn>\\n    <end_of_turn>           <eos>
                         <start_of_turn>model\\n
@@ -36,8 +36,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
     Everything is done by one Python path that needs no TensorFlow and gives numpy arrays, so that no backend and no
     data pipeline can disagree; in a traced `tf.data` pipeline the same path runs as a `tf.numpy_function`. `fit` pads
-    to the full lengths; `generate` pads the encoder to the smallest of 16, 32, 64, ... (at most
-    `encoder_sequence_length`) that holds the batch's longest prompt.
+    to the full lengths; `generate` pads prompts to the longest of a batch, which the model rounds up to its `buckets`.
 
     Args:
         tokenizer: a `T5GemmaTokenizer` that adds no tokens of its own.
@@ -149,9 +148,9 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             sequence_length: the same; `generate` passes its `max_length` here.
 
         Returns:
-            The inputs `encoder_token_ids`, `encoder_padding_mask` [B, S], S a bucket, and `decoder_token_ids`,
-            `decoder_padding_mask` [B, T], int32; without B for a single prompt. The decoder's mask is 1 on `<bos>` and
-            the start of the answer: that is the prompt which `strip_prompt` takes out.
+            The inputs `encoder_token_ids`, `encoder_padding_mask` [B, S], S the length of the longest, and
+            `decoder_token_ids`, `decoder_padding_mask` [B, T], int32; without B for a single prompt. The decoder's mask
+            is 1 on `<bos>` and the start of the answer: that is the prompt which `strip_prompt` takes out.
 
         Raises:
             ValueError: as for `call`.
@@ -231,8 +230,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
     def _generation_arrays(self, prompts, starts=None, *, encoder_length, decoder_length):
         encoder, decoder, batched = self._rows(prompts, starts, encoder_length, decoder_length, closed=False)
-        width = bucket(max(map(len, encoder)), encoder_length)
-        encoder = pad_rows(encoder, width, self.tokenizer.pad_token_id)
+        encoder = pad_rows(encoder, max(map(len, encoder)), self.tokenizer.pad_token_id)
         return _unbatch((*encoder, *pad_rows(decoder, decoder_length, self.tokenizer.pad_token_id)), batched)
 
     def _rows(self, prompts, answers, encoder_length, decoder_length, *, closed):

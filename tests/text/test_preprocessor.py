@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from keras_t5gemma.text.chat import format_turns
-from keras_t5gemma.text.packing import bucket
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 
@@ -122,19 +121,11 @@ def test_generate_of_a_dict_without_decoder_text_starts_from_bos(make, missing):
     assert unpadded(make().generate_preprocess({"encoder_text": ["a"], **missing}), "decoder") == [BOS]
 
 
-def test_generate_pads_on_the_right_to_the_bucket_of_the_longest_prompt(make):
+def test_generate_pads_on_the_right_to_the_longest_prompt(make):
     preprocessor = make(512, 8)
     inputs = preprocessor.generate_preprocess(["a" * 17, "a"])
-    assert inputs["encoder_padding_mask"].tolist() == [[1] * 17 + [0] * 15, [1] + [0] * 31]
-    assert preprocessor.generate_preprocess(["a"])["encoder_token_ids"].shape == (1, 16)
-
-
-@pytest.mark.parametrize(
-    ("longest", "limit", "size"),
-    [(1, 512, 16), (16, 512, 16), (17, 512, 32), (65, 512, 128), (300, 384, 384), (3, 10, 10)],
-)
-def test_bucket_is_the_smallest_power_of_two_that_holds_the_longest(longest, limit, size):
-    assert bucket(longest, limit) == size
+    assert inputs["encoder_padding_mask"].tolist() == [[1] * 17, [1] + [0] * 16]
+    assert preprocessor.generate_preprocess(["a"])["encoder_token_ids"].shape == (1, 1)
 
 
 def test_generate_of_a_single_prompt_has_no_batch_dimension(make):
