@@ -6,9 +6,10 @@
     python benchmarks/decode.py --dtype int8                        # or int4, int8_from_bfloat16: quantized weights
 
 Vocabulary 256,000, random weights and ids, no stop ids. Each program runs in a process of its own. The first token's
-time is that of an answer of `--short` tokens, `<bos>` included: by default 2, so one is generated. A step costs
-the difference of that answer and one of `--long`, divided by the difference of their tokens. "Compile" is what the
-first call took besides. `transformers` quantizes nothing here and has no row then.
+time is that of an answer of `--short` tokens, `<bos>` included: by default 2, so one is generated. A step costs the
+difference of two answers of `--long` and of `--middle` tokens, divided by the difference of their tokens, each after as
+many answers as make 80 tokens: what is compiled or recorded on the way is ready then. "Compile" is what the first call
+took besides. `transformers` quantizes nothing here and has no row then.
 
 The floor is the time that the bytes a step must read take: the decoder's weights but for those that make
 cross-attention's keys and values, its table once, and the keys and values of the input and of the tokens so far. The
@@ -29,8 +30,8 @@ from rich.table import Table
 MEASURE = """
 import json, sys, time
 import numpy as np
-program, batch, inputs, dtype, short, long, repeats = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], *map(
-    int, sys.argv[5:8])
+program, batch, inputs, dtype, short, middle, long, repeats = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], *map(
+    int, sys.argv[5:9])
 V = 256000
 ids = np.random.default_rng(0).integers(3, V, (batch, inputs), dtype="int32")
 mode, _, policy = dtype.partition("_from_")
@@ -56,7 +57,7 @@ if program == "floor":
     # 512 x 1,024; the table.
     weights = {"float32": 4, "bfloat16": 2, "int8": 1, "int4": 0.5}[mode] * (
         8 * (6 * 512 * 512 + 3 * 512 * 1024) + V * 512)
-    cache = {"float32": 4, "bfloat16": 2}[policy] * 8 * 2 * 512 * batch * (inputs + (short + long) // 2)
+    cache = {"float32": 4, "bfloat16": 2}[policy] * 8 * 2 * 512 * batch * (inputs + (middle + long) // 2)
     print(json.dumps([speed, speeds[0], weights, cache]))
     sys.exit()
 if program == "transformers":
@@ -91,7 +92,12 @@ else:
         return model.generate(dict(encoder_token_ids=ids, encoder_padding_mask=np.ones_like(ids),
             decoder_token_ids=prompt, decoder_padding_mask=(prompt == 2).astype("int32")), stop_token_ids=None)
 first_call, short_time = seconds(lambda: generate(short))
-step = (seconds(lambda: generate(long))[1] - short_time) / (long - short)
+times = []
+for length in (middle, long):
+    for _ in range(80 // length):
+        generate(length)
+    times.append(seconds(lambda: generate(length))[1])
+step = (times[1] - times[0]) / (long - middle)
 print(json.dumps([1e3 * step, 1e3 * (short_time - step * (short - 2)), first_call - short_time]))
 """
 
@@ -103,7 +109,7 @@ def measure(program, backend, arguments):
     keys and values].
     """
     command = [sys.executable, "-c", MEASURE, program, arguments.batch, arguments.inputs, arguments.dtype]
-    command += [arguments.short, arguments.long, arguments.repeats]
+    command += [arguments.short, arguments.middle, arguments.long, arguments.repeats]
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     result = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, env=environment)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else result.stderr[-2000:]
@@ -117,7 +123,8 @@ def main():
         "--dtype", default="float32", help="float32, bfloat16, int8, int4 or, e.g., int8_from_bfloat16."
     )
     parser.add_argument("--short", type=int, default=2, help="Tokens of the shorter answer, <bos> included; 2 or more.")
-    parser.add_argument("--long", type=int, default=34, help="Of the longer.")
+    parser.add_argument("--middle", type=int, default=18, help="Of a longer one.")
+    parser.add_argument("--long", type=int, default=50, help="Of the longest.")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--programs", nargs="*", default=["keras-hub", "keras-t5gemma", "transformers"])
