@@ -15,6 +15,7 @@ from peers import tiny_config
 from tiny import backbone_of
 
 import keras_t5gemma as kt
+from keras_t5gemma.layers import attention, attention_kernels, masks
 from keras_t5gemma.layers.weights import weights_from
 
 # 8 and 4 heads, 4 and 2 key and value heads.
@@ -113,6 +114,30 @@ def program(lm, distribution):
     call = functools.partial(lm.stateless_call, training=False)
     state = [[variable.value for variable in group] for group in (lm.trainable_variables, lm.non_trainable_variables)]
     return jax.jit(call).lower(*state, x).compile().as_text()
+
+
+def kernel(name):
+    """What splash attention, interpreted, gives on eight devices, what lies on the first of it, and the plain one's."""
+    import jax
+
+    generator = np.random.default_rng(0)
+    shapes = [(8, 12, 4, 2, 6), (8, 4, 9, 6), (8, 4, 9, 6)]
+    arrays = [generator.standard_normal(shape, "float32") for shape in shapes]
+    segments = [np.sort(generator.integers(0, 3, (8, length)), axis=1) for length in (12, 9)]
+    options = {"causal": True, "window": 4}
+
+    def attend(query, key, value, *segments):
+        mask = masks.BlockMask(12, *segments, **options)
+        return attention_kernels.splash(query, key, value, mask, 2.0, interpret=True)
+
+    distribution = model_parallel(name)
+    with distribution.scope():
+        put = [ops.convert_to_tensor(x) for x in (*arrays, *segments)]
+        put = [keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape)) for x in put]
+        found = jax.jit(attend)(*put)
+    visible = masks.attention_mask(*map(ops.convert_to_tensor, segments), **options)
+    plain = attention.attend(*map(ops.convert_to_tensor, arrays), visible, cap=2.0, dtype="float32")
+    return {"kernel": found, "plain": plain, "shape": found.addressable_shards[0].data.shape}
 
 
 def loaded(name, t5gemma, gemma2):

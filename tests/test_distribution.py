@@ -126,6 +126,12 @@ def test_the_step_on_one_device_moves_every_weight(one_device):
 
 if on_jax:
 
+    @pytest.mark.parametrize(("name", "part"), [("fully sharded", (1, 12, 4, 2, 6)), ("both", (4, 12, 1, 2, 6))])
+    def test_kernel_gives_the_plain_output_and_each_device_computes_its_rows_and_heads(tmp_path, name, part):
+        found = run(tmp_path / "found.npz", "kernel", name, devices=8)
+        assert tuple(found["shape"]) == part
+        np.testing.assert_allclose(found["kernel"], found["plain"], rtol=2e-6, atol=2e-6)
+
     @pytest.fixture(scope="module", params=LAYOUTS)
     def layout(request):
         return request.param

@@ -19,6 +19,8 @@ import keras
 _STEPS_BEFORE = 64
 # Recordings that are kept: each belongs to one shape, and on a GPU holds a cache of that shape.
 _MOST_RECORDINGS = 4
+# Shapes that are counted: a server that never sees one again remembers no more of them.
+_MOST_COUNTS = 256
 
 
 def recorded(step, model):
@@ -54,6 +56,8 @@ class RecordedStep:
         leaves = keras.tree.flatten(cache)
         key = self._key(token_ids, leaves)
         if key not in self._recordings:
+            if len(self._counts) == _MOST_COUNTS:
+                self._counts.clear()
             self._counts[key] = self._counts.get(key, 0) + 1
             if not token_ids.is_cuda and not self._model.jit_compile and self._counts[key] <= _STEPS_BEFORE:
                 return self._step(token_ids, cache, index)

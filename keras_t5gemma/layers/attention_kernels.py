@@ -173,6 +173,7 @@ def _on_each_device(attend, query, key, value, mask):
 
 
 def _without_the_blind(attended, mask):
-    """Zeros for a query that sees no key, of which kernels make what comes: another segment's, or padding."""
-    sees = ops.any(attention_mask(mask.query_segments, mask.key_segments), axis=2)
+    """Zeros for a query that sees no key, of which splash attention makes a mean of what is hidden."""
+    kind = {"causal": mask.causal, "window": mask.window}
+    sees = ops.any(attention_mask(mask.query_segments, mask.key_segments, **kind), axis=2)
     return ops.where(ops.expand_dims(sees, (2, 3, 4)), attended, ops.zeros((), attended.dtype))

@@ -60,6 +60,16 @@ def test_recorded_answers_are_those_of_the_layers(lm, sampler):
 
 
 @on_torch
+def test_compiled_recordings_give_the_answers_of_the_layers(lm):
+    inputs, found = prompts(), []
+    for options in ({"run_eagerly": True}, {"jit_compile": True}):
+        lm.compile(sampler="greedy", **options)
+        found.append(answers(lm, inputs, return_log_probs=True)["log_probs"])
+    assert recordings(lm) == 1
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
+@on_torch
 def test_each_shape_has_a_recording_and_the_oldest_goes_first(lm):
     lm.compile(sampler="greedy")
     first = answers(lm, prompts(), return_log_probs=True)

@@ -23,6 +23,7 @@ CASES = {
     "a causal window of several blocks": {"window": 5, "causal": True, "block": 2},
     "a window wider than the sequence, blocks of one query": {"window": 20, "block": 1},
     "more queries than keys": {"keys": OTHERS},
+    "keys of its segment out of a query's sight": {"keys": OTHERS, "causal": True, "window": 2},
     "more keys than queries": {"queries": OTHERS, "keys": SEGMENTS},
     "queries within a cache": {"queries": SEGMENTS[:, 4:10], "keys": SEGMENTS, "start": 4, "causal": True, "window": 3},
     "bfloat16": {"dtype": "bfloat16", "window": 2},
