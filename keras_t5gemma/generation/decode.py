@@ -225,7 +225,7 @@ def run_tokens(step, sampler, state, end, *, prompt_mask, control, limits=None, 
     def body(token_ids, cache, index, running, log_probs):
         logits, _, cache = next(token_ids, cache, index)
         processed = logits if process is None else process(logits, token_ids, index)
-        chosen = sampler.get_next_token(sampler.compute_probabilities(processed))
+        chosen = _choose(sampler, processed)
         from_prompt = ops.take(prompt_mask, index, axis=1)
         chosen = ops.where(from_prompt, ops.take(token_ids, index, axis=1), ops.cast(chosen, token_ids.dtype))
         chosen = ops.expand_dims(chosen, 1)
@@ -238,6 +238,13 @@ def run_tokens(step, sampler, state, end, *, prompt_mask, control, limits=None, 
         return token_ids, cache, index + 1, ops.logical_and(running, ops.logical_not(stops)), log_probs
 
     return sampler.run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=end - state[2])
+
+
+def _choose(sampler, logits):
+    """The next token of each row, [B] of [B, V]."""
+    if type(sampler) is keras_hub.samplers.GreedySampler:
+        return ops.argmax(logits, axis=-1)  # what its probabilities would say, without a softmax over the vocabulary
+    return sampler.get_next_token(sampler.compute_probabilities(logits))
 
 
 def _next(step):
