@@ -10,6 +10,7 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
+from keras_t5gemma.layers import projection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
@@ -85,3 +86,15 @@ def test_int4_with_its_size_of_blocks_in_the_dtype_loads_as_quantized_so(tmp_pat
     for variable in loaded.weights:
         expected = ops.convert_to_numpy(variables[variable.path])
         np.testing.assert_array_equal(ops.convert_to_numpy(variable), expected, err_msg=variable.path)
+
+
+@pytest.mark.parametrize("rows", [7, 20, 100])
+def test_int8_table_in_blocks_of_any_size_gives_the_dequantized_product(rows, monkeypatch):
+    monkeypatch.setitem(projection._BLOCK_ROWS, keras.config.backend(), rows)
+    embedding = keras.layers.ReversibleEmbedding(60, 8)
+    embedding.build()
+    embedding.quantize("int8")
+    table = ops.convert_to_numpy(embedding.embeddings) / ops.convert_to_numpy(embedding.embeddings_scale)[:, None]
+    x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float32")
+    logits = ops.convert_to_numpy(projection.VocabularyProjection(embedding)(ops.convert_to_tensor(x)))
+    np.testing.assert_allclose(logits, x @ table.T, atol=1e-6)
