@@ -119,7 +119,9 @@ def test_run_of_several_processes_is_refused_by_one(tmp_path):
     write(tmp_path)
     checkpoint = TrainingCheckpoint(tmp_path)
     with pytest.raises(CheckpointError, match=r"of 2 process\(es\), and this is one of 1.*Start 2.*load_training_w"):
-        small_model().fit(checkpoint.data(batches()), steps_per_epoch=1, callbacks=[checkpoint], verbose=0)
+        small_model().fit(
+            checkpoint.data(batches()), steps_per_epoch=1, callbacks=[checkpoint], verbose=0, shuffle=False
+        )
 
 
 def test_mean_of_checkpoints_of_one_process_is_that_of_its_arrays(tmp_path):
