@@ -241,18 +241,34 @@ def _with_gradients(chunks, settings, targets, hidden, table, train_table):
     def sums_of(hidden, table):
         x, shape = chunks.cut(hidden), ops.shape(hidden)
         sums, x_gradient, *table_gradient = _one_pass()(settings, targets, x, table, train_table)
-        x_gradient = chunks.join(x_gradient, shape)
+        made = [chunks.join(x_gradient, shape), *table_gradient]
 
         def gradients(*args, upstream=None):
             scale = ops.cast((args[-1] if upstream is None else upstream)[0], "float32")
+            x_gradient, *table_gradient = _scaled(made, scale)
             return (
-                ops.cast(x_gradient * scale, hidden.dtype),
-                ops.cast(table_gradient[0] * scale, table.dtype) if train_table else ops.zeros_like(table),
+                ops.cast(x_gradient, hidden.dtype),
+                ops.cast(table_gradient[0], table.dtype) if train_table else ops.zeros_like(table),
             )
 
         return sums, gradients
 
     return sums_of(hidden, _value(table))
+
+
+def _scaled(made, scale):
+    """The gradients that the forward pass made, times a scalar."""
+    if keras.config.backend() != "torch":
+        return [gradient * scale for gradient in made]
+    # A graph serves one backward pass there, as PyTorch's do by default; kept, the table's would outlast the optimizer.
+    if not made:
+        raise RuntimeError(
+            "This loss forms its gradients in the forward pass and gives them once: for a second `backward()`, run it "
+            "again, or take the loss of logits."
+        )
+    scaled = [gradient.mul_(scale) for gradient in made]
+    made.clear()
+    return scaled
 
 
 def _value(table):

@@ -109,6 +109,20 @@ def gradients(function, *arrays):
     return [tensor.grad.numpy() for tensor in tensors]
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="gradients are a function's on JAX, a tape's on TensorFlow"
+)
+def test_gradients_are_given_once_and_a_second_backward_says_so(arrays):
+    import torch
+
+    arrays = {name: torch.tensor(array) for name, array in arrays.items()}
+    arrays["hidden"].requires_grad_()
+    loss, *_ = from_hidden_states(VocabularyCrossEntropy(), arrays, 4)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="gives them once"):
+        loss.backward()
+
+
 def test_loss_of_nothing_but_padding_is_zero(arrays):
     arrays["weights"][:] = 0
     got, accuracy, total = from_hidden_states(VocabularyCrossEntropy(), arrays, 4)
