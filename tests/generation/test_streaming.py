@@ -100,16 +100,17 @@ def test_stream_of_ids_ends_with_the_first_stop_id(lm, whole):
 
 
 def test_chunks_grow_to_their_size_and_share_one_compiled_program(lm, whole, monkeypatch):
-    step, calls = lm.decoding_step, []
+    step, calls = lm._recorded_step, []
 
     def counted(*arguments):
         calls.append(1)
         return step(*arguments)
 
-    monkeypatch.setattr(lm, "decoding_step", counted)
+    monkeypatch.setattr(lm, "_recorded_step", counted)
     monkeypatch.setattr(lm, "_decoding_streams", {})
     assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=4)) == whole[0]
     compiled = len(calls)
+    assert compiled
     for size in (1, 3, 100):
         assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=size)) == whole[0]
     # Where nothing is compiled, each token of the four streams is a call.
