@@ -237,7 +237,8 @@ def run_tokens(step, sampler, state, end, *, prompt_mask, control, limits=None, 
             log_probs = ops.slice_update(log_probs, [0, index], token_log_probs(logits, chosen))
         return token_ids, cache, index + 1, ops.logical_and(running, ops.logical_not(stops)), log_probs
 
-    return sampler.run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=end - state[2])
+    # A tuple, as it came: a list would be another program.
+    return tuple(sampler.run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=end - state[2]))
 
 
 def _choose(sampler, logits):
