@@ -78,10 +78,18 @@ def attend(query, key, value, visible, *, cap, dtype):
     Returns:
         [B, T, K, G, H]; zeros for a query that sees no key.
     """
-    logits = ops.cast(finite(ops.einsum("btkgh,bksh->bkgts", query, key)), "float32")
+    logits = ops.cast(finite(_products(query, key)), "float32")
     visible = ops.expand_dims(visible, (1, 2))
     weights = (_weights_in_place if _may_overwrite() else _weights)(logits, visible, cap)
     return ops.einsum("bkgts,bksh->btkgh", ops.cast(weights, dtype), value)
+
+
+def _products(query, key):
+    """[B, K, G, T, S] of query [B, T, K, G, H] and key [B, K, S, H]."""
+    if keras.config.backend() == "tensorflow" and keras.backend.standardize_dtype(key.dtype) == "float16":
+        # With keys laid out so, TensorFlow's CPU kernel sums in float16, where infinities of both signs make NaN.
+        return ops.einsum("btkgh,bskh->bkgts", query, ops.swapaxes(key, 1, 2))
+    return ops.einsum("btkgh,bksh->bkgts", query, key)
 
 
 def _weights(logits, visible, cap):
