@@ -18,11 +18,13 @@ from keras_t5gemma.layers.masks import attention_mask
 
 # Of splash attention: positions are handled so many at a time, and head sizes filled up to a multiple of this.
 _LANES = 128
+# TPUs have no float16.
+_DTYPES = {"splash": ("bfloat16",), "flex": ("bfloat16", "float16")}
 
 
 def has_kernel(dtype):
     """Whether this machine and backend have one for a compute dtype."""
-    return dtype in ("bfloat16", "float16") and _name() is not None
+    return dtype in _DTYPES.get(_name(), ())
 
 
 def kernel(mask):
@@ -133,8 +135,8 @@ def splash(query, key, value, mask, cap, interpret=False):
         # A padded query sees nothing: no key has its id.
         ids = [query_segments, ops.where(key_segments == 0, -1, key_segments)]
         ids = [
-            ops.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=fill)
-            for x, length, fill in zip(ids, padded, (0, -1), strict=True)
+            ops.pad(x, ((0, 0), (0, length - x.shape[1])), constant_values=nobody)
+            for x, length, nobody in zip(ids, padded, (0, -1), strict=True)
         ]
         run = splash_attention_kernel.make_splash_mha(
             splash_attention_mask.MultiHeadMask([shape] * query.shape[2]),

@@ -65,6 +65,12 @@ def check(attention, case, gradients=True):
         np.testing.assert_allclose(got, value, rtol=tolerance, atol=tolerance * np.abs(value).max())
 
 
+@pytest.mark.parametrize(("name", "dtypes"), [("splash", ["bfloat16"]), ("flex", ["bfloat16", "float16"]), (None, [])])
+def test_kernel_serves_the_half_precisions_that_its_chip_has(monkeypatch, name, dtypes):
+    monkeypatch.setattr(kernels, "_name", lambda: name)
+    assert [dtype for dtype in ("float32", "bfloat16", "float16") if kernels.has_kernel(dtype)] == dtypes
+
+
 def test_splash_attention_is_not_asked_where_the_first_querys_place_is_not_known(monkeypatch):
     monkeypatch.setattr(kernels, "_name", lambda: "splash")
     segments = [ops.convert_to_tensor(SEGMENTS)] * 2
