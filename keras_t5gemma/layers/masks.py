@@ -6,10 +6,13 @@ import typing
 import keras
 from keras import ops
 
+from keras_t5gemma.layers.device import on_cpu
+
 # Attention logits in memory at once, in bytes of float32: some three times as much is in use at a time. With the eight
 # heads of Small-Small, up to 2,048 positions of one example are within it. Memory for more grows with the length, not
-# with its square.
+# with its square. On a CPU, what its caches hold from one step to the next takes half the time.
 BLOCK_BYTES = 2**27
+BLOCK_BYTES_ON_CPU = 2**23
 # Queries that are attended for at once, at least: with fewer, reading the keys would take longer than computing.
 SHORTEST_BLOCK = 128
 
@@ -133,7 +136,8 @@ def visible_keys(heads, query_segments, key_segments, *, fused=False, **kind):
     (batch, queries), keys = query_segments.shape, key_segments.shape[1]
     if queries is not None and keys is not None:
         # An unknown batch counts as one example: its activations, too, need memory an example.
-        longest = max(SHORTEST_BLOCK, BLOCK_BYTES * _devices() // (4 * (batch or 1) * heads * keys))
+        size = BLOCK_BYTES_ON_CPU if on_cpu(query_segments) else BLOCK_BYTES
+        longest = max(SHORTEST_BLOCK, size * _devices() // (4 * (batch or 1) * heads * keys))
         if longest < queries or (fused and queries >= SHORTEST_BLOCK):
             blocks = -(-queries // longest)
             return BlockMask(-(-queries // blocks), query_segments, key_segments, **kind)

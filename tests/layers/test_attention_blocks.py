@@ -75,7 +75,7 @@ def test_block_of_a_window_takes_only_the_keys_within_it(causal, seen):
 def test_blocks_are_as_even_as_they_can_be_and_hold_a_quarter_of_the_logits_where_four_fit(monkeypatch):
     monkeypatch.setattr(masks, "SHORTEST_BLOCK", 2)
     segments = ops.ones((2, 15), dtype="int32")
-    monkeypatch.setattr(masks, "BLOCK_BYTES", 4 * 2 * 3 * 15 * 4)
+    monkeypatch.setattr(masks, "BLOCK_BYTES_ON_CPU", 4 * 2 * 3 * 15 * 4)
     assert visible_keys(3, segments, segments).block == 4
     assert visible_keys(6, segments, segments).block == 2
     assert visible_keys(12, segments, segments).block == 2  # the shortest

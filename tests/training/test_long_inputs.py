@@ -15,7 +15,7 @@ def test_rematerialized_training_step_in_blocks_is_the_plain_one(monkeypatch):
 
     lm = language_model()
     plain = take_steps(lm, batch(lm))
-    monkeypatch.setattr(masks, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(masks, "BLOCK_BYTES_ON_CPU", 1)
     monkeypatch.setattr(masks, "SHORTEST_BLOCK", 3)
     monkeypatch.setattr(attention, "in_blocks", counted)
     lm = language_model(rematerialize=True)
