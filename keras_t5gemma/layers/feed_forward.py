@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.rematerialization import fused
 from keras_t5gemma.layers.weights import as_rows, dense
 
 
@@ -29,10 +30,13 @@ class FeedForward(keras.layers.Layer):
     def call(self, x):
         """Maps [B, T, D] to [B, T, D]."""
         rows = as_rows(x)
-        gate, up = finite(self.gate_dense(rows)), finite(self.up_dense(rows))
-        down = self.down_dense(finite(keras.activations.gelu(gate, approximate=True) * up))
+        down = self.down_dense(fused(_gated, self.gate_dense(rows), self.up_dense(rows)))
         return ops.reshape(down, ops.shape(x))
 
     def compute_output_shape(self, input_shape):
         """The input's shape."""
         return input_shape
+
+
+def _gated(gate, up):
+    return finite(keras.activations.gelu(finite(gate), approximate=True) * finite(up))

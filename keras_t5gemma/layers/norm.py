@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.rematerialization import fused
 from keras_t5gemma.layers.weights import FirstValue
 
 
@@ -26,9 +27,12 @@ class RMSNorm(keras.layers.Layer):
 
     def call(self, x):
         """Normalises [..., D] and returns it in the compute dtype."""
+        return fused(self._normalise, x, ops.convert_to_tensor(self.scale))
+
+    def _normalise(self, x, scale):
         x = ops.cast(finite(x), "float32")
         x = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return ops.cast(x * (1.0 + ops.cast(self.scale, "float32")), self.compute_dtype)
+        return ops.cast(x * (1.0 + ops.cast(scale, "float32")), self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         """The input's shape."""

@@ -36,3 +36,23 @@ def rematerialized(call, layer, *tensors):
     for state, value in zip(states, after, strict=True):
         state.assign(value)
     return result
+
+
+def fused(call, *tensors):
+    """Calls a function of elementwise steps and sums, such as a norm, of which only what goes in is worth keeping.
+
+    XLA makes one pass of it by itself. TensorFlow would keep each step's result for the backward pass; there they are
+    made again.
+
+    Args:
+        call: tensors to one tensor, without variables.
+        *tensors: floating-point.
+
+    Returns:
+        What `call` returns.
+    """
+    if keras.config.backend() != "tensorflow":
+        return call(*tensors)
+    import tensorflow as tf
+
+    return tf.recompute_grad(call)(*tensors)

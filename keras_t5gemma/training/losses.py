@@ -14,7 +14,7 @@ from keras_t5gemma.layers.attention import soft_cap
 from keras_t5gemma.layers.finite import finite
 
 # Logits in memory at once, in bytes: large products are fast, and a few of these are in use at a time.
-CHUNK_BYTES = 2**28
+CHUNK_BYTES = 2**29
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
