@@ -5,6 +5,19 @@ import weakref
 import keras
 from keras import ops, tree
 
+# Weights from which TensorFlow has XLA compile decoding loops on a CPU: of Small-Small a step takes half the time, and
+# of a model of a few thousand weights nothing comes back of what compiling takes.
+_WEIGHTS_FOR_XLA = 10_000_000
+
+
+def by_xla(model):
+    """Whether TensorFlow is to compile decoding loops by XLA where Keras's "auto" would not.
+
+    Args:
+        model: a `keras.Model` whose `jit_compile_is_auto` says that nobody asked for it, or for none.
+    """
+    return model.jit_compile_is_auto and not model.run_eagerly and model.count_params() >= _WEIGHTS_FOR_XLA
+
 
 class Program:
     """A function that reads a model's variables: compiled on JAX and TensorFlow, without gradients on PyTorch.
@@ -17,13 +30,15 @@ class Program:
         model: the `keras.Model` whose variables it reads, and whose `run_eagerly` and `jit_compile` say how to compile.
         seeds: a list of further variables, which it changes too, e.g. a sampler's.
         donated: how many of the first arguments may be overwritten; the caller does not use these again.
+        decodes: whether it is a loop of decoding steps, which TensorFlow hands to XLA on a CPU too, see `by_xla`.
     """
 
-    def __init__(self, function, model, *, seeds=(), donated=0):
+    def __init__(self, function, model, *, seeds=(), donated=0, decodes=False):
         self._function = function
         self._model = model
         self._seeds = seeds
         self._donated = donated
+        self._decodes = decodes
         self._compiled = None
         self._compiled_for = []
 
@@ -54,7 +69,8 @@ class Program:
         variables = self._variables()
         known = [reference() for reference in self._compiled_for]
         if list(map(id, known)) != list(map(id, variables)):
-            self._compiled = tf.function(self._function, jit_compile=self._model.jit_compile)
+            jit_compile = self._model.jit_compile or (self._decodes and by_xla(self._model))
+            self._compiled = tf.function(self._function, jit_compile=jit_compile)
             self._compiled_for = [weakref.ref(variable, self._forget) for variable in variables]
         return self._compiled(*arguments)
 

@@ -54,7 +54,7 @@ class DecodingStream:
         self._control = control
         self._start = start
         # The sampler's loop reads the model's variables, and changes its own: the seeds.
-        self._advance = Program(self._run_to, model, seeds=sampler.variables, donated=1)
+        self._advance = Program(self._run_to, model, seeds=sampler.variables, donated=1, decodes=True)
 
     def __call__(self, inputs, positions, chunk_size, draws):
         """Decodes.

@@ -22,9 +22,10 @@ MOST_PROGRAMS = 64
 class Generates(Rounds):
     """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone`, a `head` and perhaps a `preprocessor`."""
 
-    def compile(self, *args, **kwargs):
+    def compile(self, *args, jit_compile="auto", **kwargs):
         """Forgets the programs of the sampler before."""
-        super().compile(*args, **kwargs)
+        super().compile(*args, jit_compile=jit_compile, **kwargs)
+        self.jit_compile_is_auto = jit_compile == "auto"
         self._generate_programs = {}
         self._recorded_step = recorded(self.decoding_step, self)
 
@@ -167,7 +168,7 @@ class Generates(Rounds):
             if len(programs) == MOST_PROGRAMS:
                 del programs[next(iter(programs))]
             step = partial(self.generate_step, control=control)
-            programs[control] = Program(step, self, seeds=self.sampler.variables)
+            programs[control] = Program(step, self, seeds=self.sampler.variables, decodes=True)
         return programs[control]
 
     def _stop_token_ids(self, stop_token_ids):
