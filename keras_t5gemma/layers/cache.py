@@ -9,6 +9,7 @@ A ring may have more places than the window: as many as positions are written at
 that what is written too far, and again later, takes the place of nothing that is still seen.
 """
 
+import keras
 from keras import ops
 
 from keras_t5gemma.layers.attention import write_at
@@ -57,3 +58,15 @@ def write(buffer, update, index):
     held = positions(size, index + count - 1)
     new = ops.take(update, ops.maximum(held - index, 0), axis=2)
     return ops.where(ops.reshape(held >= index, (1, 1, size, 1)), new, buffer)
+
+
+def settled(structure):
+    """The same tensors, which XLA is to keep as they are.
+
+    Else a loop that reads keys would carry what they are transposed from, and transpose it in every step.
+    """
+    if keras.config.backend() != "jax":
+        return structure
+    import jax
+
+    return jax.lax.optimization_barrier(structure)

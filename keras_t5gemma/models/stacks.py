@@ -6,7 +6,7 @@ from keras import ops
 from keras_t5gemma.layers.attention import rotary_angles, write_at
 from keras_t5gemma.layers.attention_kernels import has_kernel
 from keras_t5gemma.layers.blocks import Block
-from keras_t5gemma.layers.cache import is_start, place, places, positions
+from keras_t5gemma.layers.cache import is_start, place, places, positions, settled
 from keras_t5gemma.layers.masks import attention_mask, visible_keys
 from keras_t5gemma.layers.norm import RMSNorm
 from keras_t5gemma.layers.rematerialization import rematerialized
@@ -197,7 +197,7 @@ class Decoder(Stack):
 
         return {
             "layers": [
-                {"self": empty(kind), "cross": block.cross_attention.keys_values(encoder_output)}
+                {"self": empty(kind), "cross": settled(block.cross_attention.keys_values(encoder_output))}
                 for block, kind in zip(self.blocks, config.layer_kinds, strict=True)
             ],
             "segments": ops.zeros((batch, length), dtype="int32"),
