@@ -1,15 +1,17 @@
 """Greedy decoding of Small-Small size beside keras-hub's T5Gemma and `transformers`: milliseconds a step.
 
     python benchmarks/decode.py                                     # every backend, batch 1, 256 input tokens
-    python benchmarks/decode.py --batch 4 --inputs 1024             # and 16, 4096
+    python benchmarks/decode.py --batch 4 --inputs 1024             # and 16
+    python benchmarks/decode.py --batch 16 --inputs 4096 --encoder-layers 1    # a step's cost without the encoder's
     python benchmarks/decode.py --dtype bfloat16
     python benchmarks/decode.py --dtype int8                        # or int4, int8_from_bfloat16: quantized weights
 
 Vocabulary 256,000, random weights and ids, no stop ids. Each program runs in a process of its own. The first token's
 time is that of an answer of `--short` tokens, `<bos>` included: by default 2, so one is generated. A step costs the
 difference of two answers of `--long` and of `--middle` tokens, divided by the difference of their tokens, each after as
-many answers as make 80 tokens: what is compiled or recorded on the way is ready then. "Compile" is what the first call
-took besides. `transformers` quantizes nothing here and has no row then.
+many answers as make `--warm-up` tokens: what is compiled or recorded on the way is ready then. "Compile" is what the
+first call took besides. A step costs the same however many layers the encoder has; the first token does not.
+`transformers` quantizes nothing here and has no row then.
 
 The floor is the time that the bytes a step must read take: the decoder's weights but for those that make
 cross-attention's keys and values, its table once, and the keys and values of the input and of the tokens so far. The
@@ -28,10 +30,10 @@ from rich.console import Console
 from rich.table import Table
 
 MEASURE = """
-import json, sys, time
+import dataclasses, json, sys, time
 import numpy as np
-program, batch, inputs, dtype, short, middle, long, repeats = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4], *map(
-    int, sys.argv[5:9])
+program, batch, inputs, dtype = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+short, middle, long, repeats, warm_up, layers = map(int, sys.argv[5:11])
 V = 256000
 ids = np.random.default_rng(0).integers(3, V, (batch, inputs), dtype="int32")
 mode, _, policy = dtype.partition("_from_")
@@ -64,7 +66,8 @@ if program == "transformers":
     import torch, transformers
     stack = dict(hidden_size=512, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=8,
         num_key_value_heads=8, head_dim=64, query_pre_attn_scalar=64, vocab_size=V)
-    config = transformers.T5GemmaConfig(encoder=transformers.T5GemmaModuleConfig(**stack),
+    config = transformers.T5GemmaConfig(encoder=transformers.T5GemmaModuleConfig(**{**stack,
+        "num_hidden_layers": layers}),
         decoder=transformers.T5GemmaModuleConfig(**stack), vocab_size=V, attn_implementation="eager")
     model = transformers.T5GemmaForConditionalGeneration(config).eval().to(getattr(torch, dtype))
     tensor = torch.from_numpy(ids).long()
@@ -75,11 +78,13 @@ else:
     import keras, keras_hub
     if program == "keras-t5gemma":
         import keras_t5gemma as kt
-        model = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone("s", "s", dtype=policy))
+        encoder = dataclasses.replace(kt.T5GemmaBackbone("s", vocabulary_size=8).config.encoder, num_layers=layers)
+        model = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone(encoder, "s", dtype=policy))
     else:
         sizes = dict(hidden_dim=512, intermediate_dim=1024, num_layers=8, num_attention_heads=8, num_key_value_heads=8,
             head_dim=64, layer_types=["sliding_attention", "full_attention"] * 4)
         both = {f"{stack}_{name}": value for stack in ("encoder", "decoder") for name, value in sizes.items()}
+        both |= {"encoder_num_layers": layers, "encoder_layer_types": both["encoder_layer_types"][:layers]}
         model = keras_hub.models.T5GemmaSeq2SeqLM(preprocessor=None, backbone=keras_hub.models.T5GemmaBackbone(
             vocabulary_size=V, query_pre_attn_scalar=64, sliding_window=4096, attn_logit_softcapping=50.0,
             final_logit_softcapping=30.0, cross_attention_hidden_size=512, dtype=policy, **both))
@@ -94,7 +99,7 @@ else:
 first_call, short_time = seconds(lambda: generate(short))
 times = []
 for length in (middle, long):
-    for _ in range(80 // length):
+    for _ in range(warm_up // length):
         generate(length)
     times.append(seconds(lambda: generate(length))[1])
 step = (times[1] - times[0]) / (long - middle)
@@ -110,6 +115,7 @@ def measure(program, backend, arguments):
     """
     command = [sys.executable, "-c", MEASURE, program, arguments.batch, arguments.inputs, arguments.dtype]
     command += [arguments.short, arguments.middle, arguments.long, arguments.repeats]
+    command += [arguments.warm_up, arguments.encoder_layers]
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     result = subprocess.run(list(map(str, command)), check=False, capture_output=True, text=True, env=environment)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else result.stderr[-2000:]
@@ -126,6 +132,8 @@ def main():
     parser.add_argument("--middle", type=int, default=18, help="Of a longer one.")
     parser.add_argument("--long", type=int, default=50, help="Of the longest.")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=80, help="Tokens before what is measured, for each length.")
+    parser.add_argument("--encoder-layers", type=int, default=8)
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--programs", nargs="*", default=["keras-hub", "keras-t5gemma", "transformers"])
     arguments = parser.parse_args()
