@@ -6,12 +6,11 @@ from keras import ops
 from keras_t5gemma.layers.attention import soft_cap
 from keras_t5gemma.layers.device import on_cpu
 from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.quantized_table import goes_by_blocks, project
 
 # Rows up to which `_product` puts the table first: on PyTorch up to 8 two to four times as fast, at 16 no slower; on
 # JAX up to 16 in two thirds of the time, at 32 no faster.
 _FEW_ROWS = 16
-# Rows of an int8 table that are floating-point numbers at a time. Caches like few; loops cost least on JAX.
-_BLOCK_ROWS = {"jax": 1024, "tensorflow": 8192, "torch": 16384}
 
 
 class VocabularyProjection(keras.layers.Layer):
@@ -44,10 +43,8 @@ class VocabularyProjection(keras.layers.Layer):
 
     def _project(self, x):
         embedding = self.embedding
-        is_plain = embedding.tie_weights and not embedding.lora_enabled
-        # Libraries have no product with int8 for CPUs that is worth its name.
-        if embedding.quantization_mode == "int8" and is_plain and on_cpu(x):
-            return _project_in_blocks(x, embedding.embeddings, embedding.embeddings_scale)
+        if goes_by_blocks(embedding, x):
+            return project(_product, x, embedding)
         if self.is_quantized or not embedding.tie_weights:
             return embedding(x, reverse=True)
         # The table as it is stored: through `reverse=True` XLA:CPU transposes it anew for every token decoded.
@@ -84,25 +81,3 @@ def _table_first(x, table):
         columns = rows.T if count > 1 else rows.repeat(2, 1).T
         logits = (table @ columns)[:, :count].T.contiguous()
     return ops.reshape(logits, (*x.shape[:2], -1))
-
-
-def _project_in_blocks(x, table, scale):
-    """Float32 [B, T, V] of x [B, T, D] and an int8 table [V, D] whose rows were multiplied by `scale` [V].
-
-    Through `reverse=True` each token has the whole table turned into int32 or floating-point numbers, of four times its
-    bytes, on JAX and PyTorch, and on every backend takes many times as long.
-    """
-    count, width = table.shape
-    rows = min(count, _BLOCK_ROWS[keras.config.backend()])
-    if keras.config.backend() == "torch":
-        blocks = [_product(x, ops.cast(table[i : i + rows], x.dtype)) for i in range(0, count, rows)]
-        return ops.cast(ops.concatenate(blocks, axis=-1), "float32") / scale
-
-    def product(block):
-        return ops.einsum("btd,vd->btv", x, ops.cast(block, x.dtype))
-
-    whole = count // rows * rows
-    blocks = ops.map(product, ops.reshape(table[:whole], (-1, rows, width)))
-    blocks = ops.reshape(ops.transpose(blocks, (1, 2, 0, 3)), (*ops.shape(x)[:2], whole))
-    logits = ops.concatenate([blocks, product(table[whole:])], axis=-1) if whole < count else blocks
-    return ops.cast(logits, "float32") / scale

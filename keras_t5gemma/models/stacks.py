@@ -9,6 +9,7 @@ from keras_t5gemma.layers.blocks import Block
 from keras_t5gemma.layers.cache import is_start, place, places, positions, settled
 from keras_t5gemma.layers.masks import attention_mask, visible_keys
 from keras_t5gemma.layers.norm import RMSNorm
+from keras_t5gemma.layers.quantized_table import look_up
 from keras_t5gemma.layers.rematerialization import rematerialized
 from keras_t5gemma.layers.weights import embedding
 
@@ -75,7 +76,7 @@ class Stack(keras.layers.Layer):
                 masks[kind] = self._visible(kind, query_segments, key_segments, start, room)
                 indices[kind] = start if room is None or query_segments.shape[1] > 1 else place(start, room)
         angles = rotary_angles(ops.shape(token_ids)[1], start, config.head_dim, config.rope_wavelength)
-        x = ops.cast(self.token_embedding(token_ids), self.compute_dtype)
+        x = ops.cast(look_up(self.token_embedding, token_ids), self.compute_dtype)
         # Gemma rounds the factor to the compute dtype: sqrt(3584) is 59.867 in float32, 59.75 in bfloat16.
         x = x * ops.cast(config.hidden_dim**0.5, x.dtype)
         x = self.dropout(x, training=training)

@@ -10,10 +10,12 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.layers import projection
+from keras_t5gemma.layers import projection, quantized_table
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
+Int8 = keras.quantizers.Int8QuantizationConfig
+Int4 = keras.quantizers.Int4QuantizationConfig
 CONFIG = tiny_config(balanced=False, num_layers=1)
 BYTES = {"int8": 1, "int4": 0.5}  # a weight
 # Of the logits' correlation; per-channel rounding to 255 and to 15 levels, at these loud weights.
@@ -89,12 +91,17 @@ def test_int4_with_its_size_of_blocks_in_the_dtype_loads_as_quantized_so(tmp_pat
 
 
 @pytest.mark.parametrize("rows", [7, 20, 100])
-def test_int8_table_in_blocks_of_any_size_gives_the_dequantized_product(rows, monkeypatch):
-    monkeypatch.setitem(projection._BLOCK_ROWS, keras.config.backend(), rows)
-    embedding = keras.layers.ReversibleEmbedding(60, 8)
+@pytest.mark.parametrize("config", [Int8(), Int4(block_size=4), Int4(block_size=3), Int4(block_size=-1)])
+def test_table_in_blocks_of_any_size_and_looked_up_by_rows_is_the_dequantized_one(config, rows, monkeypatch):
+    monkeypatch.setitem(quantized_table._BLOCK_ROWS, keras.config.backend(), rows)
+    embedding = keras.layers.ReversibleEmbedding(60, 7)
     embedding.build()
-    embedding.quantize("int8")
-    table = ops.convert_to_numpy(embedding.embeddings) / ops.convert_to_numpy(embedding.embeddings_scale)[:, None]
-    x = np.random.default_rng(0).normal(size=(2, 3, 8)).astype("float32")
+    embedding.quantize(config=config)
+    table = ops.convert_to_numpy(embedding(ops.arange(60)))
+    ids = np.array([[3, 59, 0], [3, 17, 4]])
+    looked_up = quantized_table.look_up(embedding, ops.convert_to_tensor(ids))
+    np.testing.assert_allclose(ops.convert_to_numpy(looked_up), table[ids], atol=1e-6)
+    x = np.random.default_rng(0).normal(size=(2, 3, 7)).astype("float32")
+    assert quantized_table.goes_by_blocks(embedding, ops.convert_to_tensor(x))
     logits = ops.convert_to_numpy(projection.VocabularyProjection(embedding)(ops.convert_to_tensor(x)))
     np.testing.assert_allclose(logits, x @ table.T, atol=1e-6)
