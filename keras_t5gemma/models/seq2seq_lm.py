@@ -125,7 +125,8 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, keras_hub.mod
                 several devices a part needs a row or more for each.
             sampler: "greedy", "beam", "top_k", "top_p", "random", "contrastive" or a `keras_hub.samplers.Sampler`. Beam
                 search is this package's `BeamSampler`.
-            **kwargs: what `keras.Model.compile` takes besides.
+            **kwargs: what `keras.Model.compile` takes besides. With `jit_compile="auto"`, its default, TensorFlow has
+                XLA compile the decoding loops of models of ten million weights and more, on CPUs too.
 
         Raises:
             ValueError: where `sampler` is none of these, `accumulation_steps` no positive integer or not to be had
