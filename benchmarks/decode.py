@@ -78,7 +78,7 @@ else:
     import keras, keras_hub
     if program == "keras-t5gemma":
         import keras_t5gemma as kt
-        encoder = dataclasses.replace(kt.T5GemmaBackbone("s", vocabulary_size=8).config.encoder, num_layers=layers)
+        encoder = dataclasses.replace(kt.STACKS["s"], num_layers=layers)
         model = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone(encoder, "s", dtype=policy))
     else:
         sizes = dict(hidden_dim=512, intermediate_dim=1024, num_layers=8, num_attention_heads=8, num_key_value_heads=8,

@@ -16,7 +16,7 @@ def by_xla(model):
     Args:
         model: a `keras.Model` whose `jit_compile_is_auto` says that nobody asked for it, or for none.
     """
-    return model.jit_compile_is_auto and not model.run_eagerly and model.count_params() >= _WEIGHTS_FOR_XLA
+    return model.jit_compile_is_auto and model.count_params() >= _WEIGHTS_FOR_XLA
 
 
 class Program:

@@ -11,7 +11,7 @@ def on_cpu(x):
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return not tf.config.list_physical_devices("GPU")
+        return all(device.device_type == "CPU" for device in tf.config.list_physical_devices())
     import jax
 
     return jax.default_backend() == "cpu"

@@ -48,8 +48,7 @@ class VocabularyProjection(keras.layers.Layer):
         if self.is_quantized or not embedding.tie_weights:
             return embedding(x, reverse=True)
         # The table as it is stored: through `reverse=True` XLA:CPU transposes it anew for every token decoded.
-        table = ops.cast(embedding.embeddings, x.dtype)
-        return _product(x, table)
+        return _product(x, ops.cast(embedding.embeddings, x.dtype))
 
     def compute_output_shape(self, input_shape):
         """[B, T, V]."""

@@ -213,6 +213,8 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, keras_hub.mod
             **super().get_compile_config(),
             # Given as None to Keras, which has nothing to do with it.
             **({"weighted_metrics": "auto"} if self._chunked else {}),
+            # Keras keeps what it made of "auto" on this machine, and decoding loops ask whether it was, see `by_xla`.
+            **({"jit_compile": "auto"} if self.jit_compile_is_auto else {}),
             "accumulation_steps": self._accumulation.steps,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
         }

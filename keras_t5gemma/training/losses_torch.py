@@ -1,6 +1,6 @@
 """The chunked loss on PyTorch, in place: one buffer of logits becomes their gradients.
 
-Through `keras.ops` each of a dozen steps would make a tensor of the logits' size, a quarter of a gigabyte that the
+Through `keras.ops` each of a dozen steps would make a tensor of the logits' size, up to half a gigabyte that the
 system has to find and clear; compiled backends make none. The oracle is `losses._sums_and_gradients`.
 """
 

@@ -30,7 +30,7 @@ def answers(lm, **kwargs):
 
 def is_compiled(lm):
     (made,) = lm._generate_programs.values()
-    return made._compiled._jit_compile
+    return made._compiled is not None and made._compiled._jit_compile
 
 
 @pytest.mark.parametrize("sampler", ["greedy", "beam", "contrastive"])
@@ -71,4 +71,14 @@ def test_stream_is_the_same(lm, monkeypatch):
 def test_who_asks_for_none_gets_none(lm, monkeypatch, options):
     monkeypatch.setattr(program, "_WEIGHTS_FOR_XLA", 0)
     lm.compile(sampler="greedy", **options)
-    assert not program.by_xla(lm)
+    answers(lm)
+    assert not is_compiled(lm)
+
+
+def test_saved_model_compiles_as_it_did(lm, monkeypatch):
+    monkeypatch.setattr(program, "_WEIGHTS_FOR_XLA", 0)
+    for asked, expected in (("auto", True), (False, False)):
+        lm.compile(sampler="greedy", jit_compile=asked)
+        again = T5GemmaSeq2SeqLM(lm.backbone)
+        again.compile_from_config(lm.get_compile_config())
+        assert program.by_xla(again) == expected

@@ -3,36 +3,19 @@
 import keras
 import numpy as np
 import pytest
+from gradients import gradients
 from keras import ops
 
 from keras_t5gemma.layers import feed_forward, norm, projection
 
 
-def gradients(function, *arrays):
-    """Of the sum of squares of what a function gives, with respect to each array."""
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
-
-        return jax.grad(lambda *xs: ops.sum(ops.square(function(*xs))), tuple(range(len(arrays))))(*arrays)
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        tensors = [tf.constant(x) for x in arrays]
-        with tf.GradientTape() as tape:
-            tape.watch(tensors)
-            total = ops.sum(ops.square(function(*tensors)))
-        return tape.gradient(total, tensors)
-    import torch
-
-    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
-    return torch.autograd.grad(ops.sum(ops.square(function(*tensors))), tensors)
-
-
 def assert_same(function, plain, *arrays):
-    """Values and gradients of two functions."""
+    """Values of two functions, and the gradients of their sums of squares."""
     tensors = [ops.convert_to_tensor(x) for x in arrays]
-    found = [[ops.convert_to_numpy(x) for x in (of(*tensors), *gradients(of, *arrays))] for of in (function, plain)]
+    found = [
+        [ops.convert_to_numpy(of(*tensors)), *gradients(lambda *xs, of=of: ops.sum(ops.square(of(*xs))), *arrays)]
+        for of in (function, plain)
+    ]
     for got, expected in zip(*found, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 

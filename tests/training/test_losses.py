@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from gradients import gradients
 from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
@@ -85,28 +86,6 @@ def test_gradients_are_those_of_the_definition(arrays, options, cap, train_table
                 numpy_loss({**arrays, name: exact + sign * 1e-5 * direction}, cap, **options)[0] for sign in (1, -1)
             ]
             assert (gradient * direction).sum() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-5)
-
-
-def gradients(function, *arrays):
-    """Gradients of a scalar function as numpy, by the backend's own means."""
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return [np.asarray(x) for x in jax.grad(function, argnums=tuple(range(len(arrays))))(*arrays)]
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        tensors = [tf.constant(array) for array in arrays]
-        with tf.GradientTape() as tape:
-            for tensor in tensors:
-                tape.watch(tensor)
-            value = function(*tensors)
-        return [np.asarray(x) for x in tape.gradient(value, tensors)]
-    import torch
-
-    tensors = [torch.tensor(array, requires_grad=True) for array in arrays]
-    function(*tensors).backward()
-    return [tensor.grad.numpy() for tensor in tensors]
 
 
 @pytest.mark.skipif(
