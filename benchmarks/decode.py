@@ -153,12 +153,13 @@ def main():
                 continue
             result = measure(program, backend, arguments)
             if isinstance(result, str):
-                table.add_row(backend, program, "failed")
                 print(result, file=sys.stderr)
-                continue
-            step, first, compiling = result
-            row = (f"{step:.1f}", f"{step / floor:.2f}", f"{first:.0f}", f"{compiling:.1f}")
+                row = ("failed",)
+            else:
+                step, first, compiling = result
+                row = (f"{step:.1f}", f"{step / floor:.2f}", f"{first:.0f}", f"{compiling:.1f}")
             table.add_row(backend, program, *row)
+            print(backend, program, *row, flush=True)
     Console(width=120).print(table)
 
 

@@ -1,7 +1,8 @@
 """A decoding step on PyTorch without the Python of its layers: recorded as a list of tensor operations, and replayed.
 
 Of a step of Small-Small on a CPU, half is Keras calling layers; on a GPU, nearly all is waiting for Python. A recording
-does what the layers did, operation by operation, so that its numbers are the same:
+does what the layers did, operation by operation, so that its numbers are the same, but for the rounding of products that
+a CPU's cores share:
 
     on a CPU                         recorded once a shape has come up `_STEPS_BEFORE` times: recording takes as long
     on a GPU                         recorded at once, and as a CUDA graph, which has no Python left at all
@@ -14,6 +15,8 @@ Other backends compile the whole loop, and a step goes through here untouched.
 import weakref
 
 import keras
+
+from keras_t5gemma.generation.recorded_products import share_out
 
 # Steps of one shape on a CPU that cost as much without a recording as making it: 1.6 s beside 20 ms a step.
 _STEPS_BEFORE = 64
@@ -99,6 +102,8 @@ class _Recording:
         # On copies: recording runs the step, and writes.
         inputs = [token_ids, _place(index, token_ids), *(x.clone() for x in keras.tree.flatten(cache))]
         self._run = _with_constants(make_fx(flat)(*inputs))
+        if not token_ids.is_cuda:
+            share_out(self._run)
         if jit_compile:
             self._run = torch.compile(self._run, dynamic=False, fullgraph=True)
         self._graphs = []

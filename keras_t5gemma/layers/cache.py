@@ -61,10 +61,13 @@ def write(buffer, update, index):
 
 
 def settled(structure):
-    """The same tensors, which XLA is to keep as they are.
+    """The same tensors, which lie in memory as they are to be read in every step.
 
-    Else a loop that reads keys would carry what they are transposed from, and transpose it in every step.
+    Else XLA would carry what they are transposed from through a decoding loop, and PyTorch lay out a transposed view
+    for a product, and both do so in every step anew.
     """
+    if keras.config.backend() == "torch":
+        return keras.tree.map_structure(lambda x: x.contiguous(), structure)
     if keras.config.backend() != "jax":
         return structure
     import jax
