@@ -1,8 +1,8 @@
 """A decoding step on PyTorch without the Python of its layers: recorded as a list of tensor operations, and replayed.
 
 Of a step of Small-Small on a CPU, half is Keras calling layers; on a GPU, nearly all is waiting for Python. A recording
-does what the layers did, operation by operation, so that its numbers are the same, but for the rounding of products that
-a CPU's cores share:
+does what the layers did, operation by operation, so that its numbers are the same, but for the last digits of products
+that a CPU's cores share:
 
     on a CPU                         recorded once a shape has come up `_STEPS_BEFORE` times: recording takes as long
     on a GPU                         recorded at once, and as a CUDA graph, which has no Python left at all

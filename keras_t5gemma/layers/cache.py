@@ -9,7 +9,6 @@ A ring may have more places than the window: as many as positions are written at
 that what is written too far, and again later, takes the place of nothing that is still seen.
 """
 
-import keras
 from keras import ops
 
 from keras_t5gemma.layers.attention import write_at
@@ -58,18 +57,3 @@ def write(buffer, update, index):
     held = positions(size, index + count - 1)
     new = ops.take(update, ops.maximum(held - index, 0), axis=2)
     return ops.where(ops.reshape(held >= index, (1, 1, size, 1)), new, buffer)
-
-
-def settled(structure):
-    """The same tensors, which lie in memory as they are to be read in every step.
-
-    Else XLA would carry what they are transposed from through a decoding loop, and PyTorch lay out a transposed view
-    for a product, and both do so in every step anew.
-    """
-    if keras.config.backend() == "torch":
-        return keras.tree.map_structure(lambda x: x.contiguous(), structure)
-    if keras.config.backend() != "jax":
-        return structure
-    import jax
-
-    return jax.lax.optimization_barrier(structure)

@@ -6,6 +6,8 @@ import contextvars
 import keras
 from keras import ops
 
+from keras_t5gemma.layers.bfloat16_products import Dense
+
 _reader = contextvars.ContextVar("reader", default=None)
 
 
@@ -49,7 +51,7 @@ class FirstValue(keras.initializers.Initializer):
 
 
 def dense(units, name, config, dtype):
-    """A plain `keras.layers.Dense` without bias.
+    """A `keras.layers.Dense` without bias.
 
     Its kernel has two axes, so that LoRA is the usual one, Muon and quantization apply, and a checkpoint's matrix is a
     transpose away.
@@ -61,7 +63,7 @@ def dense(units, name, config, dtype):
         dtype: the dtype policy.
     """
     first = FirstValue(keras.initializers.RandomNormal(stddev=config.initializer_range), "kernel")
-    first.layer = keras.layers.Dense(units, use_bias=False, kernel_initializer=first, dtype=dtype, name=name)
+    first.layer = Dense(units, use_bias=False, kernel_initializer=first, dtype=dtype, name=name)
     return first.layer
 
 

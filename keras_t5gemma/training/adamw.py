@@ -55,8 +55,8 @@ class AdamW(keras.optimizers.AdamW):
         return super()._clip_gradients(grads)
 
     def _apply_weight_decay(self, variables):
-        if keras.config.backend() == "tensorflow" and self._is_fused(variables):
-            return  # `_tensorflow_update` does it, in the same pass
+        if self._is_fused(variables):
+            return  # the update does it, in the same pass
         super()._apply_weight_decay(variables)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
@@ -99,31 +99,39 @@ def _without_duplicates(grad):
 
 def _torch_update(optimizer, grads, variables, learning_rate):
     import torch
-    from torch.optim.adam import adam
+    from torch.optim.adamw import adamw
 
-    values = [variable.value for variable in variables]
-    places = [optimizer._get_variable_index(variable) for variable in variables]
-    # PyTorch counts the step itself, as float32 on the weights' device.
-    steps = [torch.full((), float(optimizer.iterations), device=value.device) for value in values]
+    # Keras adds epsilon to the root before the bias is corrected, PyTorch after.
     correction = 1 - optimizer.beta_2 ** (float(optimizer.iterations) + 1)
-    with torch.no_grad():
-        adam(
-            values,
-            [grad.contiguous() for grad in grads],
-            [optimizer._momentums[place].value for place in places],
-            [optimizer._velocities[place].value for place in places],
-            [],
-            steps,
-            fused=True,
-            amsgrad=False,
-            beta1=optimizer.beta_1,
-            beta2=optimizer.beta_2,
-            lr=float(learning_rate),
-            weight_decay=0.0,  # Keras has applied it, with its list of what is exempt
-            # Keras adds epsilon to the root before the bias is corrected, PyTorch after.
-            eps=optimizer.epsilon / correction**0.5,
-            maximize=False,
-        )
+    pairs = list(zip(grads, variables, strict=True))
+    for decay in {_decay(optimizer, variable) for variable in variables}:
+        chosen = [(grad, variable) for grad, variable in pairs if _decay(optimizer, variable) == decay]
+        values = [variable.value for _, variable in chosen]
+        places = [optimizer._get_variable_index(variable) for _, variable in chosen]
+        with torch.no_grad():
+            adamw(
+                values,
+                [grad.contiguous() for grad, _ in chosen],
+                [optimizer._momentums[place].value for place in places],
+                [optimizer._velocities[place].value for place in places],
+                [],
+                # PyTorch counts the step itself, as float32 on the weights' device.
+                [torch.full((), float(optimizer.iterations), device=value.device) for value in values],
+                fused=True,
+                amsgrad=False,
+                beta1=optimizer.beta_1,
+                beta2=optimizer.beta_2,
+                lr=float(learning_rate),
+                weight_decay=decay,
+                eps=optimizer.epsilon / correction**0.5,
+                maximize=False,
+            )
+
+
+def _decay(optimizer, variable):
+    """What a variable loses of itself in a step, to the learning rate."""
+    decays = optimizer.weight_decay is not None and optimizer._use_weight_decay(variable)
+    return optimizer.weight_decay if decays else 0.0
 
 
 def _stepped(variable, momentum, velocity, alpha, decay, epsilon):
@@ -143,8 +151,7 @@ def _tensorflow_update(optimizer, grads, variables, learning_rate):
     for grad, variable in reversed(list(zip(grads, variables, strict=True))):
         place = optimizer._get_variable_index(variable)
         states = [optimizer._momentums[place].value, optimizer._velocities[place].value]
-        decays = optimizer.weight_decay is not None and optimizer._use_weight_decay(variable)
-        factors = learning_rate * corrections, learning_rate * (optimizer.weight_decay if decays else 0.0)
+        factors = learning_rate * corrections, learning_rate * _decay(optimizer, variable)
         with tf.control_dependencies(previous):
             if isinstance(grad, tf.IndexedSlices):
                 once = _without_duplicates(grad)

@@ -8,7 +8,8 @@ from keras import ops
 
 from keras_t5gemma.layers.attention import soft_cap
 from keras_t5gemma.objectives.teacher_view import LABELS, POSITIONS
-from keras_t5gemma.training.losses import VocabularyCrossEntropy, before_cap, largest_and_log_sum
+from keras_t5gemma.training.chunks import Softmax, before_cap
+from keras_t5gemma.training.losses import VocabularyCrossEntropy
 from keras_t5gemma.training.stored_logits import StoredTeacher
 from keras_t5gemma.training.teachers import check_vocabulary, live_teacher
 
@@ -136,7 +137,7 @@ class Distillation(VocabularyCrossEntropy):
 
 @dataclasses.dataclass(frozen=True)
 class _ChunkSettings:
-    """`losses.ChunkSettings` with a teacher.
+    """`chunks.ChunkSettings` with a teacher.
 
     Attributes:
         cap: soft cap on the student's logits, or None.
@@ -153,7 +154,7 @@ class _ChunkSettings:
         return labels, shares, soft, *self.teacher.by_token(*arrays)
 
     def of_logits(self, logits, labels, shares, soft, *arrays, gradients):
-        """As in `losses.ChunkSettings`.
+        """As in `chunks.ChunkSettings`.
 
         Args:
             logits: the student's, capped, [m, V].
@@ -165,26 +166,26 @@ class _ChunkSettings:
         """
         labels, shares, soft = (ops.expand_dims(array, -1) for array in (labels, shares, soft))
         hard = shares - soft
-        largest, log_sum = largest_and_log_sum(logits)
-        log_p = logits - log_sum
+        softmax = Softmax.of(logits)
+        log_p = logits - softmax.log_sum
         scaled = log_p if self.temperature == 1 else ops.log_softmax(logits / self.temperature, axis=-1)
         divergence, target = self.teacher.divergence(scaled, self.temperature, *arrays)
         picked = ops.take_along_axis(logits, labels, axis=-1)
-        losses = soft * self.temperature**2 * divergence + hard * (log_sum - picked)
-        correct = shares * ops.cast(picked >= largest, "float32")
+        losses = soft * self.temperature**2 * divergence + hard * (softmax.log_sum - picked)
+        correct = shares * ops.cast(picked >= softmax.largest, "float32")
         sums = ops.sum(ops.concatenate([losses, correct], axis=-1), axis=0)
         if not gradients:
             return sums, None
         is_label = ops.equal(ops.arange(logits.shape[-1], dtype="int32"), labels)
         if self.temperature == 1:
-            gradient = shares * ops.exp(log_p) - soft * target
+            gradient = softmax.times(shares) - soft * target
         else:
-            gradient = soft * self.temperature * (ops.exp(scaled) - target) + hard * ops.exp(log_p)
+            gradient = soft * self.temperature * (ops.exp(scaled) - target) + softmax.times(hard)
         gradient = ops.where(is_label, gradient - hard, gradient)
         return sums, before_cap(gradient, logits, self.cap)
 
-    def in_place(self, logits, *targets):
-        """See `losses.ChunkSettings`. The rows are few enough for the processor's cache: new arrays cost nothing."""
+    def in_place(self, logits, _, *targets):
+        """See `chunks.ChunkSettings`; without a workspace."""
         sums, gradient = self.of_logits(soft_cap(logits, self.cap), *targets, gradients=True)
         logits.copy_(gradient)
         return sums

@@ -5,13 +5,18 @@ to hidden states and table are formed in the same pass, so that nothing is compu
 tokens x vocabulary x width, as many as the plain loss takes.
 """
 
-import dataclasses
-
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.attention import soft_cap
-from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.device import on_cpu
+from keras_t5gemma.training.chunks import (
+    Chunks,
+    ChunkSettings,
+    chunk_logits,
+    chunk_targets,
+    hidden_gradient,
+    table_gradient,
+)
 
 # Logits in memory at once, in bytes: large products are fast, and a few of these are in use at a time.
 CHUNK_BYTES = 2**29
@@ -148,82 +153,6 @@ def replicas():
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
-@dataclasses.dataclass(frozen=True)
-class ChunkSettings:
-    """What makes a loss of logits: see `VocabularyCrossEntropy`. Equal ones make the same program."""
-
-    cap: float | None
-    z_loss: float
-    label_smoothing: float
-
-    def by_token(self, *targets):
-        """What of a chunk's targets is an array [m, ...], a row a token: here all of them."""
-        return targets
-
-    def of_logits(self, logits, labels, shares, gradients):
-        """What a chunk, or some of its tokens, add to the loss, and what the loss asks of their logits.
-
-        Args:
-            logits: capped, [m, V].
-            labels: [m].
-            shares: [m].
-            gradients: whether they are wanted.
-
-        Returns:
-            `([loss, accuracy], gradients)`: float32 [2]; float32 [m, V], of logits before the cap, or None.
-        """
-        largest, log_sum = largest_and_log_sum(logits)
-        sums = _chunk_sums(self, logits, largest, log_sum, labels, shares)
-        return sums, _logit_gradients(self, logits, log_sum, labels, shares) if gradients else None
-
-    def in_place(self, logits, *targets):
-        """Turns raw logits into their gradients, on PyTorch, and returns [loss, accuracy]."""
-        from keras_t5gemma.training.losses_torch import to_gradients
-
-        return to_gradients(self, logits, *targets)
-
-
-class Chunks:
-    """How [B, T, ...] is cut into [C, B * t, ...]: C chunks of t positions, filled up with zeros.
-
-    Along T, so that a batch that is spread over devices stays where it is. Where B is not known, as when TensorFlow
-    traces a step, all tokens are one long row.
-
-    Args:
-        shape: of the hidden states, (B, T, D).
-        vocabulary_size: V.
-        chunk_bytes: of float32 logits in a chunk, about.
-    """
-
-    def __init__(self, shape, vocabulary_size, chunk_bytes):
-        batch, self._length, _ = shape
-        self._known = batch is not None and self._length is not None
-        self._batch = batch if self._known else 1
-        tokens = max(1, chunk_bytes // (4 * vocabulary_size * self._batch))
-        if self._known:
-            self.count = -(-self._length // tokens)
-            tokens = -(-self._length // self.count)
-        self.tokens = tokens
-
-    def cut(self, x):
-        """[B, T, ...] as [C, B * t, ...]."""
-        rest = tuple(x.shape[2:])
-        if not self._known:
-            x = ops.reshape(x, (1, -1, *rest))
-            self._length = ops.shape(x)[1]
-            self.count = (self._length + self.tokens - 1) // self.tokens
-        fill = ops.zeros((self._batch, self.count * self.tokens - self._length, *rest), x.dtype)
-        x = ops.reshape(ops.concatenate([x, fill], axis=1), (self._batch, -1, self.tokens, *rest))
-        return ops.reshape(ops.swapaxes(x, 0, 1), (-1, self._batch * self.tokens, *rest))
-
-    def join(self, x, shape):
-        """The inverse, of [C, B * t, ...] to `shape`, [B, T, ...]."""
-        rest = tuple(x.shape[2:])
-        x = ops.swapaxes(ops.reshape(x, (-1, self._batch, self.tokens, *rest)), 0, 1)
-        x = ops.reshape(x, (self._batch, -1, *rest))
-        return ops.reshape(x[:, : self._length], shape)
-
-
 def _sums(chunks, settings, targets, x, table):
     """[loss, accuracy] of all chunks x [C, m, D]."""
 
@@ -266,7 +195,8 @@ def _scaled(made, scale):
             "This loss forms its gradients in the forward pass and gives them once: for a second `backward()`, run it "
             "again, or take the loss of logits."
         )
-    scaled = [gradient.mul_(scale) for gradient in made]
+    # A loss that nothing is added to or averaged with comes with 1; waiting for a GPU to say so would take longer.
+    scaled = made[:] if on_cpu(scale) and scale == 1 else [gradient.mul_(scale) for gradient in made]
     made.clear()
     return scaled
 
@@ -297,83 +227,25 @@ def _sums_and_gradients(settings, targets, x, table, train_table):
     def chunk(i):
         sums, gradient = _of_chunk(settings, targets, i, x[i], compute, gradients=True)
         gradient = ops.cast(gradient, x.dtype)
-        return (
-            sums,
-            ops.expand_dims(_product("mv,vd->md", gradient, compute), 0),
-            *([_product("mv,md->vd", gradient, x[i])] if train_table else []),
-        )
+        of_table = [table_gradient(gradient, x[i])] if train_table else []
+        return sums, ops.expand_dims(hidden_gradient(gradient, compute), 0), *of_table
 
     def body(i, carry):
-        sums, x_gradient, *table_gradient = chunk(i)
+        sums, of_x, *of_table = chunk(i)
         return (
             carry[0] + sums,
-            ops.slice_update(carry[1], [i, 0, 0], x_gradient),
-            *(total + part for total, part in zip(carry[2:], table_gradient, strict=True)),
+            ops.slice_update(carry[1], [i, 0, 0], of_x),
+            *(total + part for total, part in zip(carry[2:], of_table, strict=True)),
         )
 
     # The first chunk outside of the loop: adding its table gradient to zeros would move half a gigabyte three times.
-    sums, x_gradient, *table_gradient = chunk(0)
+    sums, of_x, *of_table = chunk(0)
     if x.shape[0] == 1:
-        return sums, x_gradient, *table_gradient
-    start = (sums, ops.slice_update(ops.zeros_like(x, "float32"), [0, 0, 0], x_gradient), *table_gradient)
+        return sums, of_x, *of_table
+    start = (sums, ops.slice_update(ops.zeros_like(x, "float32"), [0, 0, 0], of_x), *of_table)
     return ops.fori_loop(1, x.shape[0], body, start)
-
-
-def chunk_targets(targets, i):
-    """What `ChunkSettings.by_token` takes: part i of the arrays that are cut, and those that are not."""
-    by_token, shared = targets
-    return *(array[i] for array in by_token), *shared
 
 
 def _of_chunk(settings, targets, i, x, table, gradients):
     logits = chunk_logits(x, table, settings.cap)
     return settings.of_logits(logits, *settings.by_token(*chunk_targets(targets, i)), gradients=gradients)
-
-
-def chunk_logits(x, table, cap):
-    """Capped logits [m, V] in float32 of x [m, D] and a table [V, D]."""
-    return soft_cap(_product("md,vd->mv", x, table), cap)
-
-
-def _product(equation, left, right):
-    """An einsum in float32 of arrays in the compute dtype."""
-    if keras.config.backend() == "jax" and keras.backend.standardize_dtype(left.dtype) == "bfloat16":
-        import jax.numpy as jnp
-
-        # Sums that stay in float32 are what XLA has a quick product of bfloat16 for on CPUs: a third of the time.
-        return jnp.einsum(equation, left, right, preferred_element_type="float32")
-    return ops.cast(finite(ops.einsum(equation, left, right)), "float32")
-
-
-def largest_and_log_sum(logits):
-    """The largest and `log(sum(exp))` of logits [m, V], [m, 1] each."""
-    largest = ops.max(logits, axis=-1, keepdims=True)
-    return largest, largest + ops.log(ops.sum(ops.exp(logits - largest), axis=-1, keepdims=True))
-
-
-def before_cap(gradient, logits, cap):
-    """A gradient with respect to capped logits as one with respect to the logits before."""
-    return gradient if cap is None else gradient * (1 - ops.square(logits / cap))
-
-
-def _chunk_sums(settings, logits, largest, log_sum, labels, shares):
-    """[loss, accuracy] of a chunk, weighted by its tokens' shares [m]."""
-    picked = ops.take_along_axis(logits, ops.expand_dims(labels, -1), axis=-1)
-    losses = log_sum - (1 - settings.label_smoothing) * picked
-    if settings.label_smoothing:
-        losses = losses - settings.label_smoothing * ops.mean(logits, axis=-1, keepdims=True)
-    if settings.z_loss:
-        losses = losses + settings.z_loss * ops.square(log_sum)
-    correct = ops.cast(picked >= largest, "float32")
-    return ops.sum(ops.expand_dims(shares, -1) * ops.concatenate([losses, correct], axis=-1), axis=0)
-
-
-def _logit_gradients(settings, logits, log_sum, labels, shares):
-    """The loss's gradient with respect to a chunk's logits before the cap, [m, V]."""
-    shares, labels = ops.expand_dims(shares, -1), ops.expand_dims(labels, -1)
-    gradient = ops.exp(logits - log_sum) * (shares * (1 + 2 * settings.z_loss * log_sum))
-    if settings.label_smoothing:
-        gradient = gradient - shares * (settings.label_smoothing / logits.shape[-1])
-    is_label = ops.equal(ops.arange(logits.shape[-1], dtype="int32"), labels)
-    gradient = ops.where(is_label, gradient - shares * (1 - settings.label_smoothing), gradient)
-    return before_cap(gradient, logits, settings.cap)

@@ -10,14 +10,14 @@ import tensorflow as tf
 
 from keras_t5gemma.layers.attention import soft_cap
 from keras_t5gemma.layers.finite import finite
-from keras_t5gemma.training.losses import chunk_targets
+from keras_t5gemma.training.chunks import chunk_targets
 
 
 def sums_and_gradients(settings, targets, x, table, train_table):
     """Loss and accuracy of all chunks, and the loss's gradients.
 
     Args:
-        settings: a `losses.ChunkSettings`.
+        settings: a `chunks.ChunkSettings`.
         targets: arrays [C, m, ...], such as labels and shares, and arrays that all chunks share.
         x: hidden states [C, m, D], in the compute dtype.
         table: the projection [V, D].

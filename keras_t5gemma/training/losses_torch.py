@@ -7,17 +7,19 @@ system has to find and clear; compiled backends make none. The oracle is `losses
 import torch
 
 from keras_t5gemma.layers.finite import finite
-from keras_t5gemma.training.losses import chunk_targets
+from keras_t5gemma.training.chunks import chunk_targets
 
 # Bytes of logits handled at once on a CPU: what its cache holds from one step to the next.
 _BLOCK_BYTES = 2**22
+# Rows of the table whose gradient is formed at once where it is not in float32 at first.
+_ROWS_AT_ONCE = 2**15
 
 
 def sums_and_gradients(settings, targets, x, table, train_table):
     """Loss and accuracy of all chunks, and the loss's gradients.
 
     Args:
-        settings: a `losses.ChunkSettings`.
+        settings: a `chunks.ChunkSettings`.
         targets: arrays [C, m, ...], such as labels and shares, and arrays that all chunks share.
         x: hidden states [C, m, D], in the compute dtype.
         table: the projection [V, D].
@@ -32,41 +34,65 @@ def sums_and_gradients(settings, targets, x, table, train_table):
     sums = torch.zeros(2, dtype=torch.float32, device=x.device)
     x_gradient = torch.empty((count, tokens, width), dtype=torch.float32, device=x.device)
     table_gradient = None
-    logits = torch.empty((tokens, vocabulary_size), dtype=torch.float32, device=x.device)
-    rows = max(1, _BLOCK_BYTES // (4 * vocabulary_size)) if x.device.type == "cpu" else tokens
+    logits = torch.empty((tokens, vocabulary_size), dtype=x.dtype, device=x.device)
     for i in range(count):
-        _product(x[i], compute.T, logits)
-        by_token = settings.by_token(*chunk_targets(targets, i))
-        for start in range(0, tokens, rows):
-            part = slice(start, start + rows)
-            sums += settings.in_place(logits[part], *(array[part] for array in by_token))
-        gradient = logits.to(x.dtype)
-        _product(gradient, compute, x_gradient[i])
-        if not train_table:
-            continue
-        if table_gradient is None:  # the first chunk's, so that there are no zeros to add it to
-            table_gradient = torch.mm(gradient.T, x[i]).float()
-        elif x.dtype == torch.float32:
-            table_gradient.addmm_(gradient.T, x[i])
-        else:
-            table_gradient.add_(torch.mm(gradient.T, x[i]))
+        torch.mm(x[i], compute.T, out=logits)
+        sums += _to_gradients_by_rows(settings, logits, settings.by_token(*chunk_targets(targets, i)))
+        x_gradient[i] = finite(torch.mm(logits, compute))
+        if train_table:
+            table_gradient = _added(table_gradient, logits, x[i])
     return (sums, x_gradient, table_gradient) if train_table else (sums, x_gradient)
 
 
-def _product(left, right, out):
-    if left.dtype == torch.float32:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(finite(torch.mm(left, right)))
+def _to_gradients_by_rows(settings, logits, by_token):
+    """Turns a chunk's logits [m, V] of any dtype into their gradients, in place; returns [loss, accuracy]."""
+    tokens, vocabulary_size = logits.shape
+    rows = max(1, _BLOCK_BYTES // (4 * vocabulary_size)) if logits.device.type == "cpu" else tokens
+    sums = 0.0
+    # Two blocks in float32 for all rows: new ones each time the system would have to find and clear.
+    blocks = torch.empty((2, min(rows, tokens), vocabulary_size), dtype=torch.float32, device=logits.device)
+    for start in range(0, tokens, rows):
+        part = logits[start : start + rows]
+        wide, workspace = blocks[:, : len(part)]
+        wide = part if logits.dtype == torch.float32 else wide.copy_(finite(part))
+        sums = sums + settings.in_place(wide, workspace, *(array[start : start + rows] for array in by_token))
+        if wide is not part:
+            part.copy_(wide)
+    return sums
 
 
-def to_gradients(settings, logits, labels, shares):
-    """Turns raw logits [r, V] into their gradients, in place; returns [loss, accuracy]."""
-    slope = None
+def _added(total, gradient, x):
+    """The table's gradient [V, D] in float32, with that of logits' gradients [m, V] and hidden states [m, D] added.
+
+    Args:
+        total: what is added to, in place; None for the first, so that there are no zeros to add it to.
+        gradient: in the compute dtype.
+        x: likewise.
+    """
+    if gradient.dtype == torch.float32:
+        return torch.mm(gradient.T, x) if total is None else total.addmm_(gradient.T, x)
+    first = total is None
+    if first:
+        total = torch.empty((gradient.shape[1], x.shape[1]), dtype=torch.float32, device=x.device)
+    for start in range(0, len(total), _ROWS_AT_ONCE):
+        part = torch.mm(gradient[:, start : start + _ROWS_AT_ONCE].T, x)
+        (torch.Tensor.copy_ if first else torch.Tensor.add_)(total[start : start + _ROWS_AT_ONCE], part)
+    return total
+
+
+def to_gradients(settings, logits, workspace, labels, shares):
+    """Turns raw logits [r, V] into their gradients, in place; returns [loss, accuracy].
+
+    Args:
+        settings: a `chunks.ChunkSettings`.
+        logits: float32.
+        workspace: what may be overwritten, of the logits' shape.
+        labels: [r].
+        shares: [r].
+    """
     if settings.cap is not None:
-        logits.div_(settings.cap).tanh_()
-        slope = torch.addcmul(torch.ones((), device=logits.device), logits, logits, value=-1)
-        logits.mul_(settings.cap)
+        torch.div(logits, settings.cap, out=workspace).tanh_()
+        torch.mul(workspace, settings.cap, out=logits)
     labels, shares = labels.long().unsqueeze(-1), shares.unsqueeze(-1)
     picked, largest = logits.gather(-1, labels), logits.amax(-1, keepdim=True)
     smoothing = settings.label_smoothing
@@ -79,6 +105,6 @@ def to_gradients(settings, logits, labels, shares):
     if smoothing:
         logits.sub_(shares * (smoothing / logits.shape[-1]))
     logits.scatter_add_(-1, labels, -shares * (1 - smoothing))
-    if slope is not None:
-        logits.mul_(slope)
+    if settings.cap is not None:
+        logits.addcmul_(logits, workspace.square_(), value=-1)
     return (shares * torch.cat([losses, (picked >= largest).float()], -1)).sum(0)

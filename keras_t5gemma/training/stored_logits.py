@@ -12,7 +12,8 @@ from safetensors.numpy import load, save
 from keras_t5gemma.checkpoints.new_folder import new_folder
 from keras_t5gemma.objectives.example import check_length
 from keras_t5gemma.objectives.teacher_view import LABELS, POSITIONS
-from keras_t5gemma.training.losses import CHUNK_BYTES, Chunks
+from keras_t5gemma.training.chunks import Chunks
+from keras_t5gemma.training.losses import CHUNK_BYTES
 from keras_t5gemma.training.teachers import LOG_SUMS, TOP_IDS, TOP_LOGITS, TopLogits, live_teacher
 
 _BATCHES, _SETTINGS = "batches.array_record", "teacher.json"

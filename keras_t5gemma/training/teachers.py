@@ -9,7 +9,7 @@ from keras import ops
 
 from keras_t5gemma.layers.attention import soft_cap
 from keras_t5gemma.objectives.teacher_view import PADDING_MASK, POSITIONS, TOKEN_IDS
-from keras_t5gemma.training.losses import chunk_logits
+from keras_t5gemma.training.chunks import chunk_logits
 
 # What stored batches have in the place of the teacher's tokens: see `StoredTeacher`.
 TOP_IDS, TOP_LOGITS, LOG_SUMS = "teacher_top_ids", "teacher_top_logits", "teacher_log_sums"

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from gradients import gradients
 from keras import ops
+from peers import tiny_config
 
-from keras_t5gemma.layers import feed_forward, norm, projection
+from keras_t5gemma.layers import bfloat16_products, feed_forward, norm, projection
+from keras_t5gemma.layers.weights import dense
 
 
 def assert_same(function, plain, *arrays):
@@ -60,3 +62,57 @@ def test_gated_product():
         return feed_forward.fused(feed_forward._gated, gate, up)
 
     assert_same(gated, plain, draw(10, 12), draw(10, 12, seed=1))
+
+
+def integers(*shape, seed=0):
+    """Numbers so small that bfloat16 holds their products' sums."""
+    return np.random.default_rng(seed).integers(-2, 3, shape).astype("float32")
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16", "float32"])
+def test_dense_layer(policy, rows):
+    layer = dense(8, "query", tiny_config().decoder, policy)
+    layer.build((None, 12))
+    x, kernel = integers(rows, 12), integers(12, 8, seed=1)
+    layer.set_weights([kernel])
+    y = layer(x)
+    assert keras.backend.standardize_dtype(y.dtype) == layer.compute_dtype
+    np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(y, "float32")), x @ kernel)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="other backends multiply bfloat16 as it comes")
+@pytest.mark.parametrize("rows", [1, 6])
+def test_quick_product_of_bfloat16(rows):
+    import jax
+
+    x, kernel, upstream = integers(rows, 12), integers(12, 8, seed=1), integers(rows, 8, seed=2)
+
+    def function(x, kernel):
+        product = bfloat16_products.dense_product(ops.cast(x, "bfloat16"), ops.cast(kernel, "bfloat16"))
+        assert product.dtype == "bfloat16"
+        return ops.sum(ops.cast(product, "float32") * upstream)
+
+    for found in (gradients(function, x, kernel), gradients(jax.jit(function), x, kernel)):
+        np.testing.assert_array_equal(found[0], upstream @ kernel.T)
+        np.testing.assert_array_equal(found[1], x.T @ upstream)
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="other backends multiply bfloat16 as it comes")
+def test_gradients_are_those_of_keras_layer(monkeypatch):
+    import jax
+
+    layer = dense(512, "query", tiny_config().decoder, "mixed_bfloat16")
+    layer.build((None, 512))
+
+    def gradient(kernel, x):
+        return jax.grad(lambda kernel: ops.sum(ops.cast(layer.stateless_call([kernel], [], x)[0], "float32")))(kernel)
+
+    arrays = ops.convert_to_tensor(draw(512, 512)), ops.convert_to_tensor(draw(256, 512))
+    found = {}
+    for quick in (True, False):
+        if not quick:
+            monkeypatch.setattr(bfloat16_products, "has_quick_kernel", lambda x: False)
+        program = jax.jit(gradient).lower(*arrays).compile()
+        found[quick] = ops.convert_to_numpy(program(*arrays))
+    np.testing.assert_allclose(found[True], found[False], rtol=2e-2, atol=1e-2 * np.abs(found[False]).max())

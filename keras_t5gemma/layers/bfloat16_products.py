@@ -1,0 +1,71 @@
+"""Products of bfloat16 by XLA on CPUs, which has one quick kernel for them: rows on the left, and sums left in float32.
+
+With a result in bfloat16, or with what is contracted first on the left, XLA takes float32 of both sides instead, and
+twice as long. Other backends and devices have no such need.
+"""
+
+import functools
+
+import keras
+from keras import ops
+
+from keras_t5gemma.layers.device import on_cpu
+
+
+def has_quick_kernel(x):
+    """Whether this module's products are for tensor x: bfloat16, on a CPU, with JAX."""
+    return keras.config.backend() == "jax" and x.dtype == "bfloat16" and on_cpu(x)
+
+
+def rows_times(left, right):
+    """[M, N] in float32 of left [M, K] and right [K, N]."""
+    import jax.numpy as jnp
+
+    return jnp.matmul(left, right, preferred_element_type="float32")
+
+
+def columns_times(left, right):
+    """[M, N] in float32 of left [K, M], which is transposed in memory, and right [K, N]."""
+    from jax.experimental.layout import Layout, with_layout_constraint
+
+    return rows_times(with_layout_constraint(ops.transpose(left), Layout((0, 1))), right)
+
+
+def dense_product(x, kernel):
+    """[M, N] in bfloat16 of x [M, K] and a kernel [K, N], with gradients by the same kernel of XLA's."""
+    return _differentiable()(x, kernel)
+
+
+@functools.cache
+def _differentiable():
+    import jax
+    import jax.numpy as jnp
+
+    @jax.custom_vjp
+    def product(x, kernel):
+        return rows_times(x, kernel).astype(x.dtype)
+
+    def forward(x, kernel):
+        return product(x, kernel), (x, kernel)
+
+    def backward(saved, gradient):
+        x, kernel = saved
+        x_gradient = jnp.einsum("mn,kn->mk", gradient, kernel, preferred_element_type="float32")
+        return x_gradient.astype(x.dtype), columns_times(x, gradient).astype(kernel.dtype)
+
+    product.defvjp(forward, backward)
+    return product
+
+
+class Dense(keras.layers.Dense):
+    """`keras.layers.Dense` without bias or activation."""
+
+    def call(self, inputs, training=None):
+        """Maps [M, K] to [M, N]."""
+        if has_quick_kernel(inputs):
+            return dense_product(inputs, ops.convert_to_tensor(self.kernel, inputs.dtype))
+        return super().call(inputs, training=training)
+
+    def quantize(self, mode=None, type_check=True, config=None):  # noqa: ARG002 it is no other layer in int8 or int4
+        """As `keras.layers.Dense`, which refuses any other class by itself."""
+        super().quantize(mode, type_check=False, config=config)
