@@ -26,12 +26,25 @@ def draw(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype("float32")
 
 
+def integers(*shape, seed=0):
+    """Numbers so small that bfloat16 holds their products' sums."""
+    return np.random.default_rng(seed).integers(-2, 3, shape).astype("float32")
+
+
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 1), (2, 8), (1, 17)])
 def test_product_with_a_table(batch, length):
     def plain(x, table):
         return ops.einsum("btd,vd->btv", x, table)
 
     assert_same(projection._product, plain, draw(batch, length, 12), draw(40, 12, seed=1))
+
+
+@pytest.mark.parametrize("length", [1, 17])
+def test_product_with_a_table_in_bfloat16(length):
+    x, table = integers(1, length, 12), integers(40, 12, seed=1)
+    product = projection._product(*(ops.convert_to_tensor(array, "bfloat16") for array in (x, table)))
+    assert keras.backend.standardize_dtype(product.dtype) == "bfloat16"
+    np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(product, "float32")), x @ table.T)
 
 
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="its products are no faster with the table first")
@@ -62,11 +75,6 @@ def test_gated_product():
         return feed_forward.fused(feed_forward._gated, gate, up)
 
     assert_same(gated, plain, draw(10, 12), draw(10, 12, seed=1))
-
-
-def integers(*shape, seed=0):
-    """Numbers so small that bfloat16 holds their products' sums."""
-    return np.random.default_rng(seed).integers(-2, 3, shape).astype("float32")
 
 
 @pytest.mark.parametrize("rows", [1, 6])
