@@ -18,6 +18,8 @@ from keras_t5gemma.layers.masks import attention_mask
 
 # Of splash attention: positions are handled so many at a time, and head sizes filled up to a multiple of this.
 _LANES = 128
+# Further than any sequence is long.
+_FAR = 2**30
 # TPUs have no float16.
 _DTYPES = {"splash": ("bfloat16",), "flex": ("bfloat16", "float16")}
 
@@ -95,22 +97,33 @@ def _flex_mask(mask):
     from torch.nn.attention.flex_attention import create_block_mask
 
     if "flex" not in mask.made:
-        query_segments, key_segments, start = mask.query_segments, mask.key_segments, mask.query_start
-        causal, window = mask.causal, mask.window
+        query_segments, key_segments = mask.query_segments, mask.key_segments
+        device = key_segments.device
+        (batch, queries), keys = query_segments.shape, key_segments.shape[1]
+        places, behind, ahead = _reach(mask, batch, queries, device)
 
         def sees(b, _, q, k):
-            visible = (query_segments[b, q] == key_segments[b, k]) & (key_segments[b, k] != 0)
-            distance = q + start - k
-            if causal:
-                visible = visible & (distance >= 0)
-            if window is not None:
-                visible = visible & (distance.abs() < window)
-            return visible
+            distance = places[q] - k
+            near = (distance <= behind[b]) & (distance >= ahead[b])
+            return near & (query_segments[b, q] == key_segments[b, k]) & (key_segments[b, k] != 0)
 
         create = _compiled(create_block_mask) if key_segments.is_cuda else create_block_mask
-        (batch, queries), keys = query_segments.shape, key_segments.shape[1]
-        mask.made["flex"] = create(sees, batch, None, queries, keys, device=key_segments.device)
+        mask.made["flex"] = create(sees, batch, None, queries, keys, device=device)
     return mask.made["flex"]
+
+
+def _reach(mask, batch, queries, device):
+    """Places of the queries [T], and how far behind and ahead of its own one sees, each [B].
+
+    Tensors, so that one program serves all kinds of masks: of a number PyTorch would make a new one, and after eight it
+    compiles no more.
+    """
+    import torch
+
+    far = _FAR if mask.window is None else mask.window - 1
+    places = torch.arange(queries, device=device) + mask.query_start
+    ahead = 0 if mask.causal else -far
+    return places, *(torch.full((batch,), limit, device=device) for limit in (far, ahead))
 
 
 def splash(query, key, value, mask, cap, interpret=False):

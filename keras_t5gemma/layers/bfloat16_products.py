@@ -1,7 +1,13 @@
-"""Products of bfloat16 by XLA on CPUs, which has one quick kernel for them: rows on the left, and sums left in float32.
+"""Products in half precision in the forms that XLA is quick with.
 
-With a result in bfloat16, or with what is contracted first on the left, XLA takes float32 of both sides instead, and
-twice as long. Other backends and devices have no such need.
+On CPUs it has one quick kernel for bfloat16: rows on the left, and sums left in float32. With a result in bfloat16, or
+with what is contracted first on the left, it takes float32 of both sides instead, and twice as long.
+
+On GPUs it takes one row times a matrix of up to ten million numbers for a multiplication and a sum, and writes what it
+has multiplied to memory: 17 microseconds on an H200 for 2,304 x 2,048 in bfloat16, of which 3 would do
+(benchmarks/RESULTS.md). Two rows go to its matrix units, and one that comes twice costs nothing.
+
+Other backends have no such need.
 """
 
 import functools
@@ -9,12 +15,17 @@ import functools
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.device import on_cpu
+from keras_t5gemma.layers.device import jax_on_gpu, on_cpu
 
 
 def has_quick_kernel(x):
-    """Whether this module's products are for tensor x: bfloat16, on a CPU, with JAX."""
+    """Whether CPUs' products are for tensor x: bfloat16, with JAX."""
     return keras.config.backend() == "jax" and x.dtype == "bfloat16" and on_cpu(x)
+
+
+def is_lone_row(x):
+    """Whether x [M, K] is a row that a GPU is to have twice: in half precision, with JAX."""
+    return keras.config.backend() == "jax" and x.shape[0] == 1 and x.dtype in ("bfloat16", "float16") and jax_on_gpu()
 
 
 def rows_times(left, right):
@@ -64,6 +75,8 @@ class Dense(keras.layers.Dense):
         """Maps [M, K] to [M, N]."""
         if has_quick_kernel(inputs):
             return dense_product(inputs, ops.convert_to_tensor(self.kernel, inputs.dtype))
+        if is_lone_row(inputs):
+            return super().call(ops.broadcast_to(inputs, (2, inputs.shape[1])), training=training)[:1]
         return super().call(inputs, training=training)
 
     def quantize(self, mode=None, type_check=True, config=None):  # noqa: ARG002 it is no other layer in int8 or int4

@@ -1,4 +1,4 @@
-"""Where arrays are computed, for what has a faster form on a CPU."""
+"""Where arrays are computed, for what has a faster form there."""
 
 import keras
 
@@ -15,3 +15,10 @@ def on_cpu(x):
     import jax
 
     return jax.default_backend() == "cpu"
+
+
+def jax_on_gpu():
+    """Whether JAX computes on a GPU."""
+    import jax
+
+    return jax.default_backend() == "gpu"

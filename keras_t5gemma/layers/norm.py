@@ -30,9 +30,8 @@ class RMSNorm(keras.layers.Layer):
         return fused(self._normalise, x, ops.convert_to_tensor(self.scale))
 
     def _normalise(self, x, scale):
-        x = ops.cast(finite(x), "float32")
-        x = x * ops.rsqrt(ops.mean(ops.square(x), axis=-1, keepdims=True) + self.epsilon)
-        return ops.cast(x * (1.0 + ops.cast(scale, "float32")), self.compute_dtype)
+        x, weight = ops.cast(finite(x), "float32"), 1.0 + ops.cast(scale, "float32")
+        return ops.cast(ops.rms_normalization(x, weight, axis=-1, epsilon=self.epsilon), self.compute_dtype)
 
     def compute_output_shape(self, input_shape):
         """The input's shape."""

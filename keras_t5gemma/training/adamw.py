@@ -9,14 +9,17 @@ import functools
 import keras
 from keras import ops
 
+# Of weights, gradients and moments, which are one.
+_FUSED_DTYPES = {"tensorflow": ("float32",), "torch": ("float32", "bfloat16")}
+
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class AdamW(keras.optimizers.AdamW):
     """`keras.optimizers.AdamW` (arXiv 1711.05101), with the same numbers, arguments and saved state, in less memory.
 
-    On JAX it is Keras's own, which XLA fuses. On TensorFlow the update is compiled by XLA, on PyTorch it is PyTorch's
-    fused kernel; both where weights and gradients are float32 and `amsgrad` is off. Elsewhere, and under a
-    `tf.distribute` strategy, Keras's own is at work.
+    On JAX it is Keras's own, which XLA fuses. On TensorFlow the update is compiled by XLA, where weights are float32,
+    and on PyTorch it is PyTorch's fused kernel, where they are float32 or bfloat16, both computed in float32.
+    Elsewhere, with `amsgrad` and under a `tf.distribute` strategy, Keras's own is at work.
     """
 
     @functools.cached_property
@@ -62,13 +65,15 @@ class AdamW(keras.optimizers.AdamW):
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         if self._is_fused(trainable_variables):
             update = {"tensorflow": _tensorflow_update, "torch": _torch_update}[keras.config.backend()]
-            update(self, [ops.cast(grad, "float32") for grad in grads], trainable_variables, learning_rate)
+            dtype = trainable_variables[0].dtype
+            update(self, [ops.cast(grad, dtype) for grad in grads], trainable_variables, learning_rate)
         else:
             super()._backend_update_step(grads, trainable_variables, learning_rate)
 
     def _is_fused(self, variables):
+        served = _FUSED_DTYPES.get(keras.config.backend(), ())
         dtypes = {keras.backend.standardize_dtype(variable.dtype) for variable in variables}
-        return keras.config.backend() != "jax" and not self.amsgrad and dtypes == {"float32"} and not _is_distributed()
+        return not self.amsgrad and len(dtypes) == 1 and dtypes.issubset(served) and not _is_distributed()
 
 
 def _is_distributed():

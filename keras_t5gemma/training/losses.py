@@ -19,8 +19,9 @@ from keras_t5gemma.training.chunks import (
 )
 
 # Logits in memory at once, in bytes: large products are fast, and a few of these are in use at a time. TensorFlow's are
-# no slower at half the size.
+# no slower at half the size. On an accelerator fewer chunks count for more: each reads and writes the table's gradient.
 CHUNK_BYTES = 2**28 if keras.config.backend() == "tensorflow" else 2**29
+CHUNK_BYTES_ON_ACCELERATORS = 2**30
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -76,7 +77,8 @@ class VocabularyCrossEntropy(keras.losses.Loss):
             cap: soft cap on the logits, or None.
             training: whether gradients will be asked for.
             train_table: whether the table's is among them; without it a third of the work is saved.
-            chunk_bytes: of float32 logits at once; `CHUNK_BYTES` where None. What it changes is time and memory.
+            chunk_bytes: of float32 logits at once; `CHUNK_BYTES`, or `CHUNK_BYTES_ON_ACCELERATORS`, where None. What it
+                changes is time and memory.
 
         Returns:
             `(loss, accuracy, total weight)`, float32 scalars; no gradient flows through the latter two.
@@ -86,7 +88,8 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         total = ops.sum(weights)
         # Keras's own reduction: a batch of nothing but padding has loss zero.
         shares = ops.divide_no_nan(weights, total)
-        chunks = Chunks(hidden.shape, table.shape[0], chunk_bytes or CHUNK_BYTES)
+        usual = CHUNK_BYTES if on_cpu(hidden) else CHUNK_BYTES_ON_ACCELERATORS
+        chunks = Chunks(hidden.shape, table.shape[0], chunk_bytes or usual)
         settings, by_token, shared = self.chunk_settings(cap, labels, shares)
         targets = tuple(chunks.cut(array) for array in by_token), shared
         if training:

@@ -4,6 +4,7 @@ What a kernel itself computes on its machine is the test marked `gpu`.
 """
 
 import functools
+import itertools
 
 import keras
 import numpy as np
@@ -63,6 +64,23 @@ def check(attention, case, gradients=True):
     for got, value, tolerance in zip(found, expected, [rounding] + 3 * [3 * rounding], strict=gradients):
         assert np.abs(value).max() > 0
         np.testing.assert_allclose(got, value, rtol=tolerance, atol=tolerance * np.abs(value).max())
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="elsewhere no mask is compiled")
+def test_masks_of_all_kinds_are_one_program():
+    import torch
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    run = torch.compile(lambda sees, *places: sees(*places), backend=counter, fullgraph=True)
+    segments = torch.as_tensor(SEGMENTS)
+    zero, places = torch.tensor(0), torch.arange(segments.shape[1])
+    for causal, window, start in itertools.product([True, False], [None, 2, 3], [0, 1]):
+        mask = BlockMask(4, segments, segments, start, causal, window)
+        found = run(kernels._flex_mask(mask).mask_mod, zero, zero, places[:, None], places)
+        expected = attention_mask(segments, segments, causal=causal, window=window, query_start=start)[0]
+        np.testing.assert_array_equal(found, expected)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize(("name", "dtypes"), [("splash", ["bfloat16"]), ("flex", ["bfloat16", "float16"]), (None, [])])

@@ -128,3 +128,20 @@ def test_gradients_are_those_of_keras_layer(monkeypatch):
     expected = ops.convert_to_numpy(gradient(*arrays))
     assert len(calls) == 1
     np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-2 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="other backends have quick products of one row")
+def test_row_that_a_gpu_has_twice_comes_once(monkeypatch):
+    layer = dense(8, "query", tiny_config().decoder, "bfloat16")
+    layer.build((None, 12))
+    layer.kernel.assign(integers(12, 8, seed=1))
+    monkeypatch.setattr(bfloat16_products, "has_quick_kernel", lambda x: False)
+    monkeypatch.setattr(bfloat16_products, "jax_on_gpu", lambda: True)
+    seen, call = [], keras.layers.Dense.call
+    monkeypatch.setattr(
+        keras.layers.Dense, "call", lambda self, x, **kw: seen.append(x.shape[0]) or call(self, x, **kw)
+    )
+    for rows in (1, 3):
+        x = integers(rows, 12)
+        np.testing.assert_array_equal(np.asarray(layer(x), "float32"), x @ integers(12, 8, seed=1))
+    assert seen == [2, 3]
