@@ -39,6 +39,8 @@ def recorded(step, model):
 class RecordedStep:
     """See the module. Prompts, and steps that gradients are wanted of, run as they are.
 
+    A decoding run that goes on keeps to its recording: LoRA and quantizing count from the next run on.
+
     Args:
         step: as for `recorded`.
         model: likewise; its `run_eagerly` and `jit_compile` say how to run.
@@ -49,6 +51,7 @@ class RecordedStep:
         self._model = model
         self._counts = {}
         self._recordings = {}
+        self._last_key, self._last_leaves = None, []
 
     def __call__(self, token_ids, cache, index):
         """What `step` gives; the cache is overwritten."""
@@ -57,7 +60,9 @@ class RecordedStep:
         if token_ids.shape[1] != 1 or torch.is_grad_enabled() or self._model.run_eagerly:
             return self._step(token_ids, cache, index)
         leaves = keras.tree.flatten(cache)
-        key = self._key(token_ids, leaves)
+        if not self._goes_on(leaves):
+            self._last_key = self._key(token_ids, leaves)
+        key = self._last_key
         if key not in self._recordings:
             if len(self._counts) == _MOST_COUNTS:
                 self._counts.clear()
@@ -67,7 +72,13 @@ class RecordedStep:
             self._make_room()
             self._recordings[key] = _Recording(self._step, token_ids, cache, index, self._model.jit_compile)
         logits, hidden, *leaves = self._recordings[key](token_ids, leaves, index)
+        self._last_leaves = [weakref.ref(x) for x in leaves]
         return logits, hidden, keras.tree.pack_sequence_as(cache, leaves)
+
+    def _goes_on(self, leaves):
+        """Whether the cache is what the last step gave: its key holds, and to ask all variables takes milliseconds."""
+        last = self._last_leaves
+        return len(last) == len(leaves) and all(given() is x for given, x in zip(last, leaves, strict=True))
 
     def _key(self, token_ids, leaves):
         """What a recording depends on: shapes, and the tensors of the weights, which LoRA and quantizing exchange."""
