@@ -1,13 +1,14 @@
 """Products in half precision in the forms that XLA is quick with.
 
-On CPUs it has one quick kernel for bfloat16: rows on the left, and sums left in float32. With a result in bfloat16, or
-with what is contracted first on the left, it takes float32 of both sides instead, and twice as long.
+On CPUs it has one quick kernel for bfloat16: two rows or more on the left, and sums left in float32. With a result in
+bfloat16, or with what is contracted first on the left, it takes float32 of both sides instead, and twice as long.
 
 On GPUs it takes one row times a matrix of up to ten million numbers for a multiplication and a sum, and writes what it
 has multiplied to memory: 17 microseconds on an H200 for 2,304 x 2,048 in bfloat16, of which 3 would do
-(benchmarks/RESULTS.md). Two rows go to its matrix units, and one that comes twice costs nothing.
+(benchmarks/RESULTS.md). Two rows go to its matrix units.
 
-Other backends have no such need.
+So a row that is alone comes twice, which costs nothing: what takes time is to read the matrix. Other backends have no
+such need.
 """
 
 import functools
@@ -24,8 +25,13 @@ def has_quick_kernel(x):
 
 
 def is_lone_row(x):
-    """Whether x [M, K] is a row that a GPU is to have twice: in half precision, with JAX."""
+    """Whether x [M, K] is one row that a GPU is to have twice, in half precision and with JAX."""
     return keras.config.backend() == "jax" and x.shape[0] == 1 and x.dtype in ("bfloat16", "float16") and jax_on_gpu()
+
+
+def twice(product, x):
+    """`product(x)` of a row x [1, K], which comes twice."""
+    return product(ops.broadcast_to(x, (2, x.shape[1])))[:1]
 
 
 def rows_times(left, right):
@@ -40,6 +46,16 @@ def columns_times(left, right):
     from jax.experimental.layout import Layout, with_layout_constraint
 
     return rows_times(with_layout_constraint(ops.transpose(left), Layout((0, 1))), right)
+
+
+def table_product(x, table):
+    """[M, V] in float32 of x [M, D] and a table [V, D]."""
+    if x.shape[0] == 1:
+        return twice(functools.partial(table_product, table=table), x)
+    import jax.numpy as jnp
+
+    # Not `rows_times` a transposed table, for which a decoding loop keeps a copy in float32.
+    return jnp.einsum("md,vd->mv", x, table, preferred_element_type="float32")
 
 
 def dense_product(x, kernel):
@@ -73,10 +89,11 @@ class Dense(keras.layers.Dense):
 
     def call(self, inputs, training=None):
         """Maps [M, K] to [M, N]."""
+
         if has_quick_kernel(inputs):
             return dense_product(inputs, ops.convert_to_tensor(self.kernel, inputs.dtype))
         if is_lone_row(inputs):
-            return super().call(ops.broadcast_to(inputs, (2, inputs.shape[1])), training=training)[:1]
+            return twice(functools.partial(super().call, training=training), inputs)
         return super().call(inputs, training=training)
 
     def quantize(self, mode=None, type_check=True, config=None):  # noqa: ARG002 it is no other layer in int8 or int4

@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.layers.attention import soft_cap
+from keras_t5gemma.layers.bfloat16_products import has_quick_kernel, table_product
 from keras_t5gemma.layers.device import on_cpu
 from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.layers.quantized_table import goes_by_blocks, project
@@ -66,6 +67,9 @@ def _is_few(x):
 
 def _product(x, table):
     """[B, T, V] of x [B, T, D] and a table [V, D]."""
+    if has_quick_kernel(x):
+        logits = table_product(ops.reshape(x, (-1, x.shape[2])), table)
+        return ops.reshape(ops.cast(logits, x.dtype), (*ops.shape(x)[:2], -1))
     if _is_few(x):
         return _table_first(x, table)
     if keras.config.backend() == "torch":
