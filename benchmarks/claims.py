@@ -1,6 +1,6 @@
 """The paper's claims at toy size, as found: adaptation, a bidirectional encoder, warm-up, distillation.
 
-    python benchmarks/claims.py                     # about 15 minutes on two cores
+    python benchmarks/claims.py                     # under half an hour on two cores
     python benchmarks/claims.py --seeds 5 --steps 300
 
 The demo's corpus, tokenizer and two small Gemma 2, pretrained once. Each arm is a T5Gemma trained with PrefixLM for the

@@ -5,8 +5,8 @@
     python benchmarks/utilisation.py --pair s s --lengths 64 --tokens-kept 64 --tokens-again 64
 
 bfloat16 weights, gradients and AdamW moments, the chunked loss, each with rematerialisation and without. The batch
-is the largest tried that fits: on JAX by XLA's own account of the compiled step, on PyTorch by a step that did not run
-out of memory. Seconds are the median of the steps after one to warm up. FLOPs are those the model asks for: two a
+is the largest tried that fits: on JAX by XLA's own account of the compiled step, on PyTorch by two steps that did not
+run out of memory. Seconds are the median of the steps after one to warm up. FLOPs are those the model asks for: two a
 weight of a matrix and token, two a visible pair of positions, head and size for each of attention's products, three
 times that with the backward pass, nothing for what is computed again. Utilisation is their share of `--peak`, the
 chip's dense bfloat16 rate by its data sheet, and of the rate that a product of two 8,192 x 8,192 matrices reaches in
@@ -159,7 +159,7 @@ class TorchStep:
         """Nothing: `fits` makes a step."""
 
     def fits(self, memory):
-        """Makes a step, if there is room for one."""
+        """Makes two steps, if there is room."""
         import keras
         import torch
 
@@ -171,17 +171,25 @@ class TorchStep:
             share = memory / torch.cuda.get_device_properties().total_memory
             torch.cuda.set_per_process_memory_fraction(min(share, 1.0))
             torch.cuda.reset_peak_memory_stats()
-        try:
-            self._run()
-        except torch.cuda.OutOfMemoryError:
+        fitting = self._runs()
+        if not fitting:
             self._batch = None
             self._lm.zero_grad()
             gc.collect()
             torch.cuda.empty_cache()
+        self.bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+        print_tried(self, start)
+        return fitting
+
+    def _runs(self):
+        """Whether a step does, and another after it; what one that does not had made goes with its traceback."""
+        import torch
+
+        try:
+            self._run()
+            self._run()
+        except torch.cuda.OutOfMemoryError:
             return False
-        finally:
-            self.bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-            print_tried(self, start)
         return True
 
     def _run(self):

@@ -51,6 +51,16 @@ def test_fit_lowers_the_loss_that_evaluate_reports_and_predict_gives_logits():
     assert np.isfinite(logits).all()
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="elsewhere gradients are no part of a weight")
+def test_gradients_do_not_outlast_the_step():
+    lm, (x, y, weights) = new_lm(), batch()
+    lm.compile(optimizer="sgd")
+    before = lm.evaluate(x, y, sample_weight=weights, verbose=0)
+    lm.train_on_batch(x, y, sample_weight=weights)
+    assert all(variable.value.grad is None for variable in lm.trainable_variables)
+    assert lm.evaluate(x, y, sample_weight=weights, verbose=0) != before
+
+
 def test_fit_on_arrays_shuffles_them_each_epoch_unless_told_otherwise():
     seen = []
 
