@@ -4,9 +4,9 @@ import keras
 from keras import ops
 
 from keras_t5gemma.layers.attention import soft_cap
-from keras_t5gemma.layers.bfloat16_products import has_quick_kernel, table_product
 from keras_t5gemma.layers.device import on_cpu
 from keras_t5gemma.layers.finite import finite
+from keras_t5gemma.layers.half_products import has_quick_kernel, table_product
 from keras_t5gemma.layers.quantized_table import goes_by_blocks, project
 
 # Rows up to which `_product` puts the table first: on PyTorch up to 8 two to four times as fast, at 16 no slower; on

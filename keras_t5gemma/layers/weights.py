@@ -6,7 +6,7 @@ import contextvars
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.bfloat16_products import Dense
+from keras_t5gemma.layers.half_products import Dense
 
 _reader = contextvars.ContextVar("reader", default=None)
 

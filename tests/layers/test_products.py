@@ -7,7 +7,7 @@ from gradients import gradients
 from keras import ops
 from peers import tiny_config
 
-from keras_t5gemma.layers import bfloat16_products, feed_forward, norm, projection
+from keras_t5gemma.layers import feed_forward, half_products, norm, projection
 from keras_t5gemma.layers.weights import dense
 
 
@@ -97,7 +97,7 @@ def test_quick_product_of_bfloat16(rows):
     x, kernel, upstream = integers(rows, 12), integers(12, 8, seed=1), integers(rows, 8, seed=2)
 
     def function(x, kernel):
-        product = bfloat16_products.dense_product(ops.cast(x, "bfloat16"), ops.cast(kernel, "bfloat16"))
+        product = half_products.dense_product(ops.cast(x, "bfloat16"), ops.cast(kernel, "bfloat16"))
         assert product.dtype == "bfloat16"
         return ops.sum(ops.cast(product, "float32") * upstream)
 
@@ -120,11 +120,11 @@ def test_gradients_are_those_of_keras_layer(monkeypatch):
     gradient = jax.grad(total)
     # Not compiled: JAX would take the second program from its cache, whatever has changed.
     arrays = ops.convert_to_tensor(draw(512, 512)), ops.convert_to_tensor(draw(256, 512))
-    calls, dense_product = [], bfloat16_products.dense_product
-    monkeypatch.setattr(bfloat16_products, "dense_product", lambda *args: calls.append(args) or dense_product(*args))
+    calls, dense_product = [], half_products.dense_product
+    monkeypatch.setattr(half_products, "dense_product", lambda *args: calls.append(args) or dense_product(*args))
     found = ops.convert_to_numpy(gradient(*arrays))
     assert len(calls) == 1
-    monkeypatch.setattr(bfloat16_products, "has_quick_kernel", lambda x: False)
+    monkeypatch.setattr(half_products, "has_quick_kernel", lambda x: False)
     expected = ops.convert_to_numpy(gradient(*arrays))
     assert len(calls) == 1
     np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-2 * np.abs(expected).max())
@@ -135,8 +135,8 @@ def test_row_that_a_gpu_has_twice_comes_once(monkeypatch):
     layer = dense(8, "query", tiny_config().decoder, "bfloat16")
     layer.build((None, 12))
     layer.kernel.assign(integers(12, 8, seed=1))
-    monkeypatch.setattr(bfloat16_products, "has_quick_kernel", lambda x: False)
-    monkeypatch.setattr(bfloat16_products, "jax_on_gpu", lambda: True)
+    monkeypatch.setattr(half_products, "has_quick_kernel", lambda x: False)
+    monkeypatch.setattr(half_products, "jax_on_gpu", lambda: True)
     seen, call = [], keras.layers.Dense.call
     monkeypatch.setattr(
         keras.layers.Dense, "call", lambda self, x, **kw: seen.append(x.shape[0]) or call(self, x, **kw)
