@@ -1,5 +1,7 @@
 """From the decoder's hidden states to logits over the vocabulary."""
 
+import math
+
 import keras
 from keras import ops
 
@@ -9,9 +11,11 @@ from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.layers.half_products import has_quick_kernel, table_product
 from keras_t5gemma.layers.quantized_table import goes_by_blocks, project
 
-# Rows up to which `_product` puts the table first: on PyTorch up to 8 two to four times as fast, at 16 no slower; on
-# JAX up to 16 in two thirds of the time, at 32 no faster.
-_FEW_ROWS = 16
+# Rows up to which `_product` puts the table first, by backend: two to four times as fast on PyTorch, half as fast again
+# on JAX. Then those up to which it takes the table in parts, on PyTorch, in half the time of either order.
+_FEW_ROWS = {"jax": 16, "torch": 8}
+_ROWS_IN_PARTS = 64
+_PARTS = 512
 
 
 class VocabularyProjection(keras.layers.Layer):
@@ -56,26 +60,37 @@ class VocabularyProjection(keras.layers.Layer):
         return (*input_shape[:-1], self.embedding.input_dim)
 
 
-def _is_few(x):
-    """Whether x [B, T, D] is so few rows that a CPU's library is faster with the table on the left."""
-    few = None not in x.shape[:2] and x.shape[0] * x.shape[1] <= _FEW_ROWS
-    backend = keras.config.backend()
-    # PyTorch multiplies bfloat16 by another library, which is fastest with the rows first.
-    gains = backend == "jax" or (backend == "torch" and keras.backend.standardize_dtype(x.dtype) == "float32")
-    return few and gains and on_cpu(x)
-
-
 def _product(x, table):
     """[B, T, V] of x [B, T, D] and a table [V, D]."""
+    backend, rows = keras.config.backend(), _rows_that_count(x)
     if has_quick_kernel(x):
         logits = table_product(ops.reshape(x, (-1, x.shape[2])), table)
         return ops.reshape(ops.cast(logits, x.dtype), (*ops.shape(x)[:2], -1))
-    if _is_few(x):
+    if rows <= _FEW_ROWS.get(backend, 0):
         return _table_first(x, table)
-    if keras.config.backend() == "torch":
-        # Its `einsum` of bfloat16 takes thirty times as long on CPUs.
-        return ops.matmul(x, ops.transpose(table))
-    return ops.einsum("btd,vd->btv", x, table)
+    if backend != "torch":
+        return ops.einsum("btd,vd->btv", x, table)
+    parts = math.gcd(table.shape[0], _PARTS)
+    if rows <= _ROWS_IN_PARTS and parts > 1:
+        return _in_parts(x, table, parts)
+    # Its `einsum` of bfloat16 takes thirty times as long on CPUs.
+    return ops.matmul(x, ops.transpose(table))
+
+
+def _rows_that_count(x):
+    """How many rows x [B, T, D] has, where a CPU's library has a better way with a few of them; else very many."""
+    # PyTorch multiplies bfloat16 by another library, which is fastest with the rows first.
+    if None in x.shape[:2] or keras.backend.standardize_dtype(x.dtype) != "float32" or not on_cpu(x):
+        return math.inf
+    return x.shape[0] * x.shape[1]
+
+
+def _in_parts(x, table, parts):
+    """The table in parts of equal size, as a batch of products, each on a core and with what its caches hold."""
+    count, size = x.shape[0] * x.shape[1], table.shape[1]
+    rows = x.reshape(count, size).expand(parts, count, size)
+    logits = rows @ table.reshape(parts, -1, size).transpose(1, 2)
+    return logits.transpose(0, 1).reshape(*x.shape[:2], -1)
 
 
 def _table_first(x, table):

@@ -31,12 +31,14 @@ def integers(*shape, seed=0):
     return np.random.default_rng(seed).integers(-2, 3, shape).astype("float32")
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 1), (2, 8), (1, 17)])
-def test_product_with_a_table(batch, length):
+@pytest.mark.parametrize(
+    ("batch", "length", "vocabulary"), [(1, 1, 40), (3, 1, 40), (2, 8, 40), (2, 8, 41), (1, 65, 40)]
+)
+def test_product_with_a_table(batch, length, vocabulary):
     def plain(x, table):
         return ops.einsum("btd,vd->btv", x, table)
 
-    assert_same(projection._product, plain, draw(batch, length, 12), draw(40, 12, seed=1))
+    assert_same(projection._product, plain, draw(batch, length, 12), draw(size, 12, seed=1))
 
 
 @pytest.mark.parametrize("length", [1, 17])
@@ -48,13 +50,18 @@ def test_product_with_a_table_in_bfloat16(length):
 
 
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="its products are no faster with the table first")
-def test_few_rows_go_behind_the_table_and_many_before(monkeypatch):
-    calls, table_first = [], projection._table_first
-    monkeypatch.setattr(projection, "_table_first", lambda *args: calls.append(args) or table_first(*args))
-    table = ops.convert_to_tensor(draw(40, 12))
-    for length in (1, 16, 17):
-        projection._product(ops.convert_to_tensor(draw(1, length, 12)), table)
-    assert [x.shape[1] for x, _ in calls] == [1, 16]
+def test_few_rows_go_behind_the_table_and_more_to_parts_of_it(monkeypatch):
+    calls = {"_table_first": [], "_in_parts": []}
+    for name, seen in calls.items():
+        plain = getattr(projection, name)
+        monkeypatch.setattr(
+            projection, name, lambda x, *rest, seen=seen, plain=plain: seen.append(x.shape[1]) or plain(x, *rest)
+        )
+    for length in (1, 8, 9, 16, 17, 64, 65):
+        projection._product(ops.convert_to_tensor(draw(1, length, 12)), ops.convert_to_tensor(draw(40, 12)))
+    on_torch = keras.config.backend() == "torch"
+    assert calls["_table_first"] == ([1, 8] if on_torch else [1, 8, 9, 16])
+    assert calls["_in_parts"] == ([9, 16, 17, 64] if on_torch else [])
 
 
 def test_norm():
