@@ -31,10 +31,8 @@ def integers(*shape, seed=0):
     return np.random.default_rng(seed).integers(-2, 3, shape).astype("float32")
 
 
-@pytest.mark.parametrize(
-    ("batch", "length", "vocabulary"), [(1, 1, 40), (3, 1, 40), (2, 8, 40), (2, 8, 41), (1, 65, 40)]
-)
-def test_product_with_a_table(batch, length, vocabulary):
+@pytest.mark.parametrize(("batch", "length", "size"), [(1, 1, 40), (3, 1, 40), (2, 8, 40), (2, 8, 41), (1, 65, 40)])
+def test_product_with_a_table(batch, length, size):
     def plain(x, table):
         return ops.einsum("btd,vd->btv", x, table)
 
