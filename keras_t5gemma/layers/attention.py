@@ -48,6 +48,13 @@ def soft_cap(logits, cap):
     return logits if cap is None else ops.tanh(logits / cap) * cap
 
 
+def soft_cap_of_own(logits, cap):
+    """`soft_cap` of logits that nobody else has: in place on PyTorch, where no gradient is wanted."""
+    if cap is None or not _may_overwrite():
+        return soft_cap(logits, cap)
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
 def write_at(buffer, update, index, axis=1):
     """Puts `update` into `buffer`, which is longer along `axis`, from position `index` on."""
     if keras.config.backend() == "torch":
@@ -122,8 +129,7 @@ def _weights_in_place(logits, hidden, cap):
     """`_weights` on PyTorch, where no gradient is wanted; the logits become the weights."""
     import torch
 
-    if cap is not None:
-        logits.div_(cap).tanh_().mul_(cap)
+    logits = soft_cap_of_own(logits, cap)
     return torch.softmax(logits.add_(hidden), dim=-1, out=logits)
 
 

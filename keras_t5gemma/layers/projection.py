@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.attention import soft_cap
+from keras_t5gemma.layers.attention import soft_cap_of_own
 from keras_t5gemma.layers.device import on_cpu
 from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.layers.half_products import has_quick_kernel, table_product
@@ -34,7 +34,7 @@ class VocabularyProjection(keras.layers.Layer):
 
     def call(self, x):
         """Maps [B, T, D] to float32 logits [B, T, V]."""
-        return soft_cap(ops.cast(finite(self._project(x)), "float32"), self.cap)
+        return soft_cap_of_own(ops.cast(finite(self._project(x)), "float32"), self.cap)
 
     @property
     def is_quantized(self):
