@@ -123,9 +123,7 @@ class JaxStep:
         self._run = self._traced.compile()
         memory = self._run.memory_analysis()
         self.bytes = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-        print(
-            f"{self.length} x {self.batch}: {self.bytes / 1e9:.1f} GB, {time.perf_counter() - start:.0f} s", flush=True
-        )
+        print_tried(self, start)
 
     def fits(self, memory):
         """Whether it needs no more bytes than these."""
@@ -210,9 +208,7 @@ def main():
     parser.add_argument("--tokens-again", nargs="*", type=int, help="Likewise.")
     parser.add_argument("--activations", nargs="*", default=["kept", "again"], choices=["kept", "again"])
     parser.add_argument("--memory", type=float, default=0.92 * 79.6e9, help="Bytes that may be used.")
-    parser.add_argument(
-        "--peak", type=float, default=989e12, help="FLOP/s by the data sheet: an H100 SXM's, or H200's."
-    )
+    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s by the data sheet: of an H100 or H200.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backend", default="jax", choices=["jax", "torch"])
     arguments = parser.parse_args()

@@ -26,7 +26,9 @@ def has_quick_kernel(x):
 
 def is_lone_row(x):
     """Whether x [M, K] is one row that a GPU is to have twice, in half precision and with JAX."""
-    return keras.config.backend() == "jax" and x.shape[0] == 1 and x.dtype in ("bfloat16", "float16") and jax_on_gpu()
+    if keras.config.backend() != "jax" or tuple(x.shape[:-1]) != (1,):
+        return False
+    return x.dtype in ("bfloat16", "float16") and jax_on_gpu()
 
 
 def twice(product, x):
@@ -89,7 +91,6 @@ class Dense(keras.layers.Dense):
 
     def call(self, inputs, training=None):
         """Maps [M, K] to [M, N]."""
-
         if has_quick_kernel(inputs):
             return dense_product(inputs, ops.convert_to_tensor(self.kernel, inputs.dtype))
         if is_lone_row(inputs):
