@@ -84,6 +84,7 @@ def main():
             first, seconds, built, peak = json.loads(result.stdout.splitlines()[-1])
             row = (f"{first:.1f}", f"{seconds:.1f}", f"{built / 1024:.2f}", f"{peak / 1024:.2f}")
             table.add_row(backend, f"{length:,}", *row)
+            print(backend, f"{length:,}", *row, flush=True)
     Console(width=100).print(table)
 
 
