@@ -79,10 +79,9 @@ def _product(x, table):
 
 def _rows_that_count(x):
     """How many rows x [B, T, D] has, where a CPU's library has a better way with a few of them; else very many."""
-    # PyTorch multiplies bfloat16 by another library, which is fastest with the rows first.
-    if None in x.shape[:2] or keras.backend.standardize_dtype(x.dtype) != "float32" or not on_cpu(x):
-        return math.inf
-    return x.shape[0] * x.shape[1]
+    # PyTorch multiplies half precision by another library, which is fastest with the rows first.
+    gains = keras.config.backend() != "torch" or keras.backend.standardize_dtype(x.dtype) == "float32"
+    return x.shape[0] * x.shape[1] if gains and None not in x.shape[:2] and on_cpu(x) else math.inf
 
 
 def _in_parts(x, table, parts):

@@ -166,8 +166,9 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, keras_hub.mod
         """One step of `fit`, without logits where the loss can do without."""
         with self._handing_over_hidden_states():
             if self._accumulation.steps > 1:
-                return self._accumulation.train_step(self, *args, **kwargs)
-            logs = super().train_step(*args, **kwargs)
+                logs = self._accumulation.train_step(self, *args, **kwargs)
+            else:
+                logs = super().train_step(*args, **kwargs)
         if keras.config.backend() == "torch":
             self.zero_grad()  # Keras would keep the gradients until the next batch has been through all layers
         return logs

@@ -55,10 +55,10 @@ def test_few_rows_go_behind_the_table_and_more_to_parts_of_it(monkeypatch):
         monkeypatch.setattr(
             projection, name, lambda x, *rest, seen=seen, plain=plain: seen.append(x.shape[1]) or plain(x, *rest)
         )
-    for length in (1, 8, 9, 16, 17, 64, 65):
-        projection._product(ops.convert_to_tensor(draw(1, length, 12)), ops.convert_to_tensor(draw(40, 12)))
+    for length, dtype in [*((length, "float32") for length in (1, 8, 9, 16, 17, 64, 65)), (2, "float16")]:
+        projection._product(*(ops.convert_to_tensor(draw(*shape), dtype) for shape in ((1, length, 12), (40, 12))))
     on_torch = keras.config.backend() == "torch"
-    assert calls["_table_first"] == ([1, 8] if on_torch else [1, 8, 9, 16])
+    assert calls["_table_first"] == ([1, 8] if on_torch else [1, 8, 9, 16, 2])
     assert calls["_in_parts"] == ([9, 16, 17, 64] if on_torch else [])
 
 

@@ -52,9 +52,10 @@ def test_fit_lowers_the_loss_that_evaluate_reports_and_predict_gives_logits():
 
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="elsewhere gradients are no part of a weight")
-def test_gradients_do_not_outlast_the_step():
+@pytest.mark.parametrize("steps", [1, 2])
+def test_gradients_do_not_outlast_the_step(steps):
     lm, (x, y, weights) = new_lm(), batch()
-    lm.compile(optimizer="sgd")
+    lm.compile(optimizer="sgd", accumulation_steps=steps)
     before = lm.evaluate(x, y, sample_weight=weights, verbose=0)
     lm.train_on_batch(x, y, sample_weight=weights)
     assert all(variable.value.grad is None for variable in lm.trainable_variables)
