@@ -18,7 +18,7 @@ def gradients(function, *arrays):
             for tensor in tensors:
                 tape.watch(tensor)
             value = function(*tensors)
-        return [np.asarray(x) for x in tape.gradient(value, tensors)]
+        return [np.asarray(tf.convert_to_tensor(x)) for x in tape.gradient(value, tensors)]
     import torch
 
     tensors = [torch.tensor(array, requires_grad=True) for array in arrays]

@@ -13,11 +13,9 @@ from keras_t5gemma.layers.device import on_cpu
 _BLOCK_ROWS = {"jax": 1024, "tensorflow": 8192, "torch": 16384}
 
 
-def look_up(embedding, token_ids):
-    """[B, T, D] of ids [B, T] and a built `keras.layers.ReversibleEmbedding`, whatever it is quantized to."""
-    if embedding.quantization_mode != "int4" or embedding.lora_enabled:
-        return embedding(token_ids)
-    return _int4_rows(embedding, *(ops.take(x, token_ids, axis=0) for x in _int4_arrays(embedding)))
+def int4_rows(embedding, token_ids):
+    """[B, T, D] of ids [B, T] and a `keras.layers.ReversibleEmbedding` in int4."""
+    return _unpacked(embedding, *(ops.take(x, token_ids, axis=0) for x in _int4_arrays(embedding)))
 
 
 def goes_by_blocks(embedding, x):
@@ -37,7 +35,7 @@ def project(product, x, embedding):
         embedding: the `keras.layers.ReversibleEmbedding`.
     """
     if embedding.quantization_mode == "int4":
-        return _by_blocks(lambda *rows: product(x, _int4_rows(embedding, *rows)), *_int4_arrays(embedding))
+        return _by_blocks(lambda *rows: product(x, _unpacked(embedding, *rows)), *_int4_arrays(embedding))
     logits = _by_blocks(lambda rows: product(x, ops.cast(rows, x.dtype)), embedding.embeddings)
     return logits / embedding.embeddings_scale  # by which rows were multiplied
 
@@ -63,7 +61,7 @@ def _int4_arrays(embedding):
     return arrays if _is_by_row(embedding) else (*arrays, embedding.embeddings_zero)
 
 
-def _int4_rows(embedding, packed, scale, zero=None):
+def _unpacked(embedding, packed, scale, zero=None):
     """Rows [..., D] in the compute dtype of `_int4_arrays`' rows."""
     # The first of two numbers is in the lower half of a byte, as a number of 4 bits with a sign.
     low = ops.subtract(ops.bitwise_xor(ops.bitwise_and(packed, 15), 8), 8)

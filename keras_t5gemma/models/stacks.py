@@ -7,9 +7,9 @@ from keras_t5gemma.layers.attention import rotary_angles, write_at
 from keras_t5gemma.layers.attention_kernels import has_kernel
 from keras_t5gemma.layers.blocks import Block
 from keras_t5gemma.layers.cache import is_start, place, places, positions
+from keras_t5gemma.layers.lookup import look_up
 from keras_t5gemma.layers.masks import attention_mask, visible_keys
 from keras_t5gemma.layers.norm import RMSNorm
-from keras_t5gemma.layers.quantized_table import look_up
 from keras_t5gemma.layers.rematerialization import rematerialized
 from keras_t5gemma.layers.settled import settled
 from keras_t5gemma.layers.weights import embedding

@@ -11,6 +11,7 @@ from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
 from keras_t5gemma.layers import projection, quantized_table
+from keras_t5gemma.layers.lookup import look_up
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
@@ -99,7 +100,7 @@ def test_table_in_blocks_of_any_size_and_looked_up_by_rows_is_the_dequantized_on
     embedding.quantize(config=config)
     table = ops.convert_to_numpy(embedding(ops.arange(60)))
     ids = np.array([[3, 59, 0], [3, 17, 4]])
-    looked_up = quantized_table.look_up(embedding, ops.convert_to_tensor(ids))
+    looked_up = look_up(embedding, ops.convert_to_tensor(ids))
     np.testing.assert_allclose(ops.convert_to_numpy(looked_up), table[ids], atol=1e-6)
     x = np.random.default_rng(0).normal(size=(2, 3, 7)).astype("float32")
     assert quantized_table.goes_by_blocks(embedding, ops.convert_to_tensor(x))

@@ -1,0 +1,51 @@
+"""Lookups in a table of embeddings, and their gradient."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from gradients import gradients
+from keras import ops
+
+from keras_t5gemma.layers.lookup import look_up
+
+IDS = np.array([[3, 59, 0, 3], [3, 17, 59, 4]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_and_the_sum_of_their_gradients(dtype, tied):
+    embedding = keras.layers.ReversibleEmbedding(60, 8, tie_weights=tied, dtype=dtype, autocast=not tied)
+    embedding.build()
+    # Numbers that bfloat16 holds.
+    table, factors = (
+        np.random.default_rng(i).integers(-4, 5, shape).astype("float32") for i, shape in ((0, (60, 8)), (1, (2, 4, 8)))
+    )
+
+    def weighted(table):
+        with keras.StatelessScope(state_mapping=[(embedding.embeddings, ops.convert_to_tensor(table))]):
+            rows = ops.cast(look_up(embedding, ops.convert_to_tensor(IDS)), "float32")
+        return ops.sum(rows * ops.convert_to_tensor(factors))
+
+    expected = np.zeros_like(table)
+    np.add.at(expected, IDS, factors)
+    np.testing.assert_allclose(float(weighted(ops.convert_to_tensor(table))), (table[IDS] * factors).sum(), rtol=1e-6)
+    np.testing.assert_array_equal(gradients(weighted, table)[0], expected)
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="only on PyTorch is the lookup's gradient this package's")
+def test_gradient_takes_memory_for_the_rows_that_were_looked_up():
+    embedding = keras.layers.ReversibleEmbedding(100_000, 512)
+    embedding.build()
+    loss = ops.sum(look_up(embedding, ops.convert_to_tensor(IDS)))
+    before = resident_bytes()
+    loss.backward()
+    assert resident_bytes() - before < 20e6
+    gradient = embedding.embeddings.value.grad
+    assert gradient.shape == (100_000, 512)
+    assert float(gradient.sum()) == 512 * IDS.size
+
+
+def resident_bytes():
+    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
