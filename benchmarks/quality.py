@@ -39,6 +39,7 @@ WEIGHTS = {
     "int8_from_bfloat16": ("int8_from_bfloat16", None, None),
     "int4": ("float32", ("int4", None), ("int4", None)),
     "int4_from_float32": ("int4_from_float32", None, None),
+    "int4_from_bfloat16": ("int4_from_bfloat16", None, None),
     "int4, a scale a channel": ("float32", ("int4", -1), ("int4", -1)),
     "int4, blocks of 32": ("float32", ("int4", 32), ("int4", 32)),
     "int4, tables int8": ("float32", ("int4", None), ("int8", None)),

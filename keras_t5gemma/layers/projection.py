@@ -11,11 +11,9 @@ from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.layers.half_products import has_quick_kernel, table_product
 from keras_t5gemma.layers.quantized_table import goes_by_blocks, project
 
-# Rows up to which `_product` puts the table first, by backend: two to four times as fast on PyTorch, half as fast again
-# on JAX. Then those up to which it takes the table in parts, on PyTorch, in half the time of either order.
-_FEW_ROWS = {"jax": 16, "torch": 8}
-_ROWS_IN_PARTS = 64
-_PARTS = 512
+# Rows up to which `_product` puts the table first, by backend: twice as fast and more on PyTorch, half as fast again
+# on JAX.
+_FEW_ROWS = {"jax": 16, "torch": 3}
 
 
 class VocabularyProjection(keras.layers.Layer):
@@ -70,10 +68,11 @@ def _product(x, table):
         return _table_first(x, table)
     if backend != "torch":
         return ops.einsum("btd,vd->btv", x, table)
-    parts = math.gcd(table.shape[0], _PARTS)
-    if rows <= _ROWS_IN_PARTS and parts > 1:
-        return _in_parts(x, table, parts)
-    # Its `einsum` of bfloat16 takes thirty times as long on CPUs.
+    from keras_t5gemma.layers import onednn
+
+    if rows < math.inf and onednn.serves(x, table):
+        return onednn.rows_times_table(x, table)
+    # PyTorch's `einsum` of bfloat16 takes thirty times as long on CPUs.
     return ops.matmul(x, ops.transpose(table))
 
 
@@ -82,14 +81,6 @@ def _rows_that_count(x):
     # PyTorch multiplies half precision by another library, which is fastest with the rows first.
     gains = keras.config.backend() != "torch" or keras.backend.standardize_dtype(x.dtype) == "float32"
     return x.shape[0] * x.shape[1] if gains and None not in x.shape[:2] and on_cpu(x) else math.inf
-
-
-def _in_parts(x, table, parts):
-    """The table in parts of equal size, as a batch of products, each on a core and with what its caches hold."""
-    count, size = x.shape[0] * x.shape[1], table.shape[1]
-    rows = x.reshape(count, size).expand(parts, count, size)
-    logits = rows @ table.reshape(parts, -1, size).transpose(1, 2)
-    return logits.transpose(0, 1).reshape(*x.shape[:2], -1)
 
 
 def _table_first(x, table):

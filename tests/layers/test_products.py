@@ -1,5 +1,7 @@
 """Products and norms in the forms that a backend is fast with: numbers and gradients of the plain ones."""
 
+import importlib
+
 import keras
 import numpy as np
 import pytest
@@ -48,18 +50,29 @@ def test_product_with_a_table_in_bfloat16(length):
 
 
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="its products are no faster with the table first")
-def test_few_rows_go_behind_the_table_and_more_to_parts_of_it(monkeypatch):
-    calls = {"_table_first": [], "_in_parts": []}
-    for name, seen in calls.items():
-        plain = getattr(projection, name)
+def test_few_rows_go_behind_the_table_and_more_to_onednn(monkeypatch):
+    on_torch, calls = keras.config.backend() == "torch", {}
+    ways = [
+        (projection, "_table_first"),
+        *[(importlib.import_module("keras_t5gemma.layers.onednn"), "rows_times_table")] * on_torch,
+    ]
+    for module, name in ways:
+        seen, plain = calls.setdefault(name, []), getattr(module, name)
         monkeypatch.setattr(
-            projection, name, lambda x, *rest, seen=seen, plain=plain: seen.append(x.shape[1]) or plain(x, *rest)
+            module, name, lambda x, *rest, seen=seen, plain=plain: seen.append(x.shape[1]) or plain(x, *rest)
         )
-    for length, dtype in [*((length, "float32") for length in (1, 8, 9, 16, 17, 64, 65)), (2, "float16")]:
+    for length, dtype in [*((length, "float32") for length in (1, 3, 4, 16, 17)), (2, "float16")]:
         projection._product(*(ops.convert_to_tensor(draw(*shape), dtype) for shape in ((1, length, 12), (40, 12))))
-    on_torch = keras.config.backend() == "torch"
-    assert calls["_table_first"] == ([1, 8] if on_torch else [1, 8, 9, 16, 2])
-    assert calls["_in_parts"] == ([9, 16, 17, 64] if on_torch else [])
+    assert calls["_table_first"] == ([1, 3] if on_torch else [1, 3, 4, 16, 2])
+    assert calls.get("rows_times_table", []) == ([4, 16, 17] if on_torch else [])
+
+
+def test_product_of_some_positions_with_a_table():
+    x, table = draw(2, 9, 12), draw(40, 12, seed=1)
+    for places in (np.s_[:, 2:4], np.s_[:, ::2], np.s_[:, -1:], np.s_[:, :, :6]):
+        x_part, width = x[places], x[places].shape[2]
+        product = projection._product(ops.convert_to_tensor(x)[places], ops.convert_to_tensor(table)[:, :width])
+        np.testing.assert_allclose(ops.convert_to_numpy(product), x_part @ table[:, :width].T, atol=1e-5)
 
 
 def test_norm():
