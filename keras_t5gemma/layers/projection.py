@@ -68,10 +68,10 @@ def _product(x, table):
         return _table_first(x, table)
     if backend != "torch":
         return ops.einsum("btd,vd->btv", x, table)
-    from keras_t5gemma.layers import onednn
+    from keras_t5gemma.layers import onednn_torch
 
-    if rows < math.inf and onednn.serves(x, table):
-        return onednn.rows_times_table(x, table)
+    if rows < math.inf and onednn_torch.serves(x, table):
+        return onednn_torch.rows_times_table(x, table)
     # PyTorch's `einsum` of bfloat16 takes thirty times as long on CPUs.
     return ops.matmul(x, ops.transpose(table))
 

@@ -54,7 +54,7 @@ def test_few_rows_go_behind_the_table_and_more_to_onednn(monkeypatch):
     on_torch, calls = keras.config.backend() == "torch", {}
     ways = [
         (projection, "_table_first"),
-        *[(importlib.import_module("keras_t5gemma.layers.onednn"), "rows_times_table")] * on_torch,
+        *[(importlib.import_module("keras_t5gemma.layers.onednn_torch"), "rows_times_table")] * on_torch,
     ]
     for module, name in ways:
         seen, plain = calls.setdefault(name, []), getattr(module, name)
