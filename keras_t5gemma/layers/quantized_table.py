@@ -1,16 +1,54 @@
 """Tables of embeddings in int8 and int4, of which only the rows in use become floating-point numbers.
 
-Keras's own layer unpacks an int4 table as a whole for each lookup, and turns either table as a whole into int32 or
-floating-point numbers for each product with it: of a table of 256,000 x 512 half a gigabyte a token.
+Keras's own layer quantizes a table as a whole, through several copies in float32; it unpacks an int4 table as a whole
+for each lookup, and turns either table as a whole into int32 or floating-point numbers for each product with it: of a
+table of 256,000 x 512 half a gigabyte a copy, and a token.
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_t5gemma.layers.device import on_cpu
 
 # Rows of a table that are floating-point numbers at a time. Caches like few; loops cost least on JAX.
 _BLOCK_ROWS = {"jax": 1024, "tensorflow": 8192, "torch": 16384}
+
+# Rows of a table that are quantized at a time; Keras collects garbage after each.
+_QUANTIZED_AT_ONCE = 2**15
+
+
+class Embedding(keras.layers.ReversibleEmbedding):
+    """`keras.layers.ReversibleEmbedding`, which is quantized some rows at a time, with the same outcome."""
+
+    def quantize(self, mode=None, type_check=True, config=None):  # noqa: ARG002 it is no other layer in int8 or int4
+        """As `keras.layers.ReversibleEmbedding`, unless a quantizer of `config`'s own may look at several rows."""
+        by_row = mode in ("int8", "int4") and (config is None or config.weight_quantizer is None)
+        if not by_row or not self.tie_weights or self.lora_enabled:
+            super().quantize(mode, type_check=False, config=config)
+            return
+        parts = [self._quantized(start, mode, config) for start in range(0, self.input_dim, _QUANTIZED_AT_ONCE)]
+        self.quantization_config = config
+        policy, arrays = parts[0][0], zip(*(arrays for _, arrays in parts), strict=True)
+        del self._embeddings
+        self.quantized_build((self.input_dim, self.output_dim), mode, config)
+        for variable, rows in zip(_quantized_variables(self), arrays, strict=True):
+            variable.assign(np.concatenate(rows))
+        self.dtype_policy = policy
+
+    def _quantized(self, start, mode, config):
+        """The dtype policy and the arrays that Keras makes of some rows."""
+        rows = self._embeddings.value[start : start + _QUANTIZED_AT_ONCE]
+        part = keras.layers.ReversibleEmbedding(rows.shape[0], self.output_dim, dtype=self.dtype_policy)
+        part.build()
+        part.embeddings.assign(rows)
+        part.quantize(mode, config=config)
+        return part.dtype_policy, [ops.convert_to_numpy(variable) for variable in _quantized_variables(part)]
+
+
+def _quantized_variables(embedding):
+    names = ("_embeddings", "embeddings_scale", "embeddings_zero")
+    return [getattr(embedding, name) for name in names if hasattr(embedding, name)]
 
 
 def int4_rows(embedding, token_ids):

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.layers.half_products import Dense
+from keras_t5gemma.layers.quantized_table import Embedding
 
 _reader = contextvars.ContextVar("reader", default=None)
 
@@ -77,7 +78,7 @@ def as_rows(x):
 
 
 def embedding(vocabulary_size, name, config, dtype, *, tied):
-    """A plain `keras.layers.ReversibleEmbedding`.
+    """A `keras.layers.ReversibleEmbedding`.
 
     In `mixed_bfloat16` a tied one looks rows up in the table as it is and casts those: cast first, as Keras's layers do
     by themselves, there would be another table a step, and one more for its gradient. What it gives may be in the
@@ -92,7 +93,7 @@ def embedding(vocabulary_size, name, config, dtype, *, tied):
     """
     fresh = keras.initializers.RandomNormal(stddev=config.initializer_range)
     first = FirstValue(fresh, "embeddings", "reverse_embeddings")
-    first.layer = keras.layers.ReversibleEmbedding(
+    first.layer = Embedding(
         vocabulary_size,
         config.hidden_dim,
         tie_weights=tied,

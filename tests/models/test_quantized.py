@@ -17,6 +17,7 @@ from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 Int8 = keras.quantizers.Int8QuantizationConfig
 Int4 = keras.quantizers.Int4QuantizationConfig
+AbsMax = keras.quantizers.AbsMaxQuantizer
 CONFIG = tiny_config(balanced=False, num_layers=1)
 BYTES = {"int8": 1, "int4": 0.5}  # a weight
 # Of the logits' correlation; per-channel rounding to 255 and to 15 levels, at these loud weights.
@@ -89,6 +90,32 @@ def test_int4_with_its_size_of_blocks_in_the_dtype_loads_as_quantized_so(tmp_pat
     for variable in loaded.weights:
         expected = ops.convert_to_numpy(variables[variable.path])
         np.testing.assert_array_equal(ops.convert_to_numpy(variable), expected, err_msg=variable.path)
+
+
+@pytest.mark.usefixtures("quick_collections")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "config", [None, Int8(), Int8(AbsMax(axis=-1)), Int4(block_size=4), Int4(block_size=-1)], ids=str
+)
+def test_table_quantized_some_rows_at_a_time_is_as_keras_makes_it(config, dtype, monkeypatch):
+    monkeypatch.setattr(quantized_table, "_QUANTIZED_AT_ONCE", 16)
+    layers = [
+        cls(60, 8, dtype=dtype, name="table") for cls in (quantized_table.Embedding, keras.layers.ReversibleEmbedding)
+    ]
+    table = np.random.default_rng(0).normal(size=(60, 8))
+    for layer in layers:
+        layer.build()
+        layer.embeddings.assign(table)
+        layer.quantize("int8" if config is None else config.mode, config=config)
+    ours, theirs = layers
+    assert ours.dtype_policy == theirs.dtype_policy
+    assert [v.path for v in ours.weights] == [v.path for v in theirs.weights]
+    for got, expected in zip(ours.weights, theirs.weights, strict=True):
+        assert got.dtype == expected.dtype
+        np.testing.assert_array_equal(*(ops.convert_to_numpy(ops.cast(v, "float32")) for v in (got, expected)))
+    x = ops.convert_to_tensor(np.random.default_rng(1).normal(size=(2, 3, 8)), dtype)
+    outputs = [ops.convert_to_numpy(ops.cast(layer(x, reverse=True), "float32")) for layer in layers]
+    np.testing.assert_array_equal(*outputs)
 
 
 @pytest.mark.parametrize("rows", [7, 20, 100])
