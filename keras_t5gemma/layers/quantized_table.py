@@ -39,7 +39,8 @@ class Embedding(keras.layers.ReversibleEmbedding):
     def _quantized(self, start, mode, config):
         """The dtype policy and the arrays that Keras makes of some rows."""
         rows = self._embeddings.value[start : start + _QUANTIZED_AT_ONCE]
-        part = keras.layers.ReversibleEmbedding(rows.shape[0], self.output_dim, dtype=self.dtype_policy)
+        options = {"embeddings_initializer": "zeros", "dtype": self.dtype_policy}
+        part = keras.layers.ReversibleEmbedding(rows.shape[0], self.output_dim, **options)
         part.build()
         part.embeddings.assign(rows)
         part.quantize(mode, config=config)
@@ -47,6 +48,7 @@ class Embedding(keras.layers.ReversibleEmbedding):
 
 
 def _quantized_variables(embedding):
+    """Numbers and scales, and in blocks of inputs the zeros."""
     names = ("_embeddings", "embeddings_scale", "embeddings_zero")
     return [getattr(embedding, name) for name in names if hasattr(embedding, name)]
 
