@@ -13,7 +13,7 @@ from keras_t5gemma.layers.lookup import look_up
 IDS = np.array([[3, 59, 0, 3], [3, 17, 59, 4]])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_and_the_sum_of_their_gradients(dtype, tied):
     embedding = keras.layers.ReversibleEmbedding(60, 8, tie_weights=tied, dtype=dtype, autocast=not tied)
@@ -24,7 +24,8 @@ def test_rows_and_the_sum_of_their_gradients(dtype, tied):
     )
 
     def weighted(table):
-        with keras.StatelessScope(state_mapping=[(embedding.embeddings, ops.convert_to_tensor(table))]):
+        value = ops.cast(ops.convert_to_tensor(table), embedding.variable_dtype)
+        with keras.StatelessScope(state_mapping=[(embedding.embeddings, value)]):
             rows = ops.cast(look_up(embedding, ops.convert_to_tensor(IDS)), "float32")
         return ops.sum(rows * ops.convert_to_tensor(factors))
 
