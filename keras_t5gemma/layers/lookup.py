@@ -10,19 +10,20 @@ from keras_t5gemma.layers.settled import settled
 
 def look_up(embedding, token_ids):
     """[B, T, D] of ids [B, T] and a built `keras.layers.ReversibleEmbedding`; it may have the table's dtype."""
-    is_plain = not embedding.lora_enabled
-    if is_plain and embedding.quantization_mode == "int4":
+    mode = embedding.quantization_mode
+    if embedding.lora_enabled or mode not in (None, "int4"):
+        return embedding(token_ids)
+    if mode == "int4":
         return int4_rows(embedding, token_ids)
-    backend = keras.config.backend()
-    if is_plain and embedding.quantization_mode is None and backend != "tensorflow":
-        table = embedding.embeddings.value
-        if backend == "torch":
-            from keras_t5gemma.layers import lookup_torch
+    table = embedding.embeddings.value
+    if has_quick_kernel(table):
+        # XLA takes rows of float32, to which it would convert the table before a loop; so it knows it as another table
+        # for each lookup, and converts the rows.
+        return ops.take(*settled((table, token_ids)), axis=0)
+    # PyTorch's own gradient has zeros that take as long to write as the table takes to read three times.
+    if keras.config.backend() == "torch":
+        from keras_t5gemma.layers import lookup_torch
 
-            if lookup_torch.serves(table):
-                return lookup_torch.Rows.apply(table, token_ids.long())
-        elif has_quick_kernel(table):
-            # XLA takes rows of float32, to which it would convert the table before a loop; so it knows it as another
-            # table for each lookup, and converts the rows.
-            return ops.take(*settled((table, token_ids)), axis=0)
+        if lookup_torch.serves(table):
+            return lookup_torch.Rows.apply(table, token_ids.long())
     return embedding(token_ids)

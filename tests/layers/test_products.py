@@ -1,6 +1,6 @@
 """Products and norms in the forms that a backend is fast with: numbers and gradients of the plain ones."""
 
-import importlib
+import pkgutil
 
 import keras
 import numpy as np
@@ -49,22 +49,24 @@ def test_product_with_a_table_in_bfloat16(length):
     np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(product, "float32")), x @ table.T)
 
 
-@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="its products are no faster with the table first")
-def test_few_rows_go_behind_the_table_and_more_to_onednn(monkeypatch):
-    on_torch, calls = keras.config.backend() == "torch", {}
-    ways = [
-        (projection, "_table_first"),
-        *[(importlib.import_module("keras_t5gemma.layers.onednn_torch"), "rows_times_table")] * on_torch,
-    ]
-    for module, name in ways:
-        seen, plain = calls.setdefault(name, []), getattr(module, name)
-        monkeypatch.setattr(
-            module, name, lambda x, *rest, seen=seen, plain=plain: seen.append(x.shape[1]) or plain(x, *rest)
-        )
+def lengths_given_to(monkeypatch, function):
+    """Of products of one row of so many positions those that a function, by its dotted name, is called for."""
+    seen, plain = [], pkgutil.resolve_name(function)
+    monkeypatch.setattr(function, lambda x, *rest: seen.append(x.shape[1]) or plain(x, *rest))
     for length, dtype in [*((length, "float32") for length in (1, 3, 4, 16, 17)), (2, "float16")]:
         projection._product(*(ops.convert_to_tensor(draw(*shape), dtype) for shape in ((1, length, 12), (40, 12))))
-    assert calls["_table_first"] == ([1, 3] if on_torch else [1, 3, 4, 16, 2])
-    assert calls.get("rows_times_table", []) == ([4, 16, 17] if on_torch else [])
+    return seen
+
+
+@pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="its products are no faster with the table first")
+def test_few_rows_go_behind_the_table(monkeypatch):
+    expected = {"jax": [1, 3, 4, 16, 2], "torch": [1, 3]}[keras.config.backend()]
+    assert lengths_given_to(monkeypatch, "keras_t5gemma.layers.projection._table_first") == expected
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="only PyTorch has to be asked for oneDNN")
+def test_more_rows_go_to_onednn(monkeypatch):
+    assert lengths_given_to(monkeypatch, "keras_t5gemma.layers.onednn_torch.rows_times_table") == [4, 16, 17]
 
 
 def test_product_of_some_positions_with_a_table():
