@@ -94,9 +94,7 @@ def test_int4_with_its_size_of_blocks_in_the_dtype_loads_as_quantized_so(tmp_pat
 
 @pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "config", [None, Int8(), Int8(AbsMax(axis=-1)), Int4(block_size=4), Int4(block_size=-1)], ids=str
-)
+@pytest.mark.parametrize("config", [None, Int8(), Int8(AbsMax(axis=-1)), Int4(block_size=4), Int4(block_size=-1)])
 def test_table_quantized_some_rows_at_a_time_is_as_keras_makes_it(config, dtype, monkeypatch):
     monkeypatch.setattr(quantized_table, "_QUANTIZED_AT_ONCE", 16)
     layers = [
