@@ -26,14 +26,14 @@ KINDS = {"global": {}, "causal": {"causal": True}, "sliding": {"window": WINDOW}
 def ways(backend):
     """By name: `(query, key, value, mask, cap) -> output`."""
     from keras_t5gemma.layers import attention_kernels as kernels
-    from keras_t5gemma.layers.attention import attend
+    from keras_t5gemma.layers.attention import attend_to
     from keras_t5gemma.layers.attention_blocks import in_blocks
 
     def plain(query, key, value, mask, cap):
-        return attend(query, key, value, whole(mask), cap=cap, dtype="bfloat16")
+        return attend_to(query, key, value, whole(mask), cap=cap, dtype="bfloat16")
 
     def blocks(query, key, value, mask, cap):
-        return in_blocks(functools.partial(attend, cap=cap, dtype="bfloat16"), query, key, value, mask)
+        return in_blocks(query, key, value, mask, cap=cap, dtype="bfloat16")
 
     found = {"plain": plain, "in blocks": blocks}
     if backend == "torch":
@@ -118,7 +118,7 @@ def main():
     import numpy as np
     from keras import ops
 
-    from keras_t5gemma.layers.attention import attend
+    from keras_t5gemma.layers.attend import attend
     from keras_t5gemma.layers.masks import BLOCK_BYTES, BlockMask
 
     table = Table(title=f"Attention, {arguments.backend}")

@@ -15,7 +15,7 @@ from peers import tiny_config
 from tiny import backbone_of
 
 import keras_t5gemma as kt
-from keras_t5gemma.layers import attention, attention_kernels, masks
+from keras_t5gemma.layers import attention_kernels, masks
 from keras_t5gemma.layers.weights import weights_from
 
 # 8 and 4 heads, 4 and 2 key and value heads.
@@ -136,7 +136,7 @@ def kernel(name):
         put = [keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape)) for x in put]
         found = jax.jit(attend)(*put)
     visible = masks.attention_mask(*map(ops.convert_to_tensor, segments), **options)
-    plain = attention.attend(*map(ops.convert_to_tensor, arrays), visible, cap=2.0, dtype="float32")
+    plain = attend(*map(ops.convert_to_tensor, arrays), visible, cap=2.0, dtype="float32")
     return {"kernel": found, "plain": plain, "shape": found.addressable_shards[0].data.shape}
 
 

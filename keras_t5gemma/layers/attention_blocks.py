@@ -10,56 +10,77 @@ six queries in blocks of two, window 2, both directions: the keys [first, first 
               . x x
 """
 
-import functools
-
 import keras
 from keras import ops
 
+from keras_t5gemma.layers.attend import attend
 
-def in_blocks(attend, query, key, value, mask):
+
+def in_blocks(query, key, value, mask, *, cap, dtype):
     """`attend` on all queries, by blocks.
 
     Args:
-        attend: query, key, value and bool [B, t, s] to [B, t, K, G, H]; no variables.
-        query: [B, T, K, G, H].
+        query: [B, T, K, G, H], scaled.
         key: [B, K, S, H].
         value: [B, K, S, H].
         mask: the `BlockMask`.
+        cap: as of `attend`.
+        dtype: likewise.
 
     Returns:
         [B, T, K, G, H].
     """
-    batch, queries = ops.shape(query)[0], query.shape[1]
-    count = -(-queries // mask.block)
-    dtype = key.dtype
+    if keras.config.backend() == "jax":
+        from keras_t5gemma.layers import attention_jax
 
-    def cut(x):
-        """[B, T, ...] as [C, B, t, ...], filled up with zeros: padding, which sees nothing."""
-        x = ops.pad(x, [(0, 0), (0, count * mask.block - queries)] + [(0, 0)] * (len(x.shape) - 2))
-        return ops.swapaxes(ops.reshape(x, (batch, count, mask.block, *x.shape[2:])), 0, 1)
+        return attention_jax.in_blocks(query, key, value, mask, cap=cap, dtype=dtype)
+    own_dtype = key.dtype
 
     def block(i, query, segments, key, value):
-        first, length = mask.run_of_keys(i)
-        run = [ops.slice(x, (0, 0, first, 0), (batch, x.shape[1], length, x.shape[3])) for x in (key, value)]
-        visible = mask.of_block(i, segments, first, length)
-        return attend(query, *(ops.cast(x, dtype) for x in run), visible)
+        run, visible = of_block(mask, i, segments, (key, value))
+        return attend(query, *(ops.cast(x, own_dtype) for x in run), visible, cap=cap, dtype=dtype)
 
     # Gradients of keys and values are sums over blocks: in float32, as within a product.
     key, value = ops.cast(key, "float32"), ops.cast(value, "float32")
-    attended = _LOOPS[keras.config.backend()](block, count, cut(query), cut(mask.query_segments), key, value)
-    attended = ops.swapaxes(attended, 0, 1)
-    return ops.reshape(attended, (batch, count * mask.block, *query.shape[2:]))[:, :queries]
+    loop = {"torch": _torch, "tensorflow": _tensorflow}[keras.config.backend()]
+    blocks = loop(block, count(mask), cut(query, mask), cut(mask.query_segments, mask), key, value)
+    return join(blocks, mask)
 
 
-def _jax(block, count, query, segments, key, value):
-    import jax
+def count(mask):
+    """C, the number of a mask's blocks of queries."""
+    return -(-mask.query_segments.shape[1] // mask.block)
 
-    # The loop itself keeps XLA from merging the two computations, which would keep what is to be computed again.
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(key, value, i, query, segments):
-        return block(i, query, segments, key, value)
 
-    return jax.lax.map(lambda xs: step(key, value, *xs), (ops.arange(count, dtype="int32"), query, segments))
+def cut(x, mask):
+    """[B, T, ...] as [C, B, t, ...], filled up with zeros: padding, which sees nothing."""
+    rest = [(0, 0)] * (len(x.shape) - 2)
+    x = ops.pad(x, [(0, 0), (0, count(mask) * mask.block - x.shape[1]), *rest])
+    return ops.swapaxes(ops.reshape(x, (ops.shape(x)[0], count(mask), mask.block, *x.shape[2:])), 0, 1)
+
+
+def join(blocks, mask):
+    """What `cut` has cut: [C, B, t, ...] as [B, T, ...]."""
+    x = ops.swapaxes(blocks, 0, 1)
+    x = ops.reshape(x, (ops.shape(x)[0], count(mask) * mask.block, *x.shape[3:]))
+    return x[:, : mask.query_segments.shape[1]]
+
+
+def of_block(mask, index, segments, arrays):
+    """What block `index` of the queries attends to.
+
+    Args:
+        mask: the `BlockMask`.
+        index: an int or a scalar tensor.
+        segments: int [B, t], the block's.
+        arrays: of all keys, each [B, K, S, H].
+
+    Returns:
+        `(run, visible)`: those arrays [B, K, s, H] for the run of keys that the block may see, and bool [B, t, s].
+    """
+    first, length = mask.run_of_keys(index)
+    run = [ops.slice(x, (0, 0, first, 0), (ops.shape(x)[0], x.shape[1], length, x.shape[3])) for x in arrays]
+    return run, mask.of_block(index, segments, first, length)
 
 
 def _torch(block, count, query, segments, key, value):
@@ -99,7 +120,3 @@ def _tensorflow(block, count, query, segments, key, value):
         return loop(lambda i: (block(i, query[i], segments[i], key, value),))[0], gradients
 
     return run(query, key, value)
-
-
-# Backends differ in how a loop is written, and in how its gradient is kept from keeping every block's logits.
-_LOOPS = {"jax": _jax, "torch": _torch, "tensorflow": _tensorflow}

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.attention import soft_cap_of_own
+from keras_t5gemma.layers.attend import soft_cap_of_own
 from keras_t5gemma.layers.device import on_cpu
 from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.layers.half_products import has_quick_kernel, table_product

@@ -11,7 +11,7 @@ from keras_t5gemma.layers.lookup import look_up
 from keras_t5gemma.layers.masks import attention_mask, visible_keys
 from keras_t5gemma.layers.norm import RMSNorm
 from keras_t5gemma.layers.rematerialization import rematerialized
-from keras_t5gemma.layers.settled import settled
+from keras_t5gemma.layers.settled import handed_on, settled
 from keras_t5gemma.layers.weights import embedding
 
 
@@ -84,6 +84,8 @@ class Stack(keras.layers.Layer):
         updated = []
         for i, (block, kind) in enumerate(zip(self.blocks, config.layer_kinds, strict=True)):
             cache = None if caches is None else caches[i]
+            if encoder[0] is not None and training:
+                encoder = (handed_on(encoder[0]), encoder[1])
             if self.rematerialize and training and cache is None:
                 x = _rematerialized(block, x, masks[kind], angles, encoder)
             else:

@@ -6,7 +6,7 @@ import typing
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.attention import soft_cap
+from keras_t5gemma.layers.attend import soft_cap
 from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.layers.half_products import columns_times, has_quick_kernel
 from keras_t5gemma.layers.settled import settled

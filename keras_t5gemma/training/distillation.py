@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.attention import soft_cap
+from keras_t5gemma.layers.attend import soft_cap
 from keras_t5gemma.objectives.teacher_view import LABELS, POSITIONS
 from keras_t5gemma.training.chunks import Softmax, before_cap
 from keras_t5gemma.training.losses import VocabularyCrossEntropy

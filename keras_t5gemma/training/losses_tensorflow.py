@@ -8,7 +8,7 @@ import functools
 
 import tensorflow as tf
 
-from keras_t5gemma.layers.attention import soft_cap
+from keras_t5gemma.layers.attend import soft_cap
 from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.training.chunks import chunk_targets
 

@@ -7,7 +7,7 @@ import keras
 import keras_hub
 from keras import ops
 
-from keras_t5gemma.layers.attention import soft_cap
+from keras_t5gemma.layers.attend import soft_cap
 from keras_t5gemma.objectives.teacher_view import PADDING_MASK, POSITIONS, TOKEN_IDS
 from keras_t5gemma.training.chunks import chunk_logits
 

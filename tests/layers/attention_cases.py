@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.layers.attention import attend
+from keras_t5gemma.layers.attend import attend
 from keras_t5gemma.layers.masks import BlockMask, attention_mask
 
 KINDS = ("queries", "keys")
@@ -78,7 +78,7 @@ def both(case, attention, gradients=True):
 
     Args:
         case: one of `CASES`.
-        attention: `(attend, query, key, value, mask, cap) -> output`, of the plain function and a `BlockMask`.
+        attention: `(query, key, value, mask, cap, dtype) -> output`, of a `BlockMask`.
         gradients: whether it has any.
     """
     case = {"queries": SEGMENTS, "keys": SEGMENTS, "block": 4, "dtype": "float32", "scale": 3.0, "cap": 2.0, **case}
@@ -92,8 +92,8 @@ def both(case, attention, gradients=True):
     plain = functools.partial(attend, cap=case["cap"], dtype=case["dtype"])
     whole, blocks = attention_mask(*segments, **kind), BlockMask(case["block"], *segments, **kind)
     if gradients:
-        found = output_and_gradients(lambda *qkv: attention(plain, *qkv, blocks, case["cap"]), *tensors)
+        found = output_and_gradients(lambda *qkv: attention(*qkv, blocks, case["cap"], case["dtype"]), *tensors)
     else:
-        output = attention(plain, *tensors[:3], blocks, case["cap"])
+        output = attention(*tensors[:3], blocks, case["cap"], case["dtype"])
         found = [ops.convert_to_numpy(ops.cast(output, "float32"))]
     return found, output_and_gradients(lambda *qkv: plain(*qkv, whole), *map(ops.stop_gradient, tensors))

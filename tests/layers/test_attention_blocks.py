@@ -1,27 +1,38 @@
 """Attention in blocks of queries: the numbers of the plain one, without its memory."""
 
 import contextlib
-import functools
 
 import keras
 import numpy as np
 import pytest
-from attention_cases import CASES, OTHERS, SEGMENTS, both, inputs
+from attention_cases import CASES, OTHERS, SEGMENTS, SIZE, both, inputs
 from keras import ops
 
+from keras_t5gemma.layers import attend as attend_module
 from keras_t5gemma.layers import masks
-from keras_t5gemma.layers.attention import attend
+from keras_t5gemma.layers.attend import attend
+from keras_t5gemma.layers.attention import attend_to
 from keras_t5gemma.layers.attention_blocks import in_blocks
 from keras_t5gemma.layers.masks import BlockMask, attention_mask, visible_keys
 
 
-def blocks_of(attend, query, key, value, mask, _cap):
-    return in_blocks(attend, query, key, value, mask)
+def at_once(query, key, value, mask, cap, dtype):
+    """As a model attends where the sequences are short: on JAX with a gradient of its own."""
+    kind = {"query_start": mask.query_start, "causal": mask.causal, "window": mask.window}
+    visible = attention_mask(mask.query_segments, mask.key_segments, **kind)
+    return attend_to(query, key, value, visible, cap=cap, dtype=dtype)
 
 
+def blocks_of(query, key, value, mask, cap, dtype):
+    return in_blocks(query, key, value, mask, cap=cap, dtype=dtype)
+
+
+@pytest.mark.parametrize("attention", [blocks_of, at_once])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_output_and_gradients_are_those_of_the_plain_one(case):
-    found, expected = both(case, blocks_of)
+def test_output_and_gradients_are_those_of_the_plain_one(case, attention):
+    if attention is at_once and keras.config.backend() != "jax":
+        pytest.skip("The plain one is at work itself.")
+    found, expected = both(case, attention)
     # Sums come in another order, and products of half precision may be rounded before they are summed.
     rounding = {"bfloat16": 1e-2, "float16": 1e-3}.get(case.get("dtype"), 1e-6)
     for got, value, tolerance in zip(found, expected, [rounding] + 3 * [3 * rounding], strict=True):
@@ -42,11 +53,11 @@ def no_gradients():
 def test_output_where_no_gradient_is_wanted_is_that_where_one_is(cap):
     segments = [ops.convert_to_tensor(array) for array in (OTHERS, SEGMENTS)]
     query, key, value, _ = inputs(7, 13, "float32", 3.0)
-    plain = functools.partial(attend, cap=cap, dtype="float32")
+    options = {"cap": cap, "dtype": "float32"}
     whole, blocks = attention_mask(*segments, window=4), BlockMask(3, *segments, window=4)
-    expected = ops.convert_to_numpy(plain(query, key, value, whole))
+    expected = ops.convert_to_numpy(attend(query, key, value, whole, **options))
     with no_gradients():
-        for got in (plain(query, key, value, whole), in_blocks(plain, query, key, value, blocks)):
+        for got in (attend(query, key, value, whole, **options), in_blocks(query, key, value, blocks, **options)):
             np.testing.assert_allclose(ops.convert_to_numpy(got), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -57,19 +68,33 @@ def test_query_that_sees_nothing_gives_zero_and_no_gradient():
         assert (query_gradient[row, query] == 0).all()
 
 
+@pytest.mark.skipif(keras.config.backend() != "jax", reason="only on JAX is attention's gradient this package's")
+@pytest.mark.parametrize("attention", [blocks_of, at_once])
+def test_nothing_of_the_size_of_the_logits_is_kept_for_the_gradient(attention):
+    import jax
+
+    segments = ops.ones((2, 64), dtype="int32")
+    query, key, value, _ = inputs(64, 64, "float32", 3.0)
+    mask = BlockMask(16, segments, segments)
+    kept = jax.tree.leaves(jax.vjp(lambda *qkv: attention(*qkv, mask, 2.0, "float32"), query, key, value)[1])
+    assert {x.shape for x in (query, key, value)} <= {x.shape for x in kept}
+    # A query's places of a mask are as many as its keys; its logits are as many times its heads.
+    assert max(x.size for x in kept) <= 2 * 64 * 64
+
+
 @pytest.mark.parametrize(("causal", "seen"), [(False, 4 + 2 * 2), (True, 4 + 2)])
-def test_block_of_a_window_takes_only_the_keys_within_it(causal, seen):
-    shapes = []
+def test_block_of_a_window_takes_only_the_keys_within_it(causal, seen, monkeypatch):
+    shapes, in_all, matmul = [], [], attend_module.matmul
 
-    def recorded(attend):
-        def call(query, key, value, visible):
-            shapes.append((query.shape[1], key.shape[2], value.shape[2], *visible.shape[1:]))
-            return attend(query, key, value, visible)
+    def recorded(left, right):
+        (shapes if left.shape[3] == 4 else in_all).append((*left.shape[3:], right.shape[3]))
+        return matmul(left, right)
 
-        return call
-
-    both({"window": 3, "causal": causal}, lambda attend, *rest: blocks_of(recorded(attend), *rest))
-    assert set(shapes) == {(4, seen, seen, 4, seen)}
+    monkeypatch.setattr(attend_module, "matmul", recorded)
+    both({"window": 3, "causal": causal}, blocks_of)
+    # Of keys with queries, and of weights with values.
+    assert set(shapes) == {(4, SIZE, seen), (4, seen, SIZE)}
+    assert set(in_all) == {(13, SIZE, 13), (13, 13, SIZE)}  # the plain one's
 
 
 def test_blocks_are_as_even_as_they_can_be_and_hold_a_quarter_of_the_logits_where_four_fit(monkeypatch):

@@ -16,6 +16,7 @@ from tiny import loud_backbone
 
 from keras_t5gemma.layers import attention, masks
 from keras_t5gemma.layers import attention_kernels as kernels
+from keras_t5gemma.layers.attend import attend
 from keras_t5gemma.layers.masks import BlockMask, attention_mask, visible_keys
 from keras_t5gemma.models import stacks
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
@@ -49,13 +50,13 @@ LONG_CASES = {
 @pytest.mark.parametrize(("kernel", "case"), PAIRS)
 def test_output_is_that_of_the_plain_one_and_so_are_gradients_where_there_are_any(kernel, case):
     # PyTorch: "FlexAttention does not support backward on CPU".
-    check(lambda _, *rest: kernel(*rest), case, gradients=BACKEND == "jax")
+    check(lambda *args: kernel(*args[:5]), case, gradients=BACKEND == "jax")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LONG_CASES.values(), ids=LONG_CASES)
 def test_kernel_of_this_machine_gives_the_plain_output_and_gradients(case):
-    check(lambda _, query, key, value, mask, cap: kernels.kernel(mask)(query, key, value, mask, cap), {**LONG, **case})
+    check(lambda query, key, value, mask, cap, _: kernels.kernel(mask)(query, key, value, mask, cap), {**LONG, **case})
 
 
 def check(attention, case, gradients=True):
@@ -115,7 +116,7 @@ def test_model_has_its_long_attention_from_the_kernel_in_both_directions(monkeyp
         used.append((query.shape[1], key.shape[2]))
         options = {"query_start": mask.query_start, "causal": mask.causal, "window": mask.window}
         visible = attention_mask(mask.query_segments, mask.key_segments, **options)
-        return attention.attend(query, key, value, visible, cap=cap, dtype="float32")
+        return attend(query, key, value, visible, cap=cap, dtype="float32")
 
     for with_kernel in (False, True):
         monkeypatch.setattr(attention, "has_kernel", lambda dtype, answer=with_kernel: answer)
