@@ -16,6 +16,7 @@ from tiny import backbone_of
 
 import keras_t5gemma as kt
 from keras_t5gemma.layers import attention_kernels, masks
+from keras_t5gemma.layers.attend import attend
 from keras_t5gemma.layers.weights import weights_from
 
 # 8 and 4 heads, 4 and 2 key and value heads.
@@ -126,7 +127,7 @@ def kernel(name):
     segments = [np.sort(generator.integers(0, 3, (8, length)), axis=1) for length in (12, 9)]
     options = {"causal": True, "window": 4}
 
-    def attend(query, key, value, *segments):
+    def by_kernel(query, key, value, *segments):
         mask = masks.BlockMask(12, *segments, **options)
         return attention_kernels.splash(query, key, value, mask, 2.0, interpret=True)
 
@@ -134,7 +135,7 @@ def kernel(name):
     with distribution.scope():
         put = [ops.convert_to_tensor(x) for x in (*arrays, *segments)]
         put = [keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape)) for x in put]
-        found = jax.jit(attend)(*put)
+        found = jax.jit(by_kernel)(*put)
     visible = masks.attention_mask(*map(ops.convert_to_tensor, segments), **options)
     plain = attend(*map(ops.convert_to_tensor, arrays), visible, cap=2.0, dtype="float32")
     return {"kernel": found, "plain": plain, "shape": found.addressable_shards[0].data.shape}
