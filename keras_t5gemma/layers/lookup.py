@@ -1,7 +1,9 @@
 """Rows of a table of embeddings, whatever it is made of."""
 
 import keras
+from keras import ops
 
+from keras_t5gemma.layers.device import jax_on_gpu
 from keras_t5gemma.layers.half_products import has_quick_kernel
 from keras_t5gemma.layers.quantized_table import int4_rows
 from keras_t5gemma.layers.settled import settled
@@ -15,13 +17,15 @@ def look_up(embedding, token_ids):
     if mode == "int4":
         return int4_rows(embedding, token_ids)
     table = embedding.embeddings.value
+    if has_quick_kernel(table):
+        # XLA takes rows of float32, to which it would convert the table before a loop; so it knows it as another table
+        # for each lookup, and converts the rows.
+        return ops.take(*settled((table, token_ids)), axis=0)
     # Over several devices, the layer sees to where its output lies.
-    if keras.config.backend() == "jax" and keras.distribution.distribution() is None:
+    if keras.config.backend() == "jax" and jax_on_gpu() and keras.distribution.distribution() is None:
         from keras_t5gemma.layers import lookup_jax
 
-        # XLA takes rows of float32, to which it would convert a table of bfloat16 before a loop; so it knows it as
-        # another table for each lookup, and converts the rows.
-        return lookup_jax.rows(*(settled((table, token_ids)) if has_quick_kernel(table) else (table, token_ids)))
+        return lookup_jax.rows(table, token_ids)
     # PyTorch's own gradient has zeros that take as long to write as the table takes to read three times.
     if keras.config.backend() == "torch":
         from keras_t5gemma.layers import lookup_torch

@@ -8,6 +8,7 @@ import pytest
 from gradients import gradients
 from keras import ops
 
+from keras_t5gemma.layers import lookup
 from keras_t5gemma.layers.lookup import look_up
 
 IDS = np.array([[3, 59, 0, 3], [3, 17, 59, 4]])
@@ -15,7 +16,11 @@ IDS = np.array([[3, 59, 0, 3], [3, 17, 59, 4]])
 
 @pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_and_the_sum_of_their_gradients(dtype, tied):
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_rows_and_the_sum_of_their_gradients(dtype, tied, on_gpu, monkeypatch):
+    if on_gpu and keras.config.backend() != "jax":
+        pytest.skip("Only on JAX is it another lookup there.")
+    monkeypatch.setattr(lookup, "jax_on_gpu", lambda: on_gpu)
     embedding = keras.layers.ReversibleEmbedding(60, 8, tie_weights=tied, dtype=dtype, autocast=not tied)
     embedding.build()
     # Numbers that bfloat16 holds.
