@@ -13,6 +13,8 @@ out. With a mesh, bytes are a device's.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import os
 import time
 from unittest import mock
@@ -80,8 +82,6 @@ def compiled(lm, length, batch, place):
 
 def placed(devices, mesh):
     """`(scope, place)`: the distribution over a mesh, if any, and where a variable lies, or without one a batch."""
-    import contextlib
-
     import jax
     import keras
 
@@ -124,8 +124,6 @@ def main():
 
 def run(arguments, devices):
     """Compiles each batch, and prints a row for it."""
-    import dataclasses
-
     import keras_t5gemma as kt
     from keras_t5gemma import presets
     from keras_t5gemma.training.adamw import AdamW

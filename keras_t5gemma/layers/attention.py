@@ -57,10 +57,11 @@ def write_at(buffer, update, index, axis=1):
 def attend_to(query, key, value, visible, *, cap, dtype):
     """`attend` to what is visible, bool or a `BlockMask`: at once, by a kernel, or in blocks."""
     if not isinstance(visible, BlockMask):
-        at_once = attend
         if keras.config.backend() == "jax":
-            from keras_t5gemma.layers.attention_jax import attend as at_once
-        return at_once(query, key, value, visible, cap=cap, dtype=dtype)
+            from keras_t5gemma.layers import attention_jax
+
+            return attention_jax.attend(query, key, value, visible, cap=cap, dtype=dtype)
+        return attend(query, key, value, visible, cap=cap, dtype=dtype)
     if has_kernel(dtype) and (fused := kernel(visible)) is not None:
         return fused(query, key, value, visible, cap)
     return in_blocks(query, key, value, visible, cap=cap, dtype=dtype)
