@@ -4,8 +4,8 @@
     python benchmarks/fits.py --length 1024 --batches 2 4                              # 2B-2B on an H100 of 80 GB
     python benchmarks/fits.py --length 1024 --batches 32 64 --rematerialize
     python benchmarks/fits.py --topology v5p:2x2x1 --length 1024 --batches 4
-    python benchmarks/fits.py --topology v5p:2x2x2 --mesh 8 --pair 9b 2b --dtype mixed_bfloat16 --length 8192 \\
-        --batches 16 --rematerialize
+    python benchmarks/fits.py --recipe 2b_2b_prefixlm                                  # as it stands, teacher included
+    python benchmarks/fits.py --recipe 9b_2b_ul2 --topology v5p:2x2x2
 
 On JAX, with AdamW and the chunked loss. No weight is made. The bytes are those of `utilisation.py`, which has the step
 compiled on the device itself; seconds are those of compiling on this machine. Autotuning, which needs a device, is left
@@ -15,6 +15,8 @@ out. With a mesh, bytes are a device's.
 import argparse
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 import time
 from unittest import mock
@@ -51,21 +53,26 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def topology(name):
-    """The accelerators of that name, none of which need exist."""
+def topology(name, count):
+    """Accelerators of that name, so many of one host where they are GPUs; none of which need exist."""
     from jax.experimental import topologies
 
     if name == "h100":
-        return topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+        return topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x1x{count}")
     return topologies.get_topology_desc(platform="tpu", topology_name=name)
 
 
 def without_values(make):
-    """What `make` gives, variables without values in it."""
+    """The model that `make` gives, its variables and its optimiser's without values."""
     import jax
 
     made = []
-    jax.eval_shape(lambda: made.append(make()))
+
+    def build():
+        made.append(make())
+        made[0].optimizer.build(made[0].trainable_variables)
+
+    jax.eval_shape(build)
     return made[0]
 
 
@@ -73,11 +80,22 @@ def compiled(lm, length, batch, place):
     """A training step on a batch of `length` + `length` tokens."""
     import jax
 
-    groups = (lm.trainable_variables, lm.non_trainable_variables, lm.optimizer.variables, lm.metrics_variables)
-    state = tuple([jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place(v)) for v in group] for group in groups)
+    from keras_t5gemma.objectives import teacher_view
+    from keras_t5gemma.training.distillation import Distillation
+
+    def array(many, dtype="int32"):
+        return jax.ShapeDtypeStruct((batch, many), dtype, sharding=place())
+
     names = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
-    ids, weight = (jax.ShapeDtypeStruct((batch, length), dtype, sharding=place()) for dtype in ("int32", "float32"))
-    return jax.jit(lm.train_step, donate_argnums=0).lower(state, (dict.fromkeys(names, ids), ids, weight)).compile()
+    y = array(length)
+    if isinstance(lm.loss, Distillation):
+        y = dict.fromkeys((teacher_view.LABELS, teacher_view.POSITIONS), array(length))
+        y |= dict.fromkeys((teacher_view.TOKEN_IDS, teacher_view.PADDING_MASK), array(2 * length))
+    data = dict.fromkeys(names, array(length)), y, array(length, "float32")
+    with lm._carrying_teacher():
+        groups = (lm.trainable_variables, lm.non_trainable_variables, lm.optimizer.variables, lm.metrics_variables)
+        state = tuple([jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place(v)) for v in group] for group in groups)
+        return jax.jit(lm.train_step, donate_argnums=0).lower(state, data).compile()
 
 
 def placed(devices, mesh):
@@ -101,12 +119,58 @@ def placed(devices, mesh):
     return parallel.scope(), place
 
 
+def of_arguments(arguments):
+    """A model of the pair asked for, compiled."""
+    import keras_t5gemma as kt
+    from keras_t5gemma import presets
+    from keras_t5gemma.training.adamw import AdamW
+
+    stacks = [with_layers(presets.stack(size), arguments.layers) for size in arguments.pair]
+    lm = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone(*stacks, dtype=arguments.dtype))
+    lm.backbone.rematerialize = arguments.rematerialize
+    lm.compile(AdamW(1e-5))
+    return lm
+
+
+def of_recipe(recipe, layers):
+    """What a recipe trains, compiled as it says, its teacher included; of Gemma 2 only the sizes."""
+    import keras_hub
+
+    import keras_t5gemma as kt
+    from keras_t5gemma import presets
+    from keras_t5gemma.demo.pretraining import build_gemma2
+    from keras_t5gemma.recipes import building
+
+    def stack(preset):
+        return with_layers(presets.stack(preset.split("_")[1]), layers)  # "gemma2_9b_en"
+
+    def adapt_gemma2(*names, dtype, **_):
+        return kt.T5GemmaBackbone(stack(names[0]), stack(names[-1]), dtype=dtype)
+
+    def teacher(name, dtype):
+        return keras_hub.models.GemmaCausalLM(build_gemma2(stack(name), kt.T5GemmaConfig.vocabulary_size, dtype=dtype))
+
+    with (
+        mock.patch.object(building, "adapt_gemma2", adapt_gemma2),
+        mock.patch.object(building, "T5GemmaTokenizer"),
+        mock.patch.object(building, "T5GemmaSeq2SeqLMPreprocessor", return_value=None),
+        mock.patch.object(keras_hub.models.GemmaCausalLM, "from_preset", teacher),
+    ):
+        return building.compiled_model(recipe)
+
+
+def with_layers(stack, layers):
+    """A stack with so many, or with its own where None."""
+    return dataclasses.replace(stack, num_layers=layers) if layers else stack
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--topology", default="h100", help='"h100", or a TPU\'s such as "v5p:2x2x1".')
+    parser.add_argument("--layers", type=int, help="So many a stack, in place of the size's.")
+    parser.add_argument("--recipe", help="A recipe's file or name, in place of all that follows.")
     parser.add_argument("--mesh", nargs="*", type=int, default=[], help="Devices along the batch, and the model.")
     parser.add_argument("--pair", nargs=2, default=["2b", "2b"])
-    parser.add_argument("--layers", type=int, help="So many a stack, in place of the size's.")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batches", nargs="*", type=int, default=[4])
@@ -116,44 +180,39 @@ def main():
 
     import jax
 
-    devices = topology(arguments.topology).devices
+    make = functools.partial(of_arguments, arguments)
+    title = (
+        f"{'-'.join(arguments.pair)}, {arguments.dtype}, activations {'again' if arguments.rematerialize else 'kept'}"
+    )
+    if arguments.recipe:
+        from keras_t5gemma.recipes.reading import read_recipe
+
+        recipe = read_recipe(arguments.recipe)
+        arguments.mesh, title = recipe.hardware.mesh, arguments.recipe
+        arguments.length, arguments.batches = recipe.objective.encoder_length, [recipe.training.batch_size]
+        make = functools.partial(of_recipe, recipe, arguments.layers)
+    devices = topology(arguments.topology, math.prod(arguments.mesh)).devices
+    table = Table("tokens", "batch", "GB", "of them at work", "compile, s")
+    table.title = f"{title}; {math.prod(arguments.mesh)} x {devices[0].device_kind}"
     # Some of what is traced depends on it.
     with mock.patch.object(jax, "default_backend", return_value="gpu" if arguments.topology == "h100" else "tpu"):
-        run(arguments, devices)
-
-
-def run(arguments, devices):
-    """Compiles each batch, and prints a row for it."""
-    import keras_t5gemma as kt
-    from keras_t5gemma import presets
-    from keras_t5gemma.training.adamw import AdamW
-
-    stacks = [presets.stack(size) for size in arguments.pair]
-    if arguments.layers:
-        stacks = [dataclasses.replace(stack, num_layers=arguments.layers) for stack in stacks]
-
-    def make():
-        lm = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone(*stacks, dtype=arguments.dtype))
-        lm.backbone.rematerialize = arguments.rematerialize
-        lm.compile(AdamW(1e-5))
-        lm.optimizer.build(lm.trainable_variables)
-        return lm
-
-    scope, place = placed(devices, arguments.mesh)
-    activations = "again" if arguments.rematerialize else "kept"
-    title = f"{'-'.join(arguments.pair)}, {arguments.dtype}, {devices[0].device_kind}, activations {activations}"
-    table = Table("tokens", "batch", "GB", "of them at work", "compile, s", title=title)
-    with scope:
-        lm = without_values(make)
-        for batch in arguments.batches:
-            start = time.perf_counter()
-            memory = compiled(lm, arguments.length, batch, place).memory_analysis()
-            state, work = (x / 1e9 for x in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
-            took = time.perf_counter() - start
-            row = (f"{arguments.length:,} + {arguments.length:,}", str(batch), f"{state + work:.1f}", f"{work:.1f}")
-            table.add_row(*row, f"{took:.0f}")
-            print(*row, f"{took:.0f}", flush=True)
+        scope, place = placed(devices, arguments.mesh)
+        with scope:
+            lm = without_values(make)
+            for batch in arguments.batches:
+                row = measured(lm, arguments.length, batch, place)
+                table.add_row(*row)
+                print(*row, flush=True)
     Console(width=120).print(table)
+
+
+def measured(lm, length, batch, place):
+    """Compiles a batch's step, for a row of the table."""
+    start = time.perf_counter()
+    memory = compiled(lm, length, batch, place).memory_analysis()
+    state, work = (x / 1e9 for x in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
+    seconds = time.perf_counter() - start
+    return f"{length:,} + {length:,}", str(batch), f"{state + work:.1f}", f"{work:.1f}", f"{seconds:.0f}"
 
 
 if __name__ == "__main__":

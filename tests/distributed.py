@@ -15,6 +15,7 @@ from peers import tiny_config
 from tiny import backbone_of
 
 import keras_t5gemma as kt
+from keras_t5gemma.demo.pretraining import build_gemma2
 from keras_t5gemma.layers import attention_kernels, masks
 from keras_t5gemma.layers.attend import attend
 from keras_t5gemma.layers.weights import weights_from
@@ -85,15 +86,27 @@ def step(generate=True):
     return lm, found | weights(lm.backbone)
 
 
+def distilled():
+    """What a step with a teacher finds: its loss and the weights after it."""
+    teacher = build_gemma2(CONFIG.encoder, CONFIG.vocabulary_size)
+    for variable in teacher.variables:
+        variable.assign(loud(variable.path, variable.shape, variable.dtype))
+    lm = compiled(loss=kt.Distillation(teacher))
+    data = kt.distillation_dataset(batches())
+    x, y, weight = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *(data[i] for i in range(PROCESSES)))
+    return teacher, {"loss": lm.train_on_batch(x, y, weight, return_dict=True)["loss"]} | weights(lm.backbone)
+
+
 def sharded(name):
-    """A step on eight devices of JAX, and what of each weight lies on the first."""
+    """Steps on eight devices of JAX, with and without a teacher, and what of each weight lies on the first."""
     distribution = model_parallel(name)
     with distribution.scope():
         lm, found = step()
-        for variable in [*lm.backbone.weights, *lm.optimizer.variables]:
-            found[f"shape of {variable.path}"] = variable.value.addressable_shards[0].data.shape
         found["program"] = program(lm, distribution)
-    return found
+        teacher, taught = distilled()
+        for variable in [*lm.backbone.weights, *lm.optimizer.variables, *teacher.variables]:
+            found[f"shape of {variable.path}"] = variable.value.addressable_shards[0].data.shape
+    return found | {f"distilled {name}": value for name, value in taught.items()}
 
 
 def model_parallel(name, **kwargs):

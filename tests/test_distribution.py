@@ -143,6 +143,22 @@ if on_jax:
     def test_step_on_eight_devices_is_that_of_one(eight_devices, one_device):
         assert_same_step(eight_devices, one_device)
 
+    @pytest.fixture(scope="module")
+    def taught_on_one_device():
+        return distributed.distilled()
+
+    def test_step_with_a_teacher_on_eight_devices_is_that_of_one(eight_devices, taught_on_one_device):
+        taught = {path.removeprefix("distilled "): x for path, x in eight_devices.items() if "distilled" in path}
+        assert_same_step(taught, taught_on_one_device[1])
+
+    def test_each_device_holds_its_part_of_each_matrix_of_a_teacher(eight_devices, taught_on_one_device, layout):
+        for variable in (variable for variable in taught_on_one_device[0].variables if len(variable.shape) > 1):
+            parts = {"data parallel": 1, "fully sharded": 8, "tensor parallel": 8, "both": 8}[layout]
+            if re.search("/(key|value)/", variable.path):  # by the width alone
+                parts = {"tensor parallel": 1, "both": 2}.get(layout, parts)
+            held = np.prod(eight_devices[f"shape of {variable.path}"])
+            assert held * parts == np.prod(variable.shape), variable.path
+
     def test_generate_on_eight_devices_gives_the_ids_of_one(eight_devices, one_device):
         np.testing.assert_array_equal(eight_devices["generated"], one_device["generated"])
 

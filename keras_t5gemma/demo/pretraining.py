@@ -14,12 +14,13 @@ from keras_t5gemma.training.evaluation import mean_loss
 FINAL_LOGIT_SOFT_CAP = 30.0
 
 
-def build_gemma2(stack, vocabulary_size):
+def build_gemma2(stack, vocabulary_size, dtype=None):
     """A keras-hub Gemma with Gemma 2's settings and random weights.
 
     Args:
         stack: a `StackConfig`.
         vocabulary_size: V.
+        dtype: of weights and computing, as in Keras; its own default where None.
 
     Returns:
         A `keras_hub.models.GemmaBackbone`.
@@ -39,6 +40,7 @@ def build_gemma2(stack, vocabulary_size):
         final_logit_soft_cap=FINAL_LOGIT_SOFT_CAP,
         use_sliding_window_attention=True,
         sliding_window_size=stack.sliding_window,
+        dtype=dtype,
     )
 
 

@@ -8,6 +8,17 @@ from keras_t5gemma.checkpoints.name_maps import TABLE, tensors
 # the width of a stack, and full sharding cuts that.
 _MODEL_LETTERS = ("V", "NH", "KH", "F")
 
+# keras-hub's Gemma 2, which may teach: by the path of a layer the axes of its weight, and of what the layer gives. Its
+# key and value heads, of which there are few, are cut along the width alone.
+_TEACHER = {
+    "token_embedding/{}": ("embeddings: V D", "B T D"),
+    r"decoder_block_\d+/attention/query/{}": ("kernel: N D H", "B T N H"),
+    r"decoder_block_\d+/attention/(key|value)/{}": ("kernel: K D H", "B T K H"),
+    r"decoder_block_\d+/attention/attention_output/{}": ("kernel: N H D", "B T D"),
+    r"decoder_block_\d+/ffw_gating(_2)?/{}": ("kernel: D F", "B T F"),
+    r"decoder_block_\d+/ffw_linear/{}": ("kernel: F D", "B T D"),
+}
+
 
 def layout_map(device_mesh, config=None, *, data_axis="batch", model_axis="model", fully_sharded=True):
     """A `keras.distribution.LayoutMap` of T5Gemma's weights and activations.
@@ -28,7 +39,8 @@ def layout_map(device_mesh, config=None, *, data_axis="batch", model_axis="model
     than a fully sharded matrix.
 
     Scales of norms are whole everywhere. LoRA's matrices are cut as their kernel is, but for the rank, and an
-    optimizer's state lies as its weight does.
+    optimizer's state lies as its weight does. The weights of a keras-hub Gemma 2 that is made under this map, to teach
+    (`Distillation`), are divided in the same way; its query heads, too, must divide by the devices along `model_axis`.
 
     With a `config`, what does not divide is put elsewhere. Heads stay whole: where the number of key and value heads is
     no multiple of the devices along `model_axis`, that axis cuts the rows of those matrices instead. Where that does
@@ -93,6 +105,11 @@ def layout_map(device_mesh, config=None, *, data_axis="batch", model_axis="model
                     layouts["logits/output"] = (data_axis, None, model_axis if cut[0] == model_axis else None)
             if weight != "reverse_embeddings":
                 layouts[f"{layer}/output"] = output
+    axes = {"B": data_axis, "D": data_axis if fully_sharded else None} | dict.fromkeys("VNF", model_axis)
+    for path, (of_weight, output) in _TEACHER.items():
+        weight, letters = of_weight.split(": ")
+        layouts[path.format(weight)] = tuple(map(axes.get, letters.split()))
+        layouts[path.format("output")] = tuple(None if letter == "D" else axes.get(letter) for letter in output.split())
     return layouts
 
 
