@@ -3,14 +3,22 @@
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.device import jax_on_gpu
 from keras_t5gemma.layers.half_products import has_quick_kernel
 from keras_t5gemma.layers.quantized_table import int4_rows
 from keras_t5gemma.layers.settled import settled
 
 
-def look_up(embedding, token_ids):
-    """[B, T, D] of ids [B, T] and a built `keras.layers.ReversibleEmbedding`; it may have the table's dtype."""
+def look_up(embedding, token_ids, alone=False):
+    """Rows of a table of embeddings.
+
+    Args:
+        embedding: a built `keras.layers.ReversibleEmbedding`.
+        token_ids: int [B, T].
+        alone: whether nothing else, such as a projection, gives its table a gradient.
+
+    Returns:
+        [B, T, D], which may have the table's dtype.
+    """
     mode = embedding.quantization_mode
     if embedding.lora_enabled or mode not in (None, "int4"):
         return embedding(token_ids)
@@ -22,7 +30,7 @@ def look_up(embedding, token_ids):
         # for each lookup, and converts the rows.
         return ops.take(*settled((table, token_ids)), axis=0)
     # Over several devices, the layer sees to where its output lies.
-    if keras.config.backend() == "jax" and jax_on_gpu() and keras.distribution.distribution() is None:
+    if keras.config.backend() == "jax" and alone and keras.distribution.distribution() is None:
         from keras_t5gemma.layers import lookup_jax
 
         return lookup_jax.rows(table, token_ids)

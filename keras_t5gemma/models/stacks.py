@@ -32,6 +32,7 @@ class Stack(keras.layers.Layer):
         self.config = config
         self.causal = causal
         self.rematerialize = False  # see `T5GemmaBackbone.rematerialize`
+        self.projects = tie_embeddings and encoder_dim is not None  # an encoder has nothing to project
         self.token_embedding = embedding(
             vocabulary_size, "token_embedding", config, self.dtype_policy, tied=tie_embeddings
         )
@@ -77,7 +78,7 @@ class Stack(keras.layers.Layer):
                 masks[kind] = self._visible(kind, query_segments, key_segments, start, room)
                 indices[kind] = start if room is None or query_segments.shape[1] > 1 else place(start, room)
         angles = rotary_angles(ops.shape(token_ids)[1], start, config.head_dim, config.rope_wavelength)
-        x = ops.cast(look_up(self.token_embedding, token_ids), self.compute_dtype)
+        x = ops.cast(look_up(self.token_embedding, token_ids, alone=not self.projects), self.compute_dtype)
         # Gemma rounds the factor to the compute dtype: sqrt(3584) is 59.867 in float32, 59.75 in bfloat16.
         x = x * ops.cast(config.hidden_dim**0.5, x.dtype)
         x = self.dropout(x, training=training)
