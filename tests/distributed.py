@@ -19,6 +19,7 @@ from keras_t5gemma.demo.pretraining import build_gemma2
 from keras_t5gemma.layers import attention_kernels, masks
 from keras_t5gemma.layers.attend import attend
 from keras_t5gemma.layers.weights import weights_from
+from keras_t5gemma.training import losses
 
 # 8 and 4 heads, 4 and 2 key and value heads.
 CONFIG = tiny_config(balanced=False, num_layers=1)
@@ -99,10 +100,11 @@ def distilled():
 
 def sharded(name):
     """Steps on eight devices of JAX, with and without a teacher, and what of each weight lies on the first."""
+    losses.CHUNK_BYTES = 4 * CONFIG.vocabulary_size  # a target position a chunk
     distribution = model_parallel(name)
     with distribution.scope():
         lm, found = step()
-        found["program"] = program(lm, distribution)
+        found["forward"], found["training"] = forward_program(lm, distribution), training_program(lm, distribution)
         teacher, taught = distilled()
         for variable in [*lm.backbone.weights, *lm.optimizer.variables, *teacher.variables]:
             found[f"shape of {variable.path}"] = variable.value.addressable_shards[0].data.shape
@@ -116,18 +118,29 @@ def model_parallel(name, **kwargs):
     return keras.distribution.ModelParallel(layout_map=layouts, batch_dim_name="batch", **kwargs)
 
 
-def program(lm, distribution):
+def forward_program(lm, distribution):
     """The text of the compiled forward pass."""
     import jax
 
-    x = whole_batch()[0]
-    x = {
-        name: keras.distribution.distribute_tensor(value, distribution.get_data_layout(value.shape))
-        for name, value in x.items()
-    }
     call = functools.partial(lm.stateless_call, training=False)
     state = [[variable.value for variable in group] for group in (lm.trainable_variables, lm.non_trainable_variables)]
-    return jax.jit(call).lower(*state, x).compile().as_text()
+    return jax.jit(call).lower(*state, spread(distribution, whole_batch()[0])).compile().as_text()
+
+
+def training_program(lm, distribution):
+    """The text of the compiled training step."""
+    import jax
+
+    groups = lm.trainable_variables, lm.non_trainable_variables, lm.optimizer.variables, lm.metrics_variables
+    state = tuple([variable.value for variable in group] for group in groups)
+    return jax.jit(lm.train_step).lower(state, spread(distribution, whole_batch())).compile().as_text()
+
+
+def spread(distribution, arrays):
+    """Arrays of a batch, each device with its rows."""
+    return keras.tree.map_structure(
+        lambda x: keras.distribution.distribute_tensor(x, distribution.get_data_layout(x.shape)), arrays
+    )
 
 
 def kernel(name):

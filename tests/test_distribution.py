@@ -175,12 +175,21 @@ if on_jax:
 
     def test_no_device_computes_with_the_whole_batch(eight_devices, layout):
         """XLA, left alone, gathers the batch of a fully sharded model on every device rather than a weight."""
-        widths = {int(width) for width in re.findall(r"f32\[8,(?:14|10),(\d+)\]", str(eight_devices["program"]))}
+        widths = {int(width) for width in re.findall(r"f32\[8,(?:14|10),(\d+)\]", str(eight_devices["forward"]))}
         if layout == "tensor parallel":
             assert {CONFIG.encoder.hidden_dim, CONFIG.decoder.hidden_dim} <= widths
         else:
             # Each device looks up its columns of the embeddings for all, then they exchange: no more than its own rows.
             assert widths <= {stack.hidden_dim // 2 for stack in (CONFIG.encoder, CONFIG.decoder)}
+
+    def test_devices_meet_once_for_the_gradient_of_the_table_and_not_after_each_chunk(eight_devices, layout):
+        """XLA, left alone, would gather the table, and sum its gradient over the devices, in the loop over chunks."""
+        collective = r"= (.*) (?:all-reduce|all-gather|reduce-scatter|all-to-all)\(.*op_name=\"[^\"]*while/body"
+        exchanged = re.findall(collective, str(eight_devices["training"]))
+        # Tensor parallelism has to exchange hidden states, and what a softmax has to know of all logits.
+        assert bool(exchanged) == (layout in ("tensor parallel", "both"))
+        rows = {int(rows) for rows in re.findall(rf"\[(\d+),{CONFIG.decoder.hidden_dim}\]", " ".join(exchanged))}
+        assert rows <= {1, 4, 8}  # tokens
 
     @pytest.fixture(scope="module")
     def folders(tmp_path_factory):

@@ -10,14 +10,18 @@ cuDNN has no soft cap, and of Tokamax's what ran was slower than what XLA makes 
 """
 
 import functools
+import math
 
 import keras
 from keras import ops
 
 from keras_t5gemma.layers.masks import attention_mask
 
-# Of splash attention: positions are handled so many at a time, and head sizes filled up to a multiple of this.
+# Of splash attention: lengths and head sizes are filled up to a multiple of this.
 _LANES = 128
+# Of splash attention, too: queries and keys in a block, where they divide by it. JAX has 128, untuned by its own words;
+# this is MaxText's default (`sa_block_q` and so on in its base.yml).
+_BLOCK = 512
 # Further than any sequence is long.
 _FAR = 2**30
 # TPUs have no float16.
@@ -156,6 +160,7 @@ def splash(query, key, value, mask, cap, interpret=False):
             head_shards=1,
             q_seq_shards=1,
             attn_logits_soft_cap=cap,
+            block_sizes=splash_attention_kernel.BlockSizes(**_block_sizes(*padded)),
             interpret=interpret,
         )
         arrays = (fill(ops.swapaxes(query, 1, 2), padded[0]), fill(key, padded[1]), fill(value, padded[1]))
@@ -165,6 +170,13 @@ def splash(query, key, value, mask, cap, interpret=False):
     query = ops.reshape(query, (batch, queries, kv_heads * groups, size))
     attended = _on_each_device(attend, query, key, value, mask)
     return _without_the_blind(ops.reshape(attended, (batch, queries, kv_heads, groups, size)), mask)
+
+
+def _block_sizes(queries, keys):
+    """Of each of splash attention's three kernels: the forward pass, the gradients of keys and values, of queries."""
+    q, kv = math.gcd(queries, _BLOCK), math.gcd(keys, _BLOCK)
+    names = {"block_q": q, "block_kv": kv, "block_kv_compute": kv, "block_q_dkv": q, "block_kv_dkv": kv}
+    return names | {"block_kv_dkv_compute": kv, "block_q_dq": q, "block_kv_dq": kv}
 
 
 def _on_each_device(attend, query, key, value, mask):

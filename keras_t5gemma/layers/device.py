@@ -22,3 +22,12 @@ def jax_on_gpu():
     import jax
 
     return jax.default_backend() == "gpu"
+
+
+def devices_of_a_batch():
+    """`(axis, count)`: the mesh's axis along which batches are divided, and the devices along it; or None and 1."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return None, 1
+    mesh, axis = distribution.device_mesh, distribution.batch_dim_name
+    return axis, dict(zip(mesh.axis_names, mesh.shape, strict=True))[axis]

@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.layers.settled import settled_backwards
+
 
 def rematerialized(call, layer, *tensors):
     """Calls a function of a layer, of which nothing is kept for the backward pass but what goes in.
@@ -32,7 +34,7 @@ def rematerialized(call, layer, *tensors):
             result = call(*args[: len(tensors)])
         return result, *(scope.get_current_value(state) for state in states)
 
-    result, *after = run(*tensors, *map(ops.convert_to_tensor, trained))
+    result, *after = run(*settled_backwards([*tensors, *map(ops.convert_to_tensor, trained)]))
     for state, value in zip(states, after, strict=True):
         state.assign(value)
     return result

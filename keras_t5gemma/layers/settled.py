@@ -1,5 +1,7 @@
 """Tensors that are to be in memory as they are, whatever reads them."""
 
+import functools
+
 import keras
 
 
@@ -26,3 +28,21 @@ def handed_on(x):
     PyTorch sum by themselves.
     """
     return settled(x) if keras.config.backend() == "jax" else x
+
+
+def settled_backwards(tensors):
+    """The same tensors, whose gradients are in memory, all of them, before any of them is used.
+
+    XLA, on TPUs, would go on from layer to layer and leave the weights' gradients for later, and with them all that
+    they are made of.
+    """
+    return _settled_backwards()(tensors) if keras.config.backend() == "jax" else tensors
+
+
+@functools.cache
+def _settled_backwards():
+    import jax
+
+    same = jax.custom_vjp(lambda tensors: tensors)
+    same.defvjp(lambda tensors: (tensors, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
+    return same

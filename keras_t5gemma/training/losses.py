@@ -5,10 +5,12 @@ to hidden states and table are formed in the same pass, so that nothing is compu
 tokens x vocabulary x width, as many as the plain loss takes.
 """
 
+import functools
+
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.device import on_cpu
+from keras_t5gemma.layers.device import devices_of_a_batch, on_cpu
 from keras_t5gemma.training.chunks import (
     Chunks,
     ChunkSettings,
@@ -77,8 +79,8 @@ class VocabularyCrossEntropy(keras.losses.Loss):
             cap: soft cap on the logits, or None.
             training: whether gradients will be asked for.
             train_table: whether the table's is among them; without it a third of the work is saved.
-            chunk_bytes: of float32 logits at once; `CHUNK_BYTES`, or `CHUNK_BYTES_ON_ACCELERATORS`, where None. What it
-                changes is time and memory.
+            chunk_bytes: of float32 logits at once on a device; `CHUNK_BYTES`, or `CHUNK_BYTES_ON_ACCELERATORS`, where
+                None. What it changes is time and memory.
 
         Returns:
             `(loss, accuracy, total weight)`, float32 scalars; no gradient flows through the latter two.
@@ -89,7 +91,7 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         # Keras's own reduction: a batch of nothing but padding has loss zero.
         shares = ops.divide_no_nan(weights, total)
         usual = CHUNK_BYTES if on_cpu(hidden) else CHUNK_BYTES_ON_ACCELERATORS
-        chunks = Chunks(hidden.shape, table.shape[0], chunk_bytes or usual)
+        chunks = Chunks(hidden.shape, table.shape[0], (chunk_bytes or usual) * devices_of_a_batch()[1])
         settings, by_token, shared = self.chunk_settings(cap, labels, shares)
         targets = tuple(chunks.cut(array) for array in by_token), shared
         if training:
@@ -221,7 +223,9 @@ def _one_pass():
     elif keras.config.backend() == "torch":
         from keras_t5gemma.training.losses_torch import sums_and_gradients
     else:
-        sums_and_gradients = _sums_and_gradients
+        from keras_t5gemma.training.losses_jax import by_device
+
+        return functools.partial(by_device, _sums_and_gradients)
     return sums_and_gradients
 
 

@@ -53,6 +53,15 @@ def test_output_is_that_of_the_plain_one_and_so_are_gradients_where_there_are_an
     check(lambda *args: kernel(*args[:5]), case, gradients=BACKEND == "jax")
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="splash attention is JAX's")
+@pytest.mark.parametrize("more", [{}, {"keys": OTHERS}], ids=["512 by 512", "512 by 128"])
+def test_splash_attention_gives_the_same_in_larger_blocks(more):
+    """975 queries are filled up to two blocks of 512, 525 keys to five of 128."""
+    check(
+        lambda *args: KERNELS["splash"](*args[:5]), {"times": 75, "scale": 0.5, "causal": True, "window": 600, **more}
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LONG_CASES.values(), ids=LONG_CASES)
 def test_kernel_of_this_machine_gives_the_plain_output_and_gradients(case):
