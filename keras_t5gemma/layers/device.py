@@ -30,4 +30,4 @@ def devices_of_a_batch():
     if distribution is None:
         return None, 1
     mesh, axis = distribution.device_mesh, distribution.batch_dim_name
-    return axis, dict(zip(mesh.axis_names, mesh.shape, strict=True))[axis]
+    return axis, dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(axis, 1)
