@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 from launch import PROCESSES
+from one_step import compiled_step
 from peers import tiny_config
 from tiny import backbone_of
 
@@ -47,9 +48,10 @@ def shortened(index, batch):
     return {**x, "decoder_padding_mask": x["decoder_padding_mask"] * keep}, y, weight * keep.astype("float32")
 
 
-def whole_batch():
-    """`(x, y, sample_weight)` of both processes."""
-    return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *(batches()[i] for i in range(PROCESSES)))
+def whole_batch(view=lambda data: data):
+    """`(x, y, sample_weight)` of both processes, of a view of the dataset."""
+    data = view(batches())
+    return keras.tree.map_structure(lambda *parts: np.concatenate(parts), *(data[i] for i in range(PROCESSES)))
 
 
 def prompt():
@@ -93,9 +95,8 @@ def distilled():
     for variable in teacher.variables:
         variable.assign(loud(variable.path, variable.shape, variable.dtype))
     lm = compiled(loss=kt.Distillation(teacher))
-    data = kt.distillation_dataset(batches())
-    x, y, weight = keras.tree.map_structure(lambda *parts: np.concatenate(parts), *(data[i] for i in range(PROCESSES)))
-    return teacher, {"loss": lm.train_on_batch(x, y, weight, return_dict=True)["loss"]} | weights(lm.backbone)
+    logs = lm.train_on_batch(*whole_batch(kt.distillation_dataset), return_dict=True)
+    return teacher, {"loss": logs["loss"]} | weights(lm.backbone)
 
 
 def sharded(name):
@@ -104,7 +105,8 @@ def sharded(name):
     distribution = model_parallel(name)
     with distribution.scope():
         lm, found = step()
-        found["forward"], found["training"] = forward_program(lm, distribution), training_program(lm, distribution)
+        found["forward"] = forward_program(lm, distribution)
+        found["training"] = compiled_step(lm, spread(distribution, whole_batch())).as_text()
         teacher, taught = distilled()
         for variable in [*lm.backbone.weights, *lm.optimizer.variables, *teacher.variables]:
             found[f"shape of {variable.path}"] = variable.value.addressable_shards[0].data.shape
@@ -125,15 +127,6 @@ def forward_program(lm, distribution):
     call = functools.partial(lm.stateless_call, training=False)
     state = [[variable.value for variable in group] for group in (lm.trainable_variables, lm.non_trainable_variables)]
     return jax.jit(call).lower(*state, spread(distribution, whole_batch()[0])).compile().as_text()
-
-
-def training_program(lm, distribution):
-    """The text of the compiled training step."""
-    import jax
-
-    groups = lm.trainable_variables, lm.non_trainable_variables, lm.optimizer.variables, lm.metrics_variables
-    state = tuple([variable.value for variable in group] for group in groups)
-    return jax.jit(lm.train_step).lower(state, spread(distribution, whole_batch())).compile().as_text()
 
 
 def spread(distribution, arrays):

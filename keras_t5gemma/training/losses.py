@@ -225,7 +225,7 @@ def _one_pass():
     else:
         from keras_t5gemma.training.losses_jax import by_device
 
-        return functools.partial(by_device, _sums_and_gradients)
+        sums_and_gradients = functools.partial(by_device, _sums_and_gradients)
     return sums_and_gradients
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from gradients import gradients
 from keras import ops
+from one_step import compiled_step
 
 import keras_t5gemma as kt
 from keras_t5gemma.layers.lookup import look_up
@@ -57,16 +58,10 @@ def resident_bytes():
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="PyTorch's is above; TensorFlow's gradients are rows")
 def test_training_step_has_memory_for_one_gradient_of_a_tables_size():
     """The encoder's table has to wait for its own until the decoder's, of loss and lookups, has been applied."""
-    import jax
-
     stack = {"num_layers": 1, "hidden_dim": 64, "intermediate_dim": 64, "num_query_heads": 1, "num_key_value_heads": 1}
     lm = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone(*[stack | {"head_dim": 8}] * 2, vocabulary_size=20_000))
     lm.compile("adamw")
-    lm.optimizer.build(lm.trainable_variables)
-    groups = lm.trainable_variables, lm.non_trainable_variables, lm.optimizer.variables, lm.metrics_variables
     names = [f"{side}_{what}" for side in ("encoder", "decoder") for what in ("token_ids", "padding_mask")]
     ids = np.ones((2, 4), "int32")
-    data = dict.fromkeys(names, ids), ids, np.ones((2, 4), "float32")
-    state = tuple([variable.value for variable in group] for group in groups)
-    memory = jax.jit(lm.train_step, donate_argnums=0).lower(state, data).compile().memory_analysis()
+    memory = compiled_step(lm, (dict.fromkeys(names, ids), ids, np.ones((2, 4), "float32"))).memory_analysis()
     assert memory.temp_size_in_bytes < 1.6 * 4 * 20_000 * 64
