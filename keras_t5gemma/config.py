@@ -1,8 +1,10 @@
 """What a T5Gemma is, as plain values: no Keras here, so that any program can read, check and write a config."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
+
+from keras_t5gemma.checks import check_integer_fields, is_number
+from keras_t5gemma.suggestions import check_choice, did_you_mean
 
 ATTENTION_KINDS = ("sliding", "global")
 ENCODER_ATTENTIONS = ("bidirectional", "causal")
@@ -51,16 +53,16 @@ class StackConfig:
     initializer_range: float = 0.02
 
     def __post_init__(self):
-        for name in (
-            "num_layers",
-            "hidden_dim",
-            "intermediate_dim",
-            "num_query_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "sliding_window",
-        ):
-            _check_count(name, getattr(self, name))
+        check_integer_fields(
+            self,
+            num_layers=1,
+            hidden_dim=1,
+            intermediate_dim=1,
+            num_query_heads=1,
+            num_key_value_heads=1,
+            head_dim=1,
+            sliding_window=1,
+        )
         if self.num_query_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_query_heads` must be a multiple of `num_key_value_heads`. Received: num_query_heads="
@@ -75,10 +77,10 @@ class StackConfig:
             )
         for name in ("query_scalar", "attention_soft_cap"):
             if getattr(self, name) is not None:
-                _check_positive(name, getattr(self, name))
+                _check_positive(self, name)
         for name in ("rope_wavelength", "norm_epsilon", "initializer_range"):
-            _check_positive(name, getattr(self, name))
-        if not _is_number(self.dropout) or not 0 <= self.dropout < 1:
+            _check_positive(self, name)
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={self.dropout!r}.")
 
     @property
@@ -135,13 +137,10 @@ class T5GemmaConfig:
                 object.__setattr__(self, name, StackConfig.from_dict(stack))
             elif not isinstance(stack, StackConfig):
                 raise ValueError(f"`{name}` must be a StackConfig or a mapping of its fields. Received: {stack!r}.")
-        _check_count("vocabulary_size", self.vocabulary_size)
+        check_integer_fields(self, vocabulary_size=1)
         if self.final_logit_soft_cap is not None:
-            _check_positive("final_logit_soft_cap", self.final_logit_soft_cap)
-        if self.encoder_attention not in ENCODER_ATTENTIONS:
-            raise ValueError(
-                f"`encoder_attention` must be one of {ENCODER_ATTENTIONS}. Received: {self.encoder_attention!r}."
-            )
+            _check_positive(self, "final_logit_soft_cap")
+        check_choice(self.encoder_attention, "encoder_attention", ENCODER_ATTENTIONS)
         if not isinstance(self.tie_embeddings, bool):
             raise ValueError(f"`tie_embeddings` must be True or False. Received: {self.tie_embeddings!r}.")
 
@@ -166,22 +165,18 @@ class T5GemmaConfig:
 def _known_fields(cls, values):
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"{cls.__name__} has no field {unknown}. Known fields: {sorted(fields)}.")
+        raise ValueError(
+            f"{cls.__name__} has no field {unknown}. Known fields: {sorted(fields)}.{did_you_mean(unknown[0], fields)}"
+        )
     required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
     if missing := sorted(required - set(values)):
         raise ValueError(f"{cls.__name__} needs the fields {missing}. Received: {sorted(values)}.")
     return dict(values)
 
 
-def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _check_count(name, value):
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
-
-
-def _check_positive(name, value):
-    if not _is_number(value) or value <= 0:
+def _check_positive(instance, name):
+    value = getattr(instance, name)
+    if not is_number(value) or value <= 0:
         raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}.")
+    # numpy's numbers are not JSON's.
+    object.__setattr__(instance, name, value if isinstance(value, int) else float(value))

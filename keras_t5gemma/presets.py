@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from keras_t5gemma.config import StackConfig
+from keras_t5gemma.suggestions import did_you_mean
 
 # One row a stack, from the model cards and `config.json` of google/t5gemma-* (2025):
 #       layers, hidden, feed-forward, query heads, kv heads, head size
@@ -84,7 +85,9 @@ def stack(size):
         return size
     if isinstance(size, str):
         if size not in STACKS:
-            raise ValueError(f"Unknown stack size {size!r}. Known sizes: {', '.join(STACKS)}.")
+            raise ValueError(
+                f"Unknown stack size {size!r}. Known sizes: {', '.join(STACKS)}.{did_you_mean(size, STACKS)}"
+            )
         return STACKS[size]
     if isinstance(size, dict):
         return StackConfig.from_dict(size)
@@ -118,7 +121,7 @@ def locate(preset, weights=True, *, config=True):
         raise ValueError(
             f"Unknown preset {text!r}: it is no folder here and none of the {len(PRESETS)} built-in names "
             f"({', '.join(list(PRESETS)[:3])}, ...; `keras-t5gemma presets` lists them). A hub checkpoint is written "
-            f"hf://owner/name or kaggle://owner/model/keras/variation."
+            f"hf://owner/name or kaggle://owner/model/keras/variation.{did_you_mean(text, PRESETS)}"
         )
     if config and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no `config.json`, so it is neither a Keras preset nor a Hugging Face folder.")

@@ -12,19 +12,21 @@ import keras_t5gemma
 PACKAGE = Path(keras_t5gemma.__file__).parent
 # A module imports only from a lower rank or from its own folder. Everything in a folder has the folder's rank.
 RANKS = {
-    "config": 0,
-    "presets": 1,
-    "layers": 1,
-    "text": 2,
-    "objectives": 2,
-    "generation": 2,
-    "checkpoints": 2,
+    "checks": 0,
+    "suggestions": 0,
+    "config": 1,
+    "presets": 2,
+    "layers": 2,
+    "text": 3,
+    "objectives": 3,
+    "generation": 3,
+    "checkpoints": 3,
     # Above checkpoints, in whose format a run's weights are saved; below models, which may take their loss from here.
-    "training": 3,
-    "models": 4,
-    "recipes": 5,
-    "demo": 5,
-    "cli": 6,
+    "training": 4,
+    "models": 5,
+    "recipes": 6,
+    "demo": 6,
+    "cli": 7,
 }
 # What these import at module level must not need Keras: they answer in a fraction of a second, or run in workers.
 WITHOUT_KERAS = (

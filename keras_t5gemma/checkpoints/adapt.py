@@ -12,6 +12,7 @@ import numpy as np
 from keras_t5gemma.checkpoints.name_maps import TABLE, tensors
 from keras_t5gemma.checkpoints.tensors import CheckpointError, TensorSource
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.suggestions import check_choice
 
 CROSS_ATTENTIONS = ("auto", "self-attention", "random")
 ENCODER_HEADS = ("grouped", "multi")
@@ -32,8 +33,7 @@ def adapted_config(encoder, decoder, encoder_attention="bidirectional", encoder_
         ValueError: where `encoder_heads` is neither.
         CheckpointError: where their vocabularies differ.
     """
-    if encoder_heads not in ENCODER_HEADS:
-        raise ValueError(f"`encoder_heads` must be one of {ENCODER_HEADS}. Received: {encoder_heads!r}.")
+    check_choice(encoder_heads, "encoder_heads", ENCODER_HEADS)
     if encoder.vocabulary_size != decoder.vocabulary_size:
         raise CheckpointError(
             f"The encoder's Gemma 2 has a vocabulary of {encoder.vocabulary_size}, the decoder's one of "
@@ -162,8 +162,7 @@ def resolve_cross_attention(config, cross_attention):
         ValueError: where it is none of these.
         CheckpointError: where "self-attention" was asked for and the stacks' widths differ.
     """
-    if cross_attention not in CROSS_ATTENTIONS:
-        raise ValueError(f"`cross_attention` must be one of {CROSS_ATTENTIONS}. Received: {cross_attention!r}.")
+    check_choice(cross_attention, "cross_attention", CROSS_ATTENTIONS)
     if cross_attention == "auto":
         # Dropout and the spread of fresh weights are no part of what the weights were trained to compute.
         encoder, decoder = (

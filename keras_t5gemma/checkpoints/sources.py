@@ -13,6 +13,7 @@ from keras_t5gemma.checkpoints.orbax import read_orbax_t5gemma
 from keras_t5gemma.checkpoints.orbax_files import is_orbax
 from keras_t5gemma.checkpoints.tensors import CheckpointError, TensorSource
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.suggestions import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,14 +116,15 @@ def locate_gemma2(origin):
         CheckpointError: where the folder has no `config.json`.
     """
     name = str(origin)
-    if "://" not in name and not Path(name).is_dir() and name.startswith("gemma2"):
+    if "://" not in name and not Path(name).is_dir() and name not in presets.PRESETS:
         import keras_hub
 
         known = keras_hub.models.GemmaBackbone.presets
         if name not in known:
+            gemma2 = [known_name for known_name in known if known_name.startswith("gemma2")]
             raise ValueError(
-                f"Unknown preset {name!r}. keras-hub's Gemma 2 are "
-                f"{', '.join(known_name for known_name in known if known_name.startswith('gemma2'))}."
+                f"Unknown preset {name!r}: it is not a folder here. keras-hub's Gemma 2 are {', '.join(gemma2)}. A hub "
+                f"checkpoint is written hf://owner/name.{did_you_mean(name, gemma2)}"
             )
         origin = known[name]["kaggle_handle"]
     return _with_config(presets.locate(origin, config=False))

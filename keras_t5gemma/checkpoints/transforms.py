@@ -3,6 +3,7 @@
 import numpy as np
 
 from keras_t5gemma.checkpoints.tensors import CHUNK_BYTES, DTYPES, CheckpointError, TensorSource
+from keras_t5gemma.suggestions import check_choice
 
 
 def cast_tensors(source, dtype):
@@ -18,8 +19,7 @@ def cast_tensors(source, dtype):
     known = {str(dtype): dtype for dtype in DTYPES.values()}
     if dtype is None:
         return source
-    if dtype not in known:
-        raise ValueError(f"`dtype` must be one of {list(known)}, or None for the model's. Received: {dtype!r}.")
+    check_choice(dtype, "dtype", known, others=", or None for the model's")
     return _Cast(source, known[dtype])
 
 

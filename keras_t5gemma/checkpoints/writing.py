@@ -11,6 +11,7 @@ from keras_t5gemma.checkpoints.files import CHECKSUMS_KEY, INDEX_FILE, WEIGHTS_F
 from keras_t5gemma.checkpoints.new_folder import check_space
 from keras_t5gemma.checkpoints.progress import byte_progress
 from keras_t5gemma.checkpoints.tensors import DTYPES, CheckpointError, check_finite, checksum
+from keras_t5gemma.checks import is_integer
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NO_CHECKSUM = "0" * 16
@@ -129,8 +130,8 @@ def _header(source, names, checksums):
 
 
 def _byte_count(size):
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return size
+    if is_integer(size) and size > 0:
+        return int(size)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None
     if match and match[2].upper() in _UNITS and float(match[1]) > 0:
         return int(float(match[1]) * _UNITS[match[2].upper()])

@@ -4,6 +4,7 @@ import keras
 import keras_hub
 from keras import ops, tree
 
+from keras_t5gemma.checks import integer
 from keras_t5gemma.generation.stopping import is_stop
 
 # Score of a beam that does not exist yet: far below any sum of log-probabilities, and finite.
@@ -30,9 +31,7 @@ class BeamSampler(keras_hub.samplers.Sampler):
 
     def __init__(self, num_beams=5, length_penalty=1.0, **kwargs):
         super().__init__(**kwargs)
-        if not isinstance(num_beams, int) or num_beams < 1:
-            raise ValueError(f"`num_beams` must be a positive integer. Received: num_beams={num_beams!r}.")
-        self.num_beams = num_beams
+        self.num_beams = integer(num_beams, "num_beams")
         self.length_penalty = length_penalty
 
     def __call__(

@@ -10,6 +10,7 @@ from keras import ops, tree
 from keras_t5gemma.generation.beam_sampler import BeamSampler
 from keras_t5gemma.generation.processors import Sequences, in_order
 from keras_t5gemma.generation.stopping import is_stop, output_mask
+from keras_t5gemma.suggestions import check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +30,19 @@ class Control:
     log_probs: bool = False
 
 
+SAMPLERS = ("greedy", "beam", "top_k", "top_p", "random", "contrastive")  # the names that `compile` takes
+
+
 def resolve_sampler(sampler):
     """The sampler for a name or an instance, keras-hub's beam search exchanged for ours.
 
     Raises:
         ValueError: where it is no sampler, its temperature not positive, or a beam search asked to return all beams.
     """
-    if isinstance(sampler, str) and sampler == "beam":
-        return BeamSampler()
     if isinstance(sampler, str):
-        sampler = keras_hub.samplers.get(sampler)
+        # keras-hub's `get` returns a name that it does not know as it is.
+        check_choice(sampler, "sampler", SAMPLERS, others=", or a keras_hub.samplers.Sampler")
+        sampler = BeamSampler() if sampler == "beam" else keras_hub.samplers.get(sampler)
     if isinstance(sampler, keras_hub.samplers.BeamSampler):
         if sampler.return_all_beams:
             raise ValueError("`return_all_beams=True` is not available: `generate(num_samples=n)` gives the n best.")

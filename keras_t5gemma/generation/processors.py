@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.checks import check_integer_fields, integers, is_number
+
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
@@ -62,7 +64,7 @@ class RepetitionPenalty:
     penalty: float
 
     def __post_init__(self):
-        if not isinstance(self.penalty, (int, float)) or not self.penalty > 0:
+        if not is_number(self.penalty) or not self.penalty > 0:
             raise ValueError(f"`penalty` must be above 0; 1 changes nothing. Received: penalty={self.penalty!r}.")
 
     def __call__(self, logits, sequences):
@@ -87,7 +89,7 @@ class NoRepeatNgrams:
     n: int
 
     def __post_init__(self):
-        _check_count(self.n, "n")
+        check_integer_fields(self, n=1)
 
     def __call__(self, logits, sequences):
         """Logits [R, V] as [R, V]."""
@@ -117,9 +119,7 @@ class ForbiddenTokens:
     ids: tuple[int, ...]
 
     def __post_init__(self):
-        if isinstance(self.ids, (str, bytes)) or not hasattr(self.ids, "__iter__"):
-            raise ValueError(f"`ids` must be a sequence of ids. Received: {self.ids!r}.")
-        ids = tuple(sorted(set(_integers(self.ids, "ids"))))
+        ids = tuple(sorted(set(integers(self.ids, "ids"))))
         if not ids:
             raise ValueError("`ids` must hold at least one id. Received: none.")
         object.__setattr__(self, "ids", ids)
@@ -149,7 +149,7 @@ class MinimumLength:
     tokens: int
 
     def __post_init__(self):
-        _check_count(self.tokens, "tokens")
+        check_integer_fields(self, tokens=1)
 
     def check(self, request):
         """Raises a ValueError where a row has no room for so many."""
@@ -184,7 +184,7 @@ class ForcedTokens:
     def __post_init__(self):
         if not isinstance(self.tokens, Mapping) or not self.tokens:
             raise ValueError(f"`tokens` must map positions to ids, e.g. {{0: 106}}. Received: {self.tokens!r}.")
-        positions, ids = _integers(self.tokens, "tokens"), _integers(self.tokens.values(), "tokens")
+        positions, ids = integers(self.tokens, "tokens"), integers(self.tokens.values(), "tokens")
         # Hashable, and the same for equal mappings.
         object.__setattr__(self, "tokens", tuple(sorted(zip(positions, ids, strict=True))))
 
@@ -262,18 +262,6 @@ def _one_of(ids, vocabulary_size):
 
 def _without(logits, forbidden):
     return ops.where(forbidden, ops.cast(-float("inf"), logits.dtype), logits)
-
-
-def _check_count(value, name):
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
-
-
-def _integers(values, name):
-    values = list(values)
-    if not all(isinstance(value, (int, np.integer)) and not isinstance(value, bool) for value in values):
-        raise ValueError(f"`{name}` must hold integers. Received: {values!r}.")
-    return tuple(map(int, values))
 
 
 def _check_ids(ids, name, request):

@@ -7,6 +7,8 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.checks import integer
+
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class TopKTopPSampler(keras_hub.samplers.Sampler):
@@ -27,8 +29,8 @@ class TopKTopPSampler(keras_hub.samplers.Sampler):
 
     def __init__(self, k=None, p=None, temperature=1.0, seed=None):
         super().__init__(temperature=temperature)
-        if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
-            raise ValueError(f"`k` must be a positive integer, or None for all tokens. Received: k={k!r}.")
+        k = integer(k, "k", optional=True, none_means="for all tokens")
+        seed = integer(seed, "seed", least=0, optional=True)
         if p is not None and not 0 < p <= 1:
             raise ValueError(f"`p` must be in (0, 1], or None for 1. Received: p={p!r}.")
         self.k = k
@@ -82,15 +84,14 @@ class Draws:
     """
 
     def __init__(self, sampler, seed):
-        if seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0):
-            raise ValueError(f"`seed` must be an integer from 0, or None. Received: seed={seed!r}.")
+        seed = integer(seed, "seed", least=0, optional=True)
         self._variables = sampler.variables
         self._values = None
         if seed is None:
             return
         # Keras counts calls in the second number, and PyTorch adds both up: seeds 1 and 2 as they are would give the
         # same draws, one step apart. 30 bits leave room to count in every backend's integers.
-        starts = (np.random.SeedSequence([int(seed), i]).generate_state(1)[0] >> 2 for i in range(len(self._variables)))
+        starts = (np.random.SeedSequence([seed, i]).generate_state(1)[0] >> 2 for i in range(len(self._variables)))
         self._values = [[start, 0] for start in starts]
 
     @contextlib.contextmanager

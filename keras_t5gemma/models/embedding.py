@@ -7,10 +7,12 @@ from functools import partial
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.checks import integer
 from keras_t5gemma.generation.program import Program
 from keras_t5gemma.models.inputs import check_token_ids
 from keras_t5gemma.models.memory import memory_errors_explained
 from keras_t5gemma.models.shapes import Rounds
+from keras_t5gemma.suggestions import check_choice
 from keras_t5gemma.text.packing import Packer, pad_rows
 from keras_t5gemma.text.progress import text_progress
 
@@ -43,10 +45,8 @@ class Embeds(Rounds):
                 or `batch_size` is none of these.
             MemoryError: as for `generate`.
         """
-        if pooling not in POOLINGS:
-            raise ValueError(f"`pooling` must be one of {', '.join(map(repr, POOLINGS))}. Received: {pooling!r}.")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`batch_size` must be a positive integer. Received: {batch_size!r}.")
+        check_choice(pooling, "pooling", POOLINGS)
+        batch_size = integer(batch_size, "batch_size")
         rows, batched = self._encoder_rows(inputs)
         if pooling not in self._embed_programs:
             self._embed_programs[pooling] = Program(partial(self._pooled, pooling=pooling), self)

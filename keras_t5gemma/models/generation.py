@@ -6,6 +6,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.checks import integer, is_integer
 from keras_t5gemma.generation.decode import Control, caches_of_a_prompt, check_sampler, decode
 from keras_t5gemma.generation.processors import Request, check_processors
 from keras_t5gemma.generation.program import Program
@@ -119,8 +120,7 @@ class Generates(Rounds):
             MemoryError: where memory does not suffice; the message says about how many rows would fit. The model can
                 be used on.
         """
-        if num_samples is not None and (not isinstance(num_samples, int) or num_samples < 1):
-            raise ValueError(f"`num_samples` must be a positive integer, or None. Received: {num_samples!r}.")
+        num_samples = integer(num_samples, "num_samples", optional=True)
         options = {"processors": processors, "num_samples": num_samples or 1, "log_probs": bool(return_log_probs)}
         options["stop_token_ids"] = self._stop_token_ids(stop_token_ids)
         batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]
@@ -183,7 +183,7 @@ class Generates(Rounds):
             tokenizer = self.preprocessor.tokenizer
             return (tokenizer.end_token_id, tokenizer.end_token2_id)
         is_sequence = hasattr(stop_token_ids, "__iter__") and not isinstance(stop_token_ids, (str, bytes))
-        if not is_sequence or not all(isinstance(i, (int, np.integer)) for i in stop_token_ids):
+        if not is_sequence or not all(map(is_integer, stop_token_ids)):
             raise ValueError(
                 f'`stop_token_ids` must be a sequence of ids, "auto" or None. Received: {stop_token_ids!r}.'
             )

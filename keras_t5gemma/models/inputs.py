@@ -7,6 +7,8 @@ import grain
 import keras
 import numpy as np
 
+from keras_t5gemma.checks import integer
+
 START_TOKEN_ID = 2  # <bos> in Gemma's vocabulary
 
 
@@ -131,8 +133,7 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
     lengths = (decoder_mask != 0).sum(axis=1)
     if not lengths.all():
         raise ValueError("`decoder_token_ids` has an empty row; a decoder prompt holds at least `<bos>`.")
-    if max_length is not None and (not isinstance(max_length, (int, np.integer)) or isinstance(max_length, bool)):
-        raise ValueError(f"`max_length` must be a positive integer. Received: max_length={max_length!r}.")
+    max_length = integer(max_length, "max_length", optional=True)
     length = decoder_ids.shape[1] if max_length is None else max_length
     limits = np.full((batch,), length, "int32")
     if max_new_tokens is not None:

@@ -7,6 +7,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.checks import is_integer
+
 # The axes of what programs take. The decoder's is L, or T of a pass that is teacher-forced.
 _AXES = {
     "encoder_token_ids": ("batch", "encoder"),
@@ -180,10 +182,8 @@ def _grown(x, shape):
 
 def _ascending(sizes, name):
     is_sequence = isinstance(sizes, (list, tuple))
-    integers = is_sequence and all(
-        isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size > 0 for size in sizes
-    )
-    if not integers or not sizes or list(sizes) != sorted(set(sizes)):
+    good = is_sequence and all(is_integer(size) and size > 0 for size in sizes)
+    if not good or not sizes or list(sizes) != sorted(set(sizes)):
         raise ValueError(
             f"`{name}` must be ascending positive integers such as (64, 512), or None to round nothing. Received: "
             f"{name}={sizes!r}."

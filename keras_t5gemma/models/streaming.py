@@ -4,6 +4,7 @@ import itertools
 
 from keras import ops
 
+from keras_t5gemma.checks import integer
 from keras_t5gemma.generation.program import Program
 from keras_t5gemma.generation.random_sampler import Draws
 from keras_t5gemma.generation.streaming import DecodingStream, check_streamable, default_chunk_size
@@ -52,9 +53,7 @@ class Streams:
                 and for beam search and contrastive search, whose first token stands only with the last.
             MemoryError: as for `generate`, when the iterator begins.
         """
-        chunk_size = default_chunk_size() if chunk_size is None else chunk_size
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"`chunk_size` must be a positive integer. Received: {chunk_size!r}.")
+        chunk_size = integer(default_chunk_size() if chunk_size is None else chunk_size, "chunk_size")
         check_streamable(self.sampler)
         options = {"stop_token_ids": self._stop_token_ids(stop_token_ids), "processors": processors}
         if self.preprocessor is not None:

@@ -6,7 +6,8 @@ from functools import partial
 import grain
 import numpy as np
 
-from keras_t5gemma.objectives.example import SpecialIds, check_length, model_arrays
+from keras_t5gemma.checks import integer
+from keras_t5gemma.objectives.example import SpecialIds, model_arrays
 from keras_t5gemma.objectives.streams import (
     EXAMPLE,
     READ_OPTIONS,
@@ -17,6 +18,7 @@ from keras_t5gemma.objectives.streams import (
     generator,
     in_order,
 )
+from keras_t5gemma.suggestions import check_choice
 
 
 def pretraining_dataset(
@@ -101,12 +103,10 @@ def pretraining_dataset(
         ValueError: where an argument is out of range, a text is no string, or the texts are too short for one window
             or one batch.
     """
-    check_length("batch_size", batch_size, 1)
-    check_length("seed", seed, 0)
-    if num_epochs is not None:
-        check_length("num_epochs", num_epochs, 1)
-    if documents not in ("joined", "whole"):
-        raise ValueError(f'`documents` must be "joined" or "whole". Received: {documents!r}.')
+    batch_size = integer(batch_size, "batch_size")
+    seed = integer(seed, "seed", least=0)
+    num_epochs = integer(num_epochs, "num_epochs", optional=True)
+    check_choice(documents, "documents", ("joined", "whole"))
     if isinstance(texts, (str, bytes)):
         raise ValueError(
             "`texts` must be a list or another iterable of strings, not a single string. To read files, pass "

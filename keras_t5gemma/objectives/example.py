@@ -112,16 +112,6 @@ def check_ids(ids, raw_length, what):
     return array.astype("int32")
 
 
-def check_length(name, value, smallest):
-    """Checks a sequence length.
-
-    Raises:
-        ValueError: where it is not an integer of at least `smallest`; the message names it.
-    """
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < smallest:
-        raise ValueError(f"`{name}` must be an integer of at least {smallest}. Received: {name}={value!r}.")
-
-
 def _padded(ids, length, pad):
     array, mask = np.full(length, pad, "int32"), np.zeros(length, "int32")
     array[: len(ids)], mask[: len(ids)] = ids, 1

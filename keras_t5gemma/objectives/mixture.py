@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from keras_t5gemma.checks import is_integer
 from keras_t5gemma.objectives.example import check_ids
 
 
@@ -105,7 +106,7 @@ def check_weight(name, part, weight):
     Raises:
         ValueError: where it is no positive whole number; the message names the argument and the part.
     """
-    if not isinstance(weight, (int, np.integer)) or isinstance(weight, bool) or weight < 1:
+    if not is_integer(weight) or weight < 1:
         raise ValueError(
             f"Weights in `{name}` must be positive whole numbers, such as 7 and 3 for 70% and 30%. Received: "
             f"{weight!r} for {part}."

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from keras_t5gemma.objectives.example import Example, check_ids, check_length
+from keras_t5gemma.checks import check_integer_fields
+from keras_t5gemma.objectives.example import Example, check_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,9 @@ class PrefixLM:
     closes_targets = False
 
     def __post_init__(self):
-        check_length("encoder_length", self.encoder_length, 1 + (self.mode_token is not None))
-        check_length("decoder_length", self.decoder_length, 1)
+        check_integer_fields(self, encoder_length=1 + (self.mode_token is not None), decoder_length=1)
         if self.mode_token is not None:
-            check_length("mode_token", self.mode_token, 0)
+            check_integer_fields(self, mode_token=0)
 
     @property
     def raw_length(self):

@@ -5,6 +5,7 @@ from functools import partial
 from keras_t5gemma.objectives.prefix_lm import PrefixLM
 from keras_t5gemma.objectives.span_corruption import Denoiser, SpanCorruption
 from keras_t5gemma.objectives.ul2 import MIXTURES, UL2
+from keras_t5gemma.suggestions import check_choice
 
 # Name -> what makes it of (encoder_length, decoder_length, **options).
 RECIPES = {
@@ -33,6 +34,5 @@ def objective(name, encoder_length, decoder_length, **options):
     Raises:
         ValueError: where the name is unknown or an argument out of range.
     """
-    if name not in RECIPES:
-        raise ValueError(f"`name` must be one of {', '.join(sorted(RECIPES))}. Received: {name!r}.")
+    check_choice(name, "name", sorted(RECIPES))
     return RECIPES[name](encoder_length, decoder_length, **options)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import grain
 
-from keras_t5gemma.objectives.example import check_length
+from keras_t5gemma.checks import integer
 from keras_t5gemma.objectives.parquet import ParquetRows
 from keras_t5gemma.objectives.rows import RowIterator, RowStream, optional_module, text_of
 from keras_t5gemma.objectives.text_files import SAMPLE_BY, TextFiles, format_suffix
+from keras_t5gemma.suggestions import check_choice
 
 # The end of a file's name, before ".gz" or ".zst" -> its format.
 FORMATS = {
@@ -70,12 +71,11 @@ def text_source(
             line.
         ImportError: where a library that the format needs is not installed.
     """
-    check_length("shard_count", shard_count, 1)
-    check_length("shard_index", shard_index, 0)
+    shard_count = integer(shard_count, "shard_count")
+    shard_index = integer(shard_index, "shard_index", least=0)
     if shard_index >= shard_count:
         raise ValueError(f"`shard_index` must be below shard_count={shard_count}. Received: {shard_index}.")
-    if sample_by not in SAMPLE_BY:
-        raise ValueError(f"`sample_by` must be one of {', '.join(SAMPLE_BY)}. Received: {sample_by!r}.")
+    check_choice(sample_by, "sample_by", SAMPLE_BY)
     shard = {"shard_index": shard_index, "shard_count": shard_count}
     if _are_paths(data):
         paths = _paths(data)
@@ -228,10 +228,7 @@ def _paths(data):
 
 def _format(paths, format):
     if format is not None:
-        if format not in FORMATS.values():
-            raise ValueError(
-                f"`format` must be one of {', '.join(sorted(set(FORMATS.values())))}. Received: {format!r}."
-            )
+        check_choice(format, "format", sorted(set(FORMATS.values())))
         return format
     formats = {FORMATS.get(format_suffix(path)): path for path in paths}
     if None in formats:

@@ -8,8 +8,10 @@ from functools import cached_property
 
 import numpy as np
 
-from keras_t5gemma.objectives.example import Example, check_ids, check_length
+from keras_t5gemma.checks import check_integer_fields
+from keras_t5gemma.objectives.example import Example, check_ids
 from keras_t5gemma.objectives.spans import corrupt, mask_around, random_mask
+from keras_t5gemma.suggestions import check_choice
 
 # `<unused0>` .. `<unused98>` in Gemma's vocabulary. The sentinels of the released UL2 checkpoints are not published.
 GEMMA_SENTINELS = range(7, 106)
@@ -145,8 +147,7 @@ class SpanCorruption:
 
     def __post_init__(self):
         # Two raw tokens: one stays, one goes, each beside its sentinel.
-        check_length("encoder_length", self.encoder_length, 2 + (self.mode_token is not None))
-        check_length("decoder_length", self.decoder_length, 3)
+        check_integer_fields(self, encoder_length=2 + (self.mode_token is not None), decoder_length=3)
         sentinels = _as_ids("sentinels", self.sentinels)
         if not sentinels.size:
             raise ValueError(f"`sentinels` must be token ids, at least one. Received: {self.sentinels!r}.")
@@ -155,8 +156,7 @@ class SpanCorruption:
         _as_ids("protected", self.protected)
         if self.mode_token is not None and self.mode_token in sentinels:
             raise ValueError(f"`mode_token` must not be a sentinel. Received: mode_token={self.mode_token}.")
-        if self.too_few_sentinels not in ("cap", "merge"):
-            raise ValueError(f'`too_few_sentinels` must be "cap" or "merge". Received: {self.too_few_sentinels!r}.')
+        check_choice(self.too_few_sentinels, "too_few_sentinels", ("cap", "merge"))
         unlimited = self._raw_length(None)
         if self.too_few_sentinels == "cap" and self.raw_length < unlimited:
             inputs = self.denoiser.lengths(self.raw_length)[0]

@@ -6,7 +6,8 @@ import grain
 import numpy as np
 from absl import flags
 
-from keras_t5gemma.objectives.example import check_length, model_arrays
+from keras_t5gemma.checks import integer
+from keras_t5gemma.objectives.example import model_arrays
 from keras_t5gemma.objectives.mixture import Mixture
 from keras_t5gemma.objectives.packing import example_lengths, pack, packed_arrays
 
@@ -44,8 +45,8 @@ def in_order(dataset, transform, *, seed, shuffle, num_epochs, shuffle_buffer, n
     Raises:
         ValueError: where the dataset has no rows, or an argument is out of range.
     """
-    check_length("shuffle_buffer", shuffle_buffer, 1)
-    check_length("num_workers", num_workers, 0)
+    shuffle_buffer = integer(shuffle_buffer, "shuffle_buffer")
+    num_workers = integer(num_workers, "num_workers", least=0)
     if num_workers and not flags.FLAGS.is_parsed():
         # Grain hands absl's flags on to its workers, and fails where the program has not parsed any.
         flags.FLAGS.mark_as_parsed()
@@ -219,7 +220,7 @@ class PackedRows(grain.IterDataset):
 
     def __init__(self, examples, capacity, buffer, seed):
         super().__init__(examples)
-        check_length("pack_buffer", buffer, 1)
+        buffer = integer(buffer, "pack_buffer")
         self.capacity, self.buffer, self.seed = capacity, buffer, seed
 
     def __iter__(self):

@@ -6,8 +6,10 @@ from functools import partial
 import grain
 import numpy as np
 
-from keras_t5gemma.objectives.example import Example, SpecialIds, check_length
+from keras_t5gemma.checks import integer
+from keras_t5gemma.objectives.example import Example, SpecialIds
 from keras_t5gemma.objectives.streams import batches, in_order
+from keras_t5gemma.suggestions import check_choice
 
 MESSAGES = "messages"
 _ANSWERING_ROLES = ("assistant", "model")
@@ -72,18 +74,16 @@ def supervised_dataset(
         ValueError: where an argument is out of range or there are no rows; and, when it is read, where a row is none of
             these or too long.
     """
-    check_length("batch_size", batch_size, 1)
-    check_length("seed", seed, 0)
-    if num_epochs is not None:
-        check_length("num_epochs", num_epochs, 1)
-    if answers not in ("last", "all"):
-        raise ValueError(f'`answers` must be "last" or "all". Received: {answers!r}.')
+    batch_size = integer(batch_size, "batch_size")
+    seed = integer(seed, "seed", least=0)
+    num_epochs = integer(num_epochs, "num_epochs", optional=True)
+    check_choice(answers, "answers", ("last", "all"))
     has_lengths = hasattr(preprocessor, "encoder_sequence_length")
     if has_lengths:
         encoder_length = preprocessor.encoder_sequence_length if encoder_length is None else encoder_length
         decoder_length = preprocessor.decoder_sequence_length if decoder_length is None else decoder_length
-    check_length("encoder_length", encoder_length, 1)
-    check_length("decoder_length", decoder_length, 1)
+    encoder_length = integer(encoder_length, "encoder_length")
+    decoder_length = integer(decoder_length, "decoder_length")
     lengths = encoder_length, decoder_length
     encode = partial(_preprocessed if has_lengths else _tokenized, preprocessor, lengths)
     lists = in_order(

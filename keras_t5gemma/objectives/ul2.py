@@ -6,6 +6,7 @@ from functools import cached_property
 
 from keras_t5gemma.objectives.mixture import Mixed, check_weight
 from keras_t5gemma.objectives.span_corruption import GEMMA_CONTROL_IDS, GEMMA_SENTINELS, Denoiser, SpanCorruption
+from keras_t5gemma.suggestions import check_choice
 
 # (denoiser, weight); a mean span of None is the one that ends the sequence.
 MIXTURES = {
@@ -72,11 +73,8 @@ class UL2(Mixed):
     too_few_sentinels: str = "cap"
 
     def __post_init__(self):
-        if isinstance(self.mixture, str) and self.mixture not in MIXTURES:
-            raise ValueError(
-                f"`mixture` must be one of {', '.join(MIXTURES)}, or pairs of a Denoiser and a weight. Received: "
-                f"{self.mixture!r}."
-            )
+        if isinstance(self.mixture, str):
+            check_choice(self.mixture, "mixture", MIXTURES, others=", or pairs of a Denoiser and a weight")
         if unknown := set(self.mode_tokens or ()) - {"R", "S", "X"}:
             raise ValueError(f'`mode_tokens` has ids for "R", "S" and "X". Received: {sorted(unknown)} besides.')
         if not self.parts:

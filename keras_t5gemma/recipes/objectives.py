@@ -6,6 +6,7 @@ from keras_t5gemma.objectives.mixture import Mixture
 from keras_t5gemma.objectives.recipes import RECIPES, objective
 from keras_t5gemma.objectives.span_corruption import Denoiser
 from keras_t5gemma.objectives.ul2 import UL2
+from keras_t5gemma.suggestions import check_choice
 
 SUPERVISED = "supervised"
 
@@ -42,8 +43,7 @@ def check_objective(section):
 
 def _named(name, section):
     if name not in RECIPES:
-        known = ", ".join([*sorted(RECIPES), SUPERVISED])
-        raise ValueError(f"`name` must be one of {known} (the last not in a mixture). Received: {name!r}.")
+        check_choice(name, "name", [*sorted(RECIPES), SUPERVISED], others=" (the last not in a mixture)")
     return objective(name, section.encoder_length, section.decoder_length, **_options(name, section))
 
 

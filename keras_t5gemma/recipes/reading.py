@@ -1,7 +1,6 @@
 """A recipe file to a `Recipe`; what is wrong in it is told with the file, the key, what came and what would work."""
 
 import dataclasses
-import difflib
 import json
 import math
 import operator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from keras_t5gemma.recipes.objectives import check_objective
 from keras_t5gemma.recipes.schema import Recipe
+from keras_t5gemma.suggestions import did_you_mean
 
 # What each type is called, and for the numbers what TOML may write for it.
 _KINDS = {
@@ -44,7 +44,7 @@ def recipe_path(recipe):
     if not path.suffix and str(recipe) in recipe_names() and not path.is_file():
         return Path(__file__).parent / f"{recipe}.toml"
     if not path.is_file():
-        near = _nearest(path.stem, recipe_names())
+        near = did_you_mean(path.stem, recipe_names())
         raise RecipeError(
             f"There is no recipe {str(recipe)!r}: it is no file here and none that comes with the package "
             f"({', '.join(recipe_names())}).{near}"
@@ -118,7 +118,8 @@ def _table(cls, values, path, place):
     kind = "key" if place else "section"
     if unknown := sorted(set(values) - set(fields)):
         raise RecipeError(
-            f"{where}: unknown {kind} {unknown[0]!r}.{_nearest(unknown[0], fields)} Known {kind}s: {', '.join(fields)}."
+            f"{where}: unknown {kind} {unknown[0]!r}.{did_you_mean(unknown[0], fields)} Known {kind}s: "
+            f"{', '.join(fields)}."
         )
     missing = [name for name, field in fields.items() if name not in values and _is_required(field)]
     if missing:
@@ -159,7 +160,7 @@ def _value(hint, value, limits, path, place):
     near = ""
     if choices := limits.get("choices"):
         title = f"one of {', '.join(map(repr, choices))}"
-        near = _nearest(value, choices) if isinstance(value, str) else ""
+        near = did_you_mean(value, choices)
         good = good and value in choices
     if not good:
         raise RecipeError(f"{path}, {place}: expected {title}. Received: {value!r:.80}.{near}")
@@ -180,11 +181,6 @@ def _list(hint, value, limits, path, place):
 
 def _is_required(field):
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-
-
-def _nearest(name, known):
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def _check_together(recipe, path):

@@ -15,6 +15,8 @@ google/gemma-2-2b-it. In T5Gemma all of this stands in the encoder, without `<bo
 
 from collections.abc import Mapping
 
+from keras_t5gemma.suggestions import did_you_mean
+
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
 # What every formatted prompt ends with, whatever its conversation, and what a user's turn starts with.
@@ -92,7 +94,10 @@ def _role(index, message):
             f"start of the first user message instead."
         )
     if role not in _GEMMA_ROLES:
-        raise ValueError(f"Message {index} has the role {role!r}. Known roles: {', '.join(_GEMMA_ROLES)}.")
+        raise ValueError(
+            f"Message {index} has the role {role!r}. Known roles: {', '.join(_GEMMA_ROLES)}."
+            f"{did_you_mean(role, _GEMMA_ROLES)}"
+        )
     if (_GEMMA_ROLES[role] == "user") != (index % 2 == 0):
         raise ValueError(
             f"Message {index} has the role {role!r}, but turns must go user, assistant, user, ..., starting and "

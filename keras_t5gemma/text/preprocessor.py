@@ -7,7 +7,9 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_t5gemma.checks import integer
 from keras_t5gemma.presets import PRESETS, wants_turns
+from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.packing import Packer, pad_rows
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, keras_options, open_preset
 
@@ -69,12 +71,12 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         _check_tokenizer(tokenizer)
         if not isinstance(chat, bool):
             raise ValueError(f"`chat` must be True or False. Received: {chat!r}.")
-        if truncate not in (None, "left", "right"):
-            raise ValueError(f'`truncate` must be None, "left" or "right". Received: {truncate!r}.')
+        if truncate is not None:
+            check_choice(truncate, "truncate", ("left", "right"), others=", or None")
         super().__init__(
             tokenizer,
-            _length(encoder_sequence_length, "encoder_sequence_length"),
-            _length(decoder_sequence_length, "decoder_sequence_length"),
+            integer(encoder_sequence_length, "encoder_sequence_length"),
+            integer(decoder_sequence_length, "decoder_sequence_length"),
             **kwargs,
         )
         self.chat = chat
@@ -215,11 +217,11 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         return cls(tokenizer, **{**options, **kwargs})
 
     def _encoder_length(self, value):
-        return _length(self.encoder_sequence_length if value is None else value, "encoder_sequence_length")
+        return integer(self.encoder_sequence_length if value is None else value, "encoder_sequence_length")
 
     def _decoder_length(self, value, alias):
         value = alias if value is None else value
-        return _length(self.decoder_sequence_length if value is None else value, "decoder_sequence_length")
+        return integer(self.decoder_sequence_length if value is None else value, "decoder_sequence_length")
 
     def _training_arrays(self, prompts, answers, *, encoder_length, decoder_length):
         encoder, decoder, batched = self._rows(prompts, answers, encoder_length, decoder_length, closed=True)
@@ -265,8 +267,10 @@ def _texts(x):
     """The prompts and the answers (or `None`) in what `fit` or `generate` was given."""
     if not isinstance(x, dict):
         return x, None
-    if "encoder_text" not in x or set(x) - {"encoder_text", "decoder_text"}:
-        raise ValueError(f'The keys are "encoder_text" and "decoder_text". Received: {sorted(map(str, x))}.')
+    keys = ("encoder_text", "decoder_text")
+    if "encoder_text" not in x or set(x) - set(keys):
+        near = next(filter(None, (did_you_mean(key, keys) for key in x if key not in keys)), "")
+        raise ValueError(f'The keys are "encoder_text" and "decoder_text". Received: {sorted(map(str, x))}.{near}')
     return x["encoder_text"], x.get("decoder_text")
 
 
@@ -285,12 +289,6 @@ def _unbatch(arrays, batched):
 
 def _to_numpy(value):
     return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
-
-
-def _length(value, name):
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
-    return int(value)
 
 
 def _check_tokenizer(tokenizer):

@@ -9,6 +9,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_t5gemma.checks import is_integer
 from keras_t5gemma.presets import PRESETS, is_hugging_face, locate
 from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
 
@@ -82,6 +83,15 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         ids.set_shape([None])
         lengths.set_shape([None])
         return ids if inputs.shape.rank == 0 else tf.RaggedTensor.from_row_lengths(ids, lengths)
+
+    def detokenize(self, inputs):
+        """The text of ids: an integer, or a list, array or tensor of them; a list of texts for a list of such."""
+        # keras-hub's takes Python's integers in a list, and no others.
+        if is_integer(inputs):
+            inputs = int(inputs)
+        elif isinstance(inputs, (list, tuple, range)):
+            inputs = [int(entry) if is_integer(entry) else entry for entry in inputs]
+        return super().detokenize(inputs)
 
     def _flat_ids(self, texts):
         rows = [np.asarray(super(T5GemmaTokenizer, self).tokenize(text.decode()), "int32") for text in texts]

@@ -9,6 +9,7 @@ nothing of it.
 import keras
 from keras import ops
 
+from keras_t5gemma.checks import integer
 from keras_t5gemma.training.losses import replicas
 
 # What a loss divides its sum by, and so what a part's share is: of the weights, of the elements, or all of it.
@@ -32,11 +33,7 @@ class Accumulation:
     """
 
     def __init__(self, steps, loss):
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(
-                f"`accumulation_steps` must be a positive integer. Received: accumulation_steps={steps!r}."
-            )
-        self.steps = steps
+        self.steps = steps = integer(steps, "accumulation_steps")
         self._reduction = _reduction(loss)
         if steps > 1 and self._reduction not in _BY_WEIGHT + _BY_ELEMENTS + _SUM:
             raise ValueError(

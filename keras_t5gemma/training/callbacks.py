@@ -6,6 +6,8 @@ import functools
 import keras
 from keras import ops
 
+from keras_t5gemma.checks import integer
+
 # In the path of the four kernels and of the two norms around them, LoRA's factors included.
 _CROSS_ATTENTION = "cross_attention"
 
@@ -41,9 +43,7 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
 
     def __init__(self, steps):
         super().__init__()
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"`steps` must be a positive integer. Received: steps={steps!r}.")
-        self.steps = steps
+        self.steps = integer(steps, "steps")
         self._release = None  # what ends the warm-up; None while there is none
         self._in_charge = False
 

@@ -2,6 +2,8 @@
 
 import keras
 
+from keras_t5gemma.checks import integer
+from keras_t5gemma.suggestions import check_choice
 from keras_t5gemma.training.adamw import AdamW
 
 # What is not a matrix product has no business shrinking: norms, and embeddings, whose rows are seldom visited.
@@ -50,11 +52,8 @@ def optimizer(
     Raises:
         ValueError: where an argument is none of these.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"`name` must be one of {', '.join(OPTIMIZERS)}. Received: {name!r}.")
-    for argument, value, least in (("steps", steps, 1), ("warmup_steps", warmup_steps, 0)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"`{argument}` must be an integer of at least {least}. Received: {argument}={value!r}.")
+    check_choice(name, "name", OPTIMIZERS)
+    steps, warmup_steps = integer(steps, "steps"), integer(warmup_steps, "warmup_steps", least=0)
     if warmup_steps > steps:
         raise ValueError(f"`warmup_steps` must be at most steps={steps}. Received: warmup_steps={warmup_steps}.")
     if not learning_rate > 0:

@@ -8,6 +8,7 @@ import keras
 
 from keras_t5gemma.checkpoints.processes import process_count, together
 from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checks import integer
 from keras_t5gemma.training import resume_files as files
 from keras_t5gemma.training import resume_parts as parts
 from keras_t5gemma.training import resume_state as state
@@ -79,11 +80,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True):
         super().__init__()
-        for name, value in (("save_every", save_every), ("keep", keep)):
-            optional = name == "keep" and value is None
-            if not optional and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"`{name}` must be a positive integer. Received: {name}={value!r}.")
-        self.folder, self.save_every, self.keep, self.stop_on_nan = folder, save_every, keep, stop_on_nan
+        self.save_every = integer(save_every, "save_every")
+        self.keep = integer(keep, "keep", optional=True, none_means="for all")
+        self.folder, self.stop_on_nan = folder, stop_on_nan
         self._data, self._number = None, 0
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = None

@@ -10,7 +10,7 @@ from keras import ops
 from safetensors.numpy import load, save
 
 from keras_t5gemma.checkpoints.new_folder import new_folder
-from keras_t5gemma.objectives.example import check_length
+from keras_t5gemma.checks import integer
 from keras_t5gemma.objectives.teacher_view import LABELS, POSITIONS
 from keras_t5gemma.training.chunks import Chunks
 from keras_t5gemma.training.losses import CHUNK_BYTES
@@ -48,9 +48,8 @@ def store_teacher_logits(data, teacher, folder, *, top_k=64, steps=None, tempera
         ValueError: where an argument is out of range, or `data` are not the batches of a `distillation_dataset`.
         CheckpointError: where the folder exists already, or the disk is full.
     """
-    check_length("top_k", top_k, 1)
-    if steps is not None:
-        check_length("steps", steps, 1)
+    top_k = integer(top_k, "top_k")
+    steps = integer(steps, "steps", optional=True)
     if not temperature > 0:
         raise ValueError(f"`temperature` must be above 0. Received: temperature={temperature!r}.")
     if not isinstance(data, (grain.MapDataset, grain.IterDataset)):

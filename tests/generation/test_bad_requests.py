@@ -44,7 +44,7 @@ BAD_IDS = [
     ({"inputs": {**IDS, "decoder_token_ids": [[2, 5, 6]] * 2}, "max_length": 2}, "the longest here has 3 tokens"),
     ({"max_length": 0}, "max_length=0"),
     ({"max_length": -3}, "max_length=-3"),
-    ({"max_length": 6.5}, r"`max_length` must be a positive integer. Received: max_length=6\.5"),
+    ({"max_length": 6.5}, r"`max_length` must be a positive integer, or None. Received: max_length=6\.5"),
     ({"stop_token_ids": (1, 128)}, r"`stop_token_ids` must be in \[0, 128\). Received: \[128\]"),
     ({"stop_token_ids": (-1,)}, r"`stop_token_ids` must be in \[0, 128\). Received: \[-1\]"),
     ({"stop_token_ids": 1}, '`stop_token_ids` must be a sequence of ids, "auto" or None. Received: 1'),

@@ -238,7 +238,7 @@ def test_programs_of_options_made_anew_each_time_are_not_kept_for_ever(lm):
         ("contrastive", {"processors": OPTIONS}, "`processors` are not available with ContrastiveSampler"),
         ("contrastive", {"return_log_probs": True}, "`return_log_probs` is not available with ContrastiveSampler"),
         (kt.TopKTopPSampler(k=129), {}, "`k` must be at most 128"),
-        ("greedy", {"seed": -1}, "`seed` must be an integer from 0"),
+        ("greedy", {"seed": -1}, "`seed` must be an integer of at least 0"),
         ("greedy", {"max_new_tokens": 3}, "`max_new_tokens` and `max_length` both limit the result"),
         ("greedy", {"max_length": None, "max_new_tokens": [1, 2]}, "`max_new_tokens` must be .* one a row, 4"),
         ("greedy", {"max_length": None, "max_new_tokens": 0}, "`max_new_tokens` must be a positive integer"),

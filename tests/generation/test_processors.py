@@ -90,7 +90,7 @@ def test_equal_processors_are_one_key():
         (lambda: kt.NoRepeatNgrams(0), "`n` must be a positive integer"),
         (lambda: kt.ForbiddenTokens([]), "`ids` must hold at least one"),
         (lambda: kt.ForbiddenTokens("the"), "`ids` must be a sequence"),
-        (lambda: kt.ForbiddenTokens([1.5]), "`ids` must hold integers"),
+        (lambda: kt.ForbiddenTokens([1.5]), "`ids` must be a sequence of integers"),
         (lambda: kt.MinimumLength(-1), "`tokens` must be a positive integer"),
         (lambda: kt.ForcedTokens([1]), "`tokens` must map positions to ids"),
         (lambda: kt.TopKTopPSampler(k=0), "`k` must be a positive integer"),

@@ -97,7 +97,7 @@ def test_texts_go_through_the_preprocessor_and_its_turns(tmp_path):
         ({"inputs": [[3, 4], []]}, r"`inputs`\[1\]"),
         ({"inputs": [[3, 999]]}, "128"),
         ({"inputs": {"encoder_token_ids": [[3, 4]], "encoder_padding_mask": [[0, 0]]}}, r"`inputs`\[0\]"),
-        ({"pooling": "max"}, "'mean', 'last'. Received: 'max'"),
+        ({"pooling": "max"}, "mean, last. Received: 'max'"),
         ({"batch_size": 0}, "batch_size"),
     ],
 )

@@ -344,7 +344,7 @@ def test_a_streams_workers_take_turns(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"documents": "apart"}, '`documents` must be "joined" or "whole"'),
+        ({"documents": "apart"}, "`documents` must be one of joined, whole"),
         ({"texts": np.arange(100), "tokenizer": None, "documents": "whole"}, "cannot take apart"),
         ({"documents": "whole", "num_workers": -1}, "`num_workers`"),
         ({"num_workers": 2}, "`num_workers` must be 0 for texts in memory that are joined"),

@@ -221,11 +221,11 @@ def test_a_prompt_too_long_for_the_preprocessor_is_told_or_cut_as_it_says(tokeni
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"encoder_length": None}, "`encoder_length` must be an integer of at least 1. Received: encoder_length=None"),
+        ({"encoder_length": None}, "`encoder_length` must be a positive integer. Received: encoder_length=None"),
         ({"batch_size": 0}, "`batch_size`"),
         ({"seed": -1}, "`seed`"),
         ({"num_epochs": 0}, "`num_epochs`"),
-        ({"answers": "first"}, '`answers` must be "last" or "all"'),
+        ({"answers": "first"}, "`answers` must be one of last, all"),
         ({"pairs": "rows.jsonl"}, "text_source"),
         ({"pairs": []}, "no rows"),
         ({"pairs": {"encoder_text": ["a"], "decoder_text": []}}, "same number of rows"),

@@ -125,3 +125,11 @@ def test_from_preset_of_a_keras_folder_without_vocabulary_says_what_it_looked_fo
 def test_from_preset_of_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="Unknown preset 't5gemma_3b_3b_ul2'"):
         T5GemmaTokenizer.from_preset("t5gemma_3b_3b_ul2")
+
+
+def test_detokenize_takes_any_integers(tokenizer):
+    ids = [int(i) for i in tokenizer("the sky")]
+    for form in (ids, tuple(ids), [np.int32(i) for i in ids], [np.int64(i) for i in ids], np.array(ids)):
+        assert tokenizer.detokenize(form) == "the sky"
+    assert tokenizer.detokenize([[np.int64(i) for i in ids], ids[:0]]) == ["the sky", ""]
+    assert tokenizer.detokenize(np.int64(107)) == tokenizer.detokenize(107)

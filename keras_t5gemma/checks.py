@@ -1,0 +1,75 @@
+"""Checks of arguments that many public functions share, so that all of them accept and refuse the same values."""
+
+import math
+import numbers
+
+
+def is_integer(value):
+    """Whether a value is an integer, Python's or numpy's. Booleans are not, though Python counts them as integers."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_number(value):
+    """Whether a value is a finite number, Python's or numpy's, and not a boolean."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def integer(value, name, *, least=1, optional=False, none_means=""):
+    """An integer argument of a public function.
+
+    Args:
+        value: what the caller passed.
+        name: the argument's name, for the message.
+        least: the smallest value that is accepted.
+        optional: whether None is accepted too.
+        none_means: what None stands for, for the message, e.g. "for all tokens".
+
+    Returns:
+        The value as a Python `int`, or None.
+
+    Raises:
+        ValueError: if it is a boolean, a float, anything else that is not an integer, or less than `least`.
+    """
+    if value is None and optional:
+        return None
+    if is_integer(value) and value >= least:
+        return int(value)
+    what = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    none = f", or None{none_means and ' ' + none_means}" if optional else ""
+    raise ValueError(f"`{name}` must be {what}{none}. Received: {name}={value!r}.")
+
+
+def integers(values, name):
+    """A sequence of integers, as a tuple of Python's.
+
+    Args:
+        values: what the caller passed.
+        name: the argument's name, for the message.
+
+    Returns:
+        A tuple of `int`.
+
+    Raises:
+        ValueError: if it is not a sequence, or holds anything that is not an integer.
+    """
+    is_sequence = hasattr(values, "__iter__") and not isinstance(values, (str, bytes))
+    listed = list(values) if is_sequence else None
+    if not is_sequence or not all(map(is_integer, listed)):
+        raise ValueError(
+            f"`{name}` must be a sequence of integers. Received: {name}={listed if is_sequence else values!r}."
+        )
+    return tuple(map(int, listed))
+
+
+def check_integer_fields(instance, **least):
+    """Checks fields of a dataclass, frozen or not, and makes Python's integers of numpy's.
+
+    Args:
+        instance: the dataclass, in its `__post_init__`.
+        **least: field name -> the smallest value that is accepted.
+
+    Raises:
+        ValueError: as `integer`.
+    """
+    for name, smallest in least.items():
+        object.__setattr__(instance, name, integer(getattr(instance, name), name, least=smallest))
