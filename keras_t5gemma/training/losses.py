@@ -92,10 +92,11 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         shares = ops.divide_no_nan(weights, total)
         usual = CHUNK_BYTES if on_cpu(hidden) else CHUNK_BYTES_ON_ACCELERATORS
         chunks = Chunks(hidden.shape, table.shape[0], (chunk_bytes or usual) * devices_of_a_batch()[1])
-        settings, by_token, shared = self.chunk_settings(cap, labels, shares)
+        scale = float16_scale(hidden, shares) if training and is_float16(hidden) else 1.0
+        settings, by_token, shared = self.chunk_settings(cap, labels, shares * scale)
         targets = tuple(chunks.cut(array) for array in by_token), shared
         if training:
-            sums = _with_gradients(chunks, settings, targets, hidden, table, train_table)
+            sums = _with_gradients(chunks, settings, targets, hidden, table, train_table) / scale
         else:
             sums = _sums(chunks, settings, targets, chunks.cut(hidden), table)
         return sums[0], ops.stop_gradient(sums[1]), total
@@ -121,6 +122,33 @@ class VocabularyCrossEntropy(keras.losses.Loss):
     def get_config(self):
         """The constructor's arguments."""
         return {**super().get_config(), "z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
+
+
+def is_float16(x):
+    """Whether a tensor's numbers are float16, in which gradients of a large vocabulary vanish unless scaled."""
+    return keras.backend.standardize_dtype(x.dtype) == "float16"
+
+
+def float16_scale(hidden, shares):
+    """What the loss is multiplied by while its gradients pass through float16, and divided by after.
+
+    A logit's gradient is its probability times the token's share of the mean, about 1e-9 for 256,000 pieces and 4,096
+    tokens, and float16 ends at 6e-8. `LossScaleOptimizer` scales the loss that this one returns: too late for gradients
+    that are formed along with it. The scale is as large as sums over tokens allow: shares add up to 1 and a logit's
+    gradient is at most its token's share, so no sum exceeds `scale * max(abs(hidden))`.
+
+    Args:
+        hidden: [B, T, D] in float16.
+        shares: [B, T], of each token in the mean.
+
+    Returns:
+        A float32 scalar; no gradient flows through it.
+    """
+    largest = ops.cast(ops.max(ops.abs(ops.stop_gradient(hidden))), "float32")
+    # Half of float16's largest number for sums over tokens, and 256 for a single token's gradient: sums over the
+    # vocabulary, whose weights are below 100, stay in range, too.
+    by_sum, by_token = 2.0**15 / ops.maximum(largest, 1.0), 2.0**8 / ops.maximum(ops.max(shares), 1e-30)
+    return ops.stop_gradient(ops.minimum(by_sum, by_token))
 
 
 class ChunkedLoss:

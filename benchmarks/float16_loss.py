@@ -1,0 +1,34 @@
+"""Gradients of the chunked loss in float16 beside float32's, at the size of Gemma's vocabulary.
+
+    KERAS_BACKEND=jax python benchmarks/float16_loss.py [--pieces 256000] [--tokens 4096] [--width 64]
+
+An error is the norm of the difference to the norm of float32's gradient. The loss is scaled as `LossScaleOptimizer`
+scales it at first. tests/training/test_float16_loss.py asserts the same of a vocabulary of 32,000.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "training"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pieces", type=int, default=256_000)
+    parser.add_argument("--tokens", type=int, default=4_096)
+    parser.add_argument("--width", type=int, default=64)
+    options = parser.parse_args()
+    import keras
+    from test_float16_loss import errors
+
+    of_hidden, of_table = errors(options.pieces, 4, options.tokens // 4, width=options.width)
+    print(
+        f"{keras.config.backend()}: {options.pieces:,} pieces, {options.tokens:,} tokens, width {options.width}: "
+        f"hidden states {of_hidden:.3%}, table {of_table:.3%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
