@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.checks import integer
+from keras_t5gemma.training.labels import labels_and_weights
 from keras_t5gemma.training.losses import replicas
 
 # What a loss divides its sum by, and so what a part's share is: of the weights, of the elements, or all of it.
@@ -35,6 +36,7 @@ class Accumulation:
     def __init__(self, steps, loss):
         self.steps = steps = integer(steps, "accumulation_steps")
         self._reduction = _reduction(loss)
+        self._labels_of = getattr(loss, "labels_of", None)
         if steps > 1 and self._reduction not in _BY_WEIGHT + _BY_ELEMENTS + _SUM:
             raise ValueError(
                 f"accumulation_steps={steps} needs a single loss, to know what the losses of parts add up to, with a "
@@ -57,7 +59,11 @@ class Accumulation:
             `(count, parts, shares)`: n; `(x, y, sample_weight)` whose arrays are [n, B / n, ...]; float32 [n], what the
             loss of each part is to be multiplied by.
         """
-        data = keras.utils.unpack_x_y_sample_weight(data)
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+        if self._labels_of and self._reduction in _BY_WEIGHT:
+            # The weights that the loss will use, which are 0 at labels of -100.
+            _, weights = labels_and_weights(self._labels_of(y), weights)
+        data = x, y, weights
         rows = batch_size(data)
         count = self._count(rows)
 

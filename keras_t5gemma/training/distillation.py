@@ -121,12 +121,12 @@ class Distillation(VocabularyCrossEntropy):
             check_vocabulary(logits.shape[-1], vocabulary_size)
         return y[LABELS]
 
-    def chunk_settings(self, cap, y, shares):
+    def chunk_settings(self, cap, y, labels, shares):
         """See `VocabularyCrossEntropy`; runs the teacher."""
         by_token, shared = self.teacher.arrays(y)
         soft = ops.where(y[POSITIONS] >= 0, shares * (1 - self.hard_weight), 0.0)
         settings = _ChunkSettings(cap, self.temperature, self.teacher.reads)
-        return settings, (ops.cast(y[LABELS], "int32"), shares, soft, *by_token), shared
+        return settings, (labels, shares, soft, *by_token), shared
 
     def get_config(self):
         """The constructor's arguments but the teacher."""

@@ -19,6 +19,7 @@ from keras_t5gemma.training.chunks import (
     hidden_gradient,
     table_gradient,
 )
+from keras_t5gemma.training.labels import IGNORED_LABEL, labels_and_weights
 
 # Logits in memory at once, in bytes: large products are fast, and a few of these are in use at a time. TensorFlow's are
 # no slower at half the size. On an accelerator fewer chunks count for more: each reads and writes the table's gradient.
@@ -29,6 +30,8 @@ CHUNK_BYTES_ON_ACCELERATORS = 2**30
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class VocabularyCrossEntropy(keras.losses.Loss):
     """Mean cross-entropy of target tokens, in nats, in float32, each weighted by its sample weight.
+
+    A label of -100 has weight 0, as in PyTorch and Hugging Face, and a label of weight 0 may be any number.
 
     On logits it is a plain Keras loss. A `T5GemmaSeq2SeqLM` compiled with it, which is the default, never makes the
     logits: see `from_hidden_states`, which gives the same value and gradients.
@@ -53,18 +56,24 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         self.z_loss = z_loss
         self.label_smoothing = label_smoothing
 
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        """The reduced loss of labels [B, T] and logits [B, T, V], with weights [B, T] or [B]."""
+        labels, weights = labels_and_weights(ops.convert_to_tensor(y_true), sample_weight, y_pred.shape[:-1])
+        return super().__call__(labels, y_pred, weights)
+
     def call(self, y_true, y_pred):
-        """Losses [B, T] of labels [B, T] and logits [B, T, V], capped already."""
+        """Losses [B, T] of labels [B, T] and logits [B, T, V], capped already; 0 at labels of -100."""
         logits = ops.cast(y_pred, "float32")
         log_sum = ops.logsumexp(logits, axis=-1)
-        labels = ops.expand_dims(ops.cast(y_true, "int32"), -1)
+        ignored = ops.cast(y_true, "int32") == IGNORED_LABEL
+        labels = ops.expand_dims(ops.where(ignored, 0, ops.cast(y_true, "int32")), -1)
         picked = ops.squeeze(ops.take_along_axis(logits, labels, axis=-1), -1)
         losses = log_sum - (1 - self.label_smoothing) * picked
         if self.label_smoothing:
             losses = losses - self.label_smoothing * ops.mean(logits, axis=-1)
         if self.z_loss:
             losses = losses + self.z_loss * ops.square(log_sum)
-        return losses
+        return ops.where(ignored, 0.0, losses)
 
     def from_hidden_states(
         self, hidden, table, labels, weights=None, *, cap=None, training=True, train_table=True, chunk_bytes=None
@@ -74,8 +83,8 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         Args:
             hidden: [B, T, D] what the projection takes, in the compute dtype.
             table: [V, D], the projection; its gradient has its dtype.
-            labels: int [B, T].
-            weights: [B, T], 0 at padding; equal where None.
+            labels: int [B, T]; -100 has weight 0, and at weight 0 any number will do.
+            weights: [B, T], 0 at padding; or [B], one per row; equal if None.
             cap: soft cap on the logits, or None.
             training: whether gradients will be asked for.
             train_table: whether the table's is among them; without it a third of the work is saved.
@@ -85,15 +94,14 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         Returns:
             `(loss, accuracy, total weight)`, float32 scalars; no gradient flows through the latter two.
         """
-        shape = ops.shape(self.labels_of(labels))
-        weights = ops.ones(shape, "float32") if weights is None else ops.cast(weights, "float32")
+        y, (labels, weights) = labels, labels_and_weights(self.labels_of(labels), weights, hidden.shape[:-1])
         total = ops.sum(weights)
         # Keras's own reduction: a batch of nothing but padding has loss zero.
         shares = ops.divide_no_nan(weights, total)
         usual = CHUNK_BYTES if on_cpu(hidden) else CHUNK_BYTES_ON_ACCELERATORS
         chunks = Chunks(hidden.shape, table.shape[0], (chunk_bytes or usual) * devices_of_a_batch()[1])
         scale = float16_scale(hidden, shares) if training and is_float16(hidden) else 1.0
-        settings, by_token, shared = self.chunk_settings(cap, labels, shares * scale)
+        settings, by_token, shared = self.chunk_settings(cap, y, labels, shares * scale)
         targets = tuple(chunks.cut(array) for array in by_token), shared
         if training:
             sums = _with_gradients(chunks, settings, targets, hidden, table, train_table) / scale
@@ -105,19 +113,20 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         """The labels [B, T] in what a batch has as y, which is checked; against a vocabulary, where that is given."""
         return y
 
-    def chunk_settings(self, cap, y, shares):
+    def chunk_settings(self, cap, y, labels, shares):  # noqa: ARG002 for losses whose y is more
         """How a chunk's loss is made.
 
         Args:
             cap: soft cap on the logits, or None.
             y: a batch's.
+            labels: its labels, int32 [B, T], all of them in the vocabulary.
             shares: [B, T], of each token in the mean.
 
         Returns:
             `(settings, by_token, shared)`: a `ChunkSettings`; arrays [B, T, ...] of which it wants each chunk's part,
             and arrays that it wants whole.
         """
-        return ChunkSettings(cap, self.z_loss, self.label_smoothing), (ops.cast(y, "int32"), shares), ()
+        return ChunkSettings(cap, self.z_loss, self.label_smoothing), (labels, shares), ()
 
     def get_config(self):
         """The constructor's arguments."""

@@ -29,7 +29,7 @@ def arrays():
     positions = generator.integers(0, P, (B, T)).astype("int32")
     positions[0, 1] = positions[1, 4:] = -1
     weights = generator.integers(1, 3, (B, T)).astype("float32")
-    weights[1, 5:] = 0
+    weights[1, 5:] = weights[0, 2] = 0
     return {
         "hidden": generator.standard_normal((B, T, D)).astype("float32"),
         "table": generator.standard_normal((V, D)).astype("float32"),
@@ -93,11 +93,13 @@ def test_value_and_gradients_are_those_of_the_definition(arrays, options, top_k,
         loss, (_, y, _) = Distillation(stored, **options), stored.batches()[0]
     exact = functools.partial(definition, teacher_logits=teacher_logits, **options, top_k=top_k or V)
 
+    # What has no weight in the definition: any label of weight 0, and -100 whatever its weight.
+    labels, weights = np.where(arrays["weights"] == 0, V + 3, y["labels"]), np.copy(arrays["weights"])
+    labels[0, 2], weights[0, 2] = -100, 5.0
+
     def total(hidden, table, **kwargs):
-        targets = {name: ops.convert_to_tensor(array) for name, array in y.items()}
-        return loss.from_hidden_states(
-            hidden, table, targets, arrays["weights"], cap=CAP, chunk_bytes=4 * V * B * 3, **kwargs
-        )[0]
+        targets = {name: ops.convert_to_tensor(array) for name, array in {**y, "labels": labels}.items()}
+        return loss.from_hidden_states(hidden, table, targets, weights, cap=CAP, chunk_bytes=4 * V * B * 3, **kwargs)[0]
 
     known = {"weights": arrays["weights"], "y": arrays["y"]}
     expected = exact(arrays["hidden"], arrays["table"], **known)

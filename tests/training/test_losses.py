@@ -108,6 +108,51 @@ def test_loss_of_nothing_but_padding_is_zero(arrays):
     assert (float(got), float(accuracy), float(total)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_label_of_minus_100_or_of_weight_zero_changes_nothing(arrays, options):
+    """In value and gradients, whichever way into the loss."""
+    loss = VocabularyCrossEntropy(**options)
+    arrays["weights"][0] = 0
+    clean = {**arrays, "weights": np.where(np.arange(T) % 3 == 1, 0, arrays["weights"]).astype("float32")}
+    spoiled = {**arrays, "labels": np.where(np.arange(T) % 3 == 1, -100, arrays["labels"])}
+    spoiled["labels"][0] = [V + 3, -1, -100, 2**30, 0] * 2
+
+    def total(given):
+        return lambda hidden: from_hidden_states(loss, {**given, "hidden": hidden}, 4, cap=3.0)[0]
+
+    found, expected = (gradients(total(given), arrays["hidden"])[0] for given in (spoiled, clean))
+    np.testing.assert_array_equal(found, expected)
+    assert np.abs(expected).max() > 0.01
+    for training in (True, False):
+        found, expected = (from_hidden_states(loss, given, 4, training=training) for given in (spoiled, clean))
+        assert [float(x) for x in found] == [float(x) for x in expected]
+    logits = ops.einsum("btd,vd->btv", arrays["hidden"], arrays["table"])
+    found, expected = (float(loss(given["labels"], logits, given["weights"])) for given in (spoiled, clean))
+    assert found == expected
+    # Without weights; and with one per row, 0 for the row whose labels are out of range.
+    rows, kept = np.array([0, 2, 1], "float32"), (spoiled["labels"] != -100).astype("float32")
+    for labels, weights, same in (
+        (spoiled["labels"], rows, kept * rows[:, None]),
+        (np.where(kept, arrays["labels"], -100), None, kept),
+    ):
+        given, expected = ({**arrays, "labels": labels, "weights": each} for each in (weights, same))
+        assert float(loss(labels, logits, weights)) == float(loss(labels, logits, same))
+        tensors = {name: array for name, array in given.items() if array is not None}
+        assert float(from_hidden_states(loss, tensors, 4)[0]) == float(from_hidden_states(loss, expected, 4)[0])
+
+
+@pytest.mark.parametrize(("labels", "weights"), [((B, T - 1), (B, T - 1)), ((B, T), (B, T - 1)), ((B, T), (B + 1,))])
+def test_shape_that_does_not_fit_the_decoder_is_refused(arrays, labels, weights):
+    given = {**arrays, "labels": np.zeros(labels, "int32"), "weights": np.ones(weights, "float32")}
+    logits = ops.zeros((B, T, V))
+    for call in (
+        lambda: from_hidden_states(VocabularyCrossEntropy(), given, 4),
+        lambda: VocabularyCrossEntropy()(given["labels"], logits, given["weights"]),
+    ):
+        with pytest.raises(ValueError, match=r"`(y|sample_weight)` must hold .* Received: shape"):
+            call()
+
+
 def train(config, loss, chunk_bytes, monkeypatch, *, logits=False, dtype="float32", lora=False):
     """Losses of two `fit` epochs, and the weights after them.
 
