@@ -1,9 +1,12 @@
 """T5Gemma for Keras 3: turn Gemma 2 into an encoder-decoder, train it with UL2 and PrefixLM, generate.
 
-`import keras_t5gemma as kt` is cheap: the module of a public name, and Keras with it, is imported at its first use.
+`import keras_t5gemma as kt` is cheap: the module of a public name, and Keras with it, is imported at its first use, or
+once Keras is, whose `load_model` must find the package's classes.
 """
 
 import importlib
+
+from keras_t5gemma.registration import register_with_keras
 
 __version__ = "0.1.0"
 
@@ -76,3 +79,6 @@ def __getattr__(name):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+register_with_keras()

@@ -14,6 +14,7 @@ PACKAGE = Path(keras_t5gemma.__file__).parent
 RANKS = {
     "checks": 0,
     "suggestions": 0,
+    "registration": 0,
     "config": 1,
     "presets": 2,
     "layers": 2,
