@@ -19,7 +19,7 @@ STACK |= {"head_dim": 2}
 @pytest.fixture(scope="module")
 def lm():
     lm = kt.T5GemmaSeq2SeqLM(loud_backbone(CONFIG))
-    lm.compile(sampler=kt.TopKTopPSampler(seed=0), run_eagerly=True)  # a program would take longer to compile
+    lm.compile(sampler=kt.TopKTopPSampler(seed=0))
     return lm
 
 
@@ -70,9 +70,7 @@ ARGUMENTS = {
     "generate stop_token_ids": lambda lm, x: generate(lm, stop_token_ids=[x]),
     "stream chunk_size": lambda lm, x: stream(lm, chunk_size=x),
     "embed batch_size": lambda lm, x: lm.embed(PROMPTS, batch_size=x),
-    "compile accumulation_steps": lambda lm, x: lm.compile(
-        accumulation_steps=x, sampler=kt.TopKTopPSampler(seed=0), run_eagerly=True
-    ),
+    "compile accumulation_steps": lambda lm, x: lm.compile(accumulation_steps=x),  # last: it forgets the programs
 }
 
 
