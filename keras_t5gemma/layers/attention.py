@@ -141,4 +141,6 @@ class Attention(keras.layers.Layer):
 
     def _split_heads(self, rows, source):
         """Rows [B * T, N * H] of `source` [B, T, D] as [B, T, N, H]."""
-        return ops.reshape(rows, (ops.shape(source)[0], ops.shape(source)[1], -1, self.config.head_dim))
+        # Heads by number, not -1: beside a length that TensorFlow does not know they would be unknown, too.
+        size = self.config.head_dim
+        return ops.reshape(rows, (ops.shape(source)[0], ops.shape(source)[1], rows.shape[-1] // size, size))

@@ -48,14 +48,14 @@ def in_blocks(query, key, value, mask, *, cap, dtype):
 
 
 def count(mask):
-    """C, the number of a mask's blocks of queries."""
-    return -(-mask.query_segments.shape[1] // mask.block)
+    """C, the number of a mask's blocks of queries; like its lengths a scalar tensor if they are not known."""
+    return -(-ops.shape(mask.query_segments)[1] // mask.block)
 
 
 def cut(x, mask):
     """[B, T, ...] as [C, B, t, ...], filled up with zeros: padding, which sees nothing."""
     rest = [(0, 0)] * (len(x.shape) - 2)
-    x = ops.pad(x, [(0, 0), (0, count(mask) * mask.block - x.shape[1]), *rest])
+    x = ops.pad(x, [(0, 0), (0, count(mask) * mask.block - ops.shape(x)[1]), *rest])
     return ops.swapaxes(ops.reshape(x, (ops.shape(x)[0], count(mask), mask.block, *x.shape[2:])), 0, 1)
 
 
@@ -63,7 +63,7 @@ def join(blocks, mask):
     """What `cut` has cut: [C, B, t, ...] as [B, T, ...]."""
     x = ops.swapaxes(blocks, 0, 1)
     x = ops.reshape(x, (ops.shape(x)[0], count(mask) * mask.block, *x.shape[3:]))
-    return x[:, : mask.query_segments.shape[1]]
+    return x[:, : ops.shape(mask.query_segments)[1]]
 
 
 def of_block(mask, index, segments, arrays):

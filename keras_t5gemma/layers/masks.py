@@ -65,7 +65,8 @@ class BlockMask:
     """The mask of sequences so long that neither it nor the logits are to exist as a whole.
 
     Attributes:
-        block: t, the length of the blocks in which queries are attended for, where no kernel serves them.
+        block: t, the length of the blocks in which queries are attended for, where no kernel serves them; a scalar
+            tensor if lengths are known only when the program runs.
         query_segments: int [B, T].
         key_segments: int [B, S].
         query_start: as in `attention_mask`, like those that follow.
@@ -87,16 +88,14 @@ class BlockMask:
 
         The length is the same for every block: with a window its own and the block's, else S.
         """
-        keys = self.key_segments.shape[1]
+        keys = ops.shape(self.key_segments)[1]
         if self.window is None:
             return 0, keys
-        length = self.block + (self.window - 1) * (1 if self.causal else 2)
-        if length >= keys:
+        length = smallest(self.block + (self.window - 1) * (1 if self.causal else 2), keys)
+        if not ops.is_tensor(length) and length == keys:
             return 0, keys
         first = index * self.block + self.query_start - (self.window - 1)
-        if isinstance(first, int):
-            return min(max(first, 0), keys - length), length
-        return ops.clip(first, 0, keys - length), length
+        return smallest(largest(first, 0), keys - length), length
 
     def of_block(self, index, segments, first, length):
         """Which of `length` keys from `first` on each query of a block may see.
@@ -130,18 +129,40 @@ def visible_keys(heads, query_segments, key_segments, *, fused=False, **kind):
         **kind: `query_start`, `causal` and `window` of `attention_mask`.
 
     Returns:
-        bool [B, T, S], or for long sequences a `BlockMask`. Lengths that are not known, as when TensorFlow traces for
-        any length, are taken to be short.
+        bool [B, T, S], or a `BlockMask` for long sequences, and for those that may be: if TensorFlow traces for any
+        length, the program itself finds the length of its blocks, of which short sequences have one.
     """
     (batch, queries), keys = query_segments.shape, key_segments.shape[1]
-    if queries is not None and keys is not None:
-        # An unknown batch counts as one example: its activations, too, need memory an example.
-        size = BLOCK_BYTES_ON_CPU if on_cpu(query_segments) else BLOCK_BYTES
-        longest = max(SHORTEST_BLOCK, size * _devices() // (4 * (batch or 1) * heads * keys))
-        if longest < queries or (fused and queries >= SHORTEST_BLOCK):
-            blocks = -(-queries // longest)
-            return BlockMask(-(-queries // blocks), query_segments, key_segments, **kind)
+    size = (BLOCK_BYTES_ON_CPU if on_cpu(query_segments) else BLOCK_BYTES) * _devices()
+    if queries is None or keys is None:
+        return BlockMask(
+            _block_of_any(size // (4 * heads), query_segments, key_segments), query_segments, key_segments, **kind
+        )
+    # An unknown batch counts as one example: its activations, too, need memory per example.
+    longest = max(SHORTEST_BLOCK, size // (4 * (batch or 1) * heads * keys))
+    if longest < queries or (fused and queries >= SHORTEST_BLOCK):
+        blocks = -(-queries // longest)
+        return BlockMask(-(-queries // blocks), query_segments, key_segments, **kind)
     return attention_mask(query_segments, key_segments, **kind)
+
+
+def _block_of_any(logits, query_segments, key_segments):
+    """The length of blocks of so many logits at most, a scalar tensor: for lengths that only the program will know."""
+    (batch, queries), keys = ops.shape(query_segments), ops.shape(key_segments)[1]
+    # Divided one by one: in int32 the product of the sizes could overflow.
+    longest = ops.maximum(SHORTEST_BLOCK, logits // largest(keys, 1) // largest(batch, 1))
+    blocks = ops.maximum(-(-queries // longest), 1)
+    return ops.maximum(-(-queries // blocks), 1)
+
+
+def smallest(left, right):
+    """The smaller of two sizes, each an int or, if it is not known before the program runs, a scalar tensor."""
+    return ops.minimum(left, right) if ops.is_tensor(left) or ops.is_tensor(right) else min(left, right)
+
+
+def largest(left, right):
+    """The larger of two sizes, likewise."""
+    return ops.maximum(left, right) if ops.is_tensor(left) or ops.is_tensor(right) else max(left, right)
 
 
 def _devices():

@@ -4,6 +4,7 @@ import dataclasses
 import typing
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_t5gemma.layers.attend import soft_cap
@@ -50,8 +51,9 @@ class ChunkSettings:
 class Chunks:
     """How [B, T, ...] is cut into [C, B * t, ...]: C chunks of t positions, filled up with zeros.
 
-    Along T, so that a batch that is spread over devices stays where it is. Where B is not known, as when TensorFlow
-    traces a step, all tokens are one long row.
+    Along T, so that a batch that is spread over devices stays where it is. If B or T is not known, as when TensorFlow
+    traces a step, all tokens are one long row, and t is a power of two: XLA compiles a program per t, and what fills up
+    the last chunk costs as much as tokens do.
 
     Args:
         shape: of the hidden states, (B, T, D).
@@ -67,7 +69,7 @@ class Chunks:
         if self._known:
             self.count = -(-self._length // tokens)
             tokens = -(-self._length // self.count)
-        self.tokens = tokens
+        self.tokens = self._most = tokens
 
     def cut(self, x):
         """[B, T, ...] as [C, B * t, ...]."""
@@ -75,6 +77,7 @@ class Chunks:
         if not self._known:
             x = ops.reshape(x, (1, -1, *rest))
             self._length = ops.shape(x)[1]
+            self.tokens = ops.minimum(self._most, _next_power_of_two(self._length))
             self.count = (self._length + self.tokens - 1) // self.tokens
         fill = ops.zeros((self._batch, self.count * self.tokens - self._length, *rest), x.dtype)
         x = ops.reshape(ops.concatenate([x, fill], axis=1), (self._batch, -1, self.tokens, *rest))
@@ -86,6 +89,12 @@ class Chunks:
         x = ops.swapaxes(ops.reshape(x, (-1, self._batch, self.tokens, *rest)), 0, 1)
         x = ops.reshape(x, (self._batch, -1, *rest))
         return ops.reshape(x[:, : self._length], shape)
+
+
+def _next_power_of_two(length):
+    """The smallest power of two that is not below a length, both scalar tensors."""
+    powers = 2 ** np.arange(31, dtype="int32")
+    return ops.max(ops.where(powers < 2 * length, powers, 1))
 
 
 @dataclasses.dataclass(frozen=True)

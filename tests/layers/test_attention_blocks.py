@@ -40,6 +40,47 @@ def test_output_and_gradients_are_those_of_the_plain_one(case, attention):
         np.testing.assert_allclose(got, value, rtol=tolerance, atol=tolerance * np.abs(value).max())
 
 
+def of_any_length(query, key, value, mask, cap, dtype):
+    """In a program that TensorFlow traces for any batch and any length: it finds its blocks when it runs."""
+    import tensorflow as tf
+
+    kind = {"query_start": mask.query_start, "causal": mask.causal, "window": mask.window}
+    heads = query.shape[2] * query.shape[3]
+
+    def spec(x, *unknown):
+        return tf.TensorSpec([None if axis in unknown else size for axis, size in enumerate(x.shape)], x.dtype)
+
+    @tf.function(
+        input_signature=[
+            spec(query, 0, 1),
+            *(spec(x, 0, 2) for x in (key, value)),
+            *(spec(x, 0, 1) for x in (mask.query_segments, mask.key_segments)),
+        ]
+    )
+    def run(query, key, value, *segments):
+        visible = visible_keys(heads, *segments, **kind)
+        assert ops.is_tensor(visible.block)
+        return attend_to(query, key, value, visible, cap=cap, dtype=dtype)
+
+    return run(query, key, value, mask.query_segments, mask.key_segments)
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="only TensorFlow traces without knowing lengths")
+@pytest.mark.parametrize(
+    ("name", "shortest"), [*((name, 5) for name in CASES), ("more keys than queries", 1), ("bfloat16", 100)]
+)
+def test_output_and_gradients_of_unknown_lengths_are_those_of_the_plain_one(name, shortest, monkeypatch):
+    """In blocks of five queries at most, of one, and in one block of all."""
+    case = CASES[name]
+    monkeypatch.setattr(masks, "BLOCK_BYTES_ON_CPU", 1)
+    monkeypatch.setattr(masks, "SHORTEST_BLOCK", shortest)
+    found, expected = both(case, of_any_length)
+    rounding = {"bfloat16": 1e-2, "float16": 1e-3}.get(case.get("dtype"), 1e-6)
+    for got, value, tolerance in zip(found, expected, [rounding] + 3 * [3 * rounding], strict=True):
+        assert np.abs(value).max() > 0
+        np.testing.assert_allclose(got, value, rtol=tolerance, atol=tolerance * np.abs(value).max())
+
+
 def no_gradients():
     """Where PyTorch is told that none is wanted; other backends are never told."""
     if keras.config.backend() != "torch":

@@ -1,11 +1,34 @@
 """Long inputs: a model whose attention goes by blocks is the model whose attention does not."""
 
-from one_step import assert_same_step, batch, language_model, take_steps
+import keras
+import pytest
+from one_step import assert_same_step, batch, language_model, take_steps, weights_of
 
 from keras_t5gemma.layers import attention, masks
 
+ON_TENSORFLOW = keras.config.backend() == "tensorflow"
 
-def test_rematerialized_training_step_in_blocks_is_the_plain_one(monkeypatch):
+
+@pytest.fixture(scope="module")
+def plain():
+    """A step whose lengths are known and whose attention is plain."""
+    lm = language_model()
+    return take_steps(lm, batch(lm))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True] if ON_TENSORFLOW else ["auto"])
+def test_step_on_a_pipeline_of_unknown_shapes_is_that_of_known_ones(plain, monkeypatch, jit_compile):
+    tf = pytest.importorskip("tensorflow")
+    monkeypatch.setattr(masks, "BLOCK_BYTES_ON_CPU", 1)
+    monkeypatch.setattr(masks, "SHORTEST_BLOCK", 3)
+    lm = language_model(jit_compile=jit_compile)
+    data = batch(lm)
+    specs = tf.nest.map_structure(lambda x: tf.TensorSpec((None, None), x.dtype), data)
+    history = lm.fit(tf.data.Dataset.from_generator(lambda: iter([data]), output_signature=specs), verbose=0).history
+    assert_same_step(({name: values[0] for name, values in history.items()}, weights_of(lm)), plain)
+
+
+def test_rematerialized_training_step_in_blocks_is_the_plain_one(plain, monkeypatch):
     """Computed again within what is computed again; `test_attention_blocks` has the gradients of attention alone."""
     calls, in_blocks = [], attention.in_blocks
 
@@ -13,8 +36,6 @@ def test_rematerialized_training_step_in_blocks_is_the_plain_one(monkeypatch):
         calls.append(args)
         return in_blocks(*args, **options)
 
-    lm = language_model()
-    plain = take_steps(lm, batch(lm))
     monkeypatch.setattr(masks, "BLOCK_BYTES_ON_CPU", 1)
     monkeypatch.setattr(masks, "SHORTEST_BLOCK", 3)
     monkeypatch.setattr(attention, "in_blocks", counted)
