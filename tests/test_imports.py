@@ -15,6 +15,8 @@ RANKS = {
     "checks": 0,
     "suggestions": 0,
     "registration": 0,
+    "_keras_internals": 0,
+    "concurrency": 1,
     "config": 1,
     "presets": 2,
     "layers": 2,

@@ -13,6 +13,7 @@ from keras_t5gemma.checkpoints.new_folder import new_folder
 from keras_t5gemma.checkpoints.processes import whole, write_on_first
 from keras_t5gemma.checkpoints.tensors import CheckpointError, TensorSource, is_finite
 from keras_t5gemma.checkpoints.writing import write_json, write_tensors
+from keras_t5gemma.concurrency import reading
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -37,6 +38,7 @@ def save_lora(model, folder, *, base_model=None):
     Raises:
         ValueError: where the model has no LoRA, or has it on an embedding.
         CheckpointError: where the folder exists, or a number is not finite.
+        RuntimeError: if another thread trains the model.
     """
     backbone = getattr(model, "backbone", model)
     layers = {module: layer for module, (_, layer) in _modules(backbone).items() if layer.lora_enabled}
@@ -68,7 +70,8 @@ def save_lora(model, folder, *, base_model=None):
             (partial / "model.safetensors").rename(partial / WEIGHTS_FILE)
 
     matrices = _Matrices(backbone, layers)
-    write_on_first(matrices, matrices.variables(), write)
+    with reading(model, "save_lora"):
+        write_on_first(matrices, matrices.variables(), write)
 
 
 def load_lora(model, folder):

@@ -11,6 +11,7 @@ from keras_t5gemma.checkpoints.tensors import DTYPES, TensorSource
 from keras_t5gemma.checkpoints.tokenizer_files import stop_ids, write_tokenizer
 from keras_t5gemma.checkpoints.transforms import cast_tensors
 from keras_t5gemma.checkpoints.writing import write_json, write_tensors
+from keras_t5gemma.concurrency import reading
 
 
 def export_to_hugging_face(
@@ -24,7 +25,7 @@ def export_to_hugging_face(
     know, is written under a model type that it refuses and `from_preset` here reads.
 
     A model whose weights lie on several processes (JAX, `keras.distribution`) is exported by all of them, with the same
-    call: each tensor in turn is gathered, and the first process writes it.
+    call: each tensor in turn is gathered, and the first process writes it. It works in a callback of `fit`, too.
 
     Args:
         model: a `T5GemmaBackbone`, or a `T5GemmaSeq2SeqLM`, whose preprocessor then gives `tokenizer` and `chat`.
@@ -40,6 +41,7 @@ def export_to_hugging_face(
         ValueError: where the model is quantized, or an argument is none of these.
         CheckpointError: where the folder exists, a `query_scalar` is no whole number, which `transformers` could not
             read, or a weight does not fit in float16 or is not finite.
+        RuntimeError: if another thread trains the model.
     """
     backbone = getattr(model, "backbone", model)
     preprocessor = getattr(model, "preprocessor", None)
@@ -61,7 +63,8 @@ def export_to_hugging_face(
             card=model_card("A T5Gemma exported from Keras", {"model": backbone.name}),
         )
 
-    write_on_first(ModelTensors(backbone), backbone.weights, write)
+    with reading(model, "export_to_hugging_face"):
+        write_on_first(ModelTensors(backbone), backbone.weights, write)
 
 
 def write_checkpoint(

@@ -9,6 +9,7 @@ from keras import ops, tree
 
 from keras_t5gemma.generation.beam_sampler import BeamSampler
 from keras_t5gemma.generation.processors import Sequences, in_order
+from keras_t5gemma.generation.random_sampler import with_own_loop
 from keras_t5gemma.generation.stopping import is_stop, output_mask
 from keras_t5gemma.suggestions import check_choice
 
@@ -132,7 +133,8 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
             logits, hidden, cache = next(ids, cache, index)
             return logits if process is None else process(logits, ids, index), hidden, cache
 
-        token_ids = _ending(sampler, limits, index)(next=processed, hidden_states=hidden_states, **common)
+        sampler = _ending(with_own_loop(sampler), limits, index)
+        token_ids = sampler(next=processed, hidden_states=hidden_states, **common)
     return token_ids, output_mask(token_ids, prompt_mask, control.stop_token_ids, limits), log_probs
 
 
@@ -242,7 +244,8 @@ def run_tokens(step, sampler, state, end, *, prompt_mask, control, limits=None, 
         return token_ids, cache, index + 1, ops.logical_and(running, ops.logical_not(stops)), log_probs
 
     # A tuple, as it came: a list would be another program.
-    return tuple(sampler.run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=end - state[2]))
+    run_loop = with_own_loop(sampler).run_loop
+    return tuple(run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=end - state[2]))
 
 
 def _choose(sampler, logits):

@@ -1,5 +1,7 @@
 """A function of tensors as one program, compiled where the backend compiles."""
 
+import contextlib
+import threading
 import weakref
 
 import keras
@@ -19,6 +21,40 @@ def by_xla(model):
     return model.jit_compile_is_auto and model.count_params() >= _WEIGHTS_FOR_XLA
 
 
+# One thread at a time traces and compiles: others would do the same work again beside it.
+_COMPILING = threading.RLock()
+
+
+class Programs:
+    """The newest programs by what they are for; safe to ask from several threads.
+
+    Args:
+        most: how many are kept; the oldest goes first.
+    """
+
+    def __init__(self, most):
+        self._most = most
+        self._made = {}
+        self._lock = threading.Lock()
+
+    def get(self, key, make):
+        """The one for a key, made by `make()` if there is none."""
+        with self._lock:
+            if key not in self._made:
+                if len(self._made) == self._most:
+                    del self._made[next(iter(self._made))]
+                self._made[key] = make()
+            return self._made[key]
+
+    def values(self):
+        """A list of all."""
+        with self._lock:
+            return list(self._made.values())
+
+    def __len__(self):
+        return len(self._made)
+
+
 class Program:
     """A function that reads a model's variables: compiled on JAX and TensorFlow, without gradients on PyTorch.
 
@@ -28,7 +64,8 @@ class Program:
     Args:
         function: `(*arguments) -> outputs`, nested structures of tensors.
         model: the `keras.Model` whose variables it reads, and whose `run_eagerly` and `jit_compile` say how to compile.
-        seeds: a list of further variables, which it changes too, e.g. a sampler's.
+        seeds: a list of further variables, a sampler's, whose values each call brings with it and gets back: calls
+            that run at the same time do not share them.
         donated: how many of the first arguments may be overwritten; the caller does not use these again.
         decodes: whether it is a loop of decoding steps, which TensorFlow hands to XLA on a CPU too, see `by_xla`.
     """
@@ -41,63 +78,85 @@ class Program:
         self._decodes = decodes
         self._compiled = None
         self._compiled_for = []
+        self._known_shapes = set()
 
-    def __call__(self, *arguments):
+    def __call__(self, *arguments, seeds=None):
         """The function's outputs.
 
         Args:
             *arguments: nested structures of arrays, numbers or tensors.
+            seeds: if the program has seeds, a list of their values at the start, int [2] each.
+
+        Returns:
+            The outputs, or with seeds `(outputs, seeds)`: a list of their values at the end.
         """
         arguments = tree.map_structure(ops.convert_to_tensor, arguments)
-        run = _RUNS.get(keras.config.backend())
-        return self._function(*arguments) if run is None else run(self, arguments)
+        values = [] if seeds is None else [ops.convert_to_tensor(value) for value in seeds]
+        run = _RUNS.get(keras.config.backend(), Program._function_with_seeds)
+        if self._model.run_eagerly or run not in _COMPILING_RUNS:
+            outputs, values = run(self, values, arguments)
+        else:
+            shapes = tuple((x.shape, str(x.dtype)) for x in tree.flatten(arguments))
+            with contextlib.nullcontext() if shapes in self._known_shapes else _COMPILING:
+                outputs, values = run(self, values, arguments)
+            self._known_shapes.add(shapes)
+        return outputs if seeds is None else (outputs, values)
 
-    def _run_torch(self, arguments):
+    def _function_with_seeds(self, seeds, arguments):
+        if not self._seeds:
+            return self._function(*arguments), []
+        with keras.StatelessScope(state_mapping=list(zip(self._seeds, seeds, strict=True))) as scope:
+            outputs = self._function(*arguments)
+        return outputs, [scope.get_current_value(seed) for seed in self._seeds]
+
+    def _run_torch(self, seeds, arguments):
         import torch
 
         # Here, and not around a loop over chunks: what its user does between two of them may need gradients.
         with torch.no_grad():
-            return self._function(*arguments)
+            return self._function_with_seeds(seeds, arguments)
 
-    def _run_tensorflow(self, arguments):
+    def _run_tensorflow(self, seeds, arguments):
         import tensorflow as tf
 
         if self._model.run_eagerly:
-            return self._function(*arguments)
+            return self._function_with_seeds(seeds, arguments)
         # A `tf.function` knows the variables it was made with. Others take their place when a model is quantized or
         # gets LoRA; the program, which keeps the old ones' memory, goes with the first of them.
         variables = self._variables()
-        known = [reference() for reference in self._compiled_for]
-        if list(map(id, known)) != list(map(id, variables)):
-            jit_compile = self._model.jit_compile or (self._decodes and by_xla(self._model))
-            self._compiled = tf.function(self._function, jit_compile=jit_compile)
-            self._compiled_for = [weakref.ref(variable, self._forget) for variable in variables]
-        return self._compiled(*arguments)
+        with _COMPILING:
+            known = [reference() for reference in self._compiled_for]
+            if self._compiled is None or list(map(id, known)) != list(map(id, variables)):
+                jit_compile = self._model.jit_compile or (self._decodes and by_xla(self._model))
+                self._compiled = tf.function(self._function_with_seeds, jit_compile=jit_compile)
+                self._compiled_for = [weakref.ref(variable, self._forget) for variable in variables]
+                self._known_shapes.clear()
+            compiled = self._compiled
+        return compiled(seeds, arguments)
 
     def _forget(self, _):
         self._compiled = None
 
-    def _run_jax(self, arguments):
+    def _run_jax(self, seeds, arguments):
         if self._model.run_eagerly:
-            return self._function(*arguments)
+            return self._function_with_seeds(seeds, arguments)
         if self._compiled is None:
             import jax
 
-            donated = tuple(range(1, 1 + self._donated))
+            donated = tuple(range(2, 2 + self._donated))
             self._compiled = jax.jit(self._with_variables, donate_argnums=donated)
         # `.value` keeps how a variable lies on several devices.
-        outputs, seeds = self._compiled([variable.value for variable in self._variables()], *arguments)
-        for variable, value in zip(self._seeds, seeds, strict=True):
-            variable.assign(value)
-        return outputs
+        return self._compiled([variable.value for variable in self._variables()], seeds, *arguments)
 
-    def _with_variables(self, values, *arguments):
-        with keras.StatelessScope(state_mapping=list(zip(self._variables(), values, strict=True))) as scope:
+    def _with_variables(self, values, seeds, *arguments):
+        variables, values = [*self._variables(), *self._seeds], [*values, *seeds]
+        with keras.StatelessScope(state_mapping=list(zip(variables, values, strict=True))) as scope:
             outputs = self._function(*arguments)
         return outputs, [scope.get_current_value(seed) for seed in self._seeds]
 
     def _variables(self):
-        return [*self._model.trainable_variables, *self._model.non_trainable_variables, *self._seeds]
+        return [*self._model.trainable_variables, *self._model.non_trainable_variables]
 
 
 _RUNS = {"jax": Program._run_jax, "tensorflow": Program._run_tensorflow, "torch": Program._run_torch}
+_COMPILING_RUNS = (Program._run_jax, Program._run_tensorflow)

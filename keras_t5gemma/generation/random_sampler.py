@@ -1,6 +1,7 @@
 """Random choice of the next token, and seeds for a single call."""
 
-import contextlib
+import copy
+import threading
 
 import keras
 import keras_hub
@@ -70,49 +71,108 @@ class TopKTopPSampler(keras_hub.samplers.Sampler):
         return {**super().get_config(), "k": self.k, "p": self.p, "seed": self.seed}
 
 
-class Draws:
-    """The random numbers of one call, from a seed of its own; the sampler's go on afterwards as if it had not been.
+# Taking a number from a sampler and counting on is one act.
+_LOCK = threading.Lock()
 
-    They also go on so after a call that fails, whatever its seed.
+
+class Draws:
+    """The random numbers of one call: a sampler's, from a start of the call's own.
+
+    A call without a seed takes the next start of the sampler, which counts calls; one with a seed leaves the sampler
+    alone. Nothing is shared while calls run, so that several threads get what one thread would:
+
+        sampler's state  [s, 0]       [s, 1]       [s, 2]
+        calls                 from (s, 0)  from (s, 1)
+
+    As a context a call that fails gives its start back, if no other call has taken one since.
 
     Args:
-        sampler: a `keras_hub.samplers.Sampler`; one without random numbers stays as it is.
-        seed: an integer from 0, or None to go on with the sampler's.
+        sampler: a `keras_hub.samplers.Sampler`; one without random numbers has none here.
+        seed: an integer from 0, or None for the sampler's next start.
 
     Raises:
-        ValueError: where the seed is neither.
+        ValueError: if the seed is neither.
+
+    Attributes:
+        values: a list of int [2], the state of each of the sampler's generators; whoever draws brings them up to date.
     """
 
     def __init__(self, sampler, seed):
         seed = integer(seed, "seed", least=0, optional=True)
         self._variables = sampler.variables
-        self._values = None
-        if seed is None:
-            return
-        # Keras counts calls in the second number, and PyTorch adds both up: seeds 1 and 2 as they are would give the
-        # same draws, one step apart. 30 bits leave room to count in every backend's integers.
-        starts = (np.random.SeedSequence([seed, i]).generate_state(1)[0] >> 2 for i in range(len(self._variables)))
-        self._values = [[start, 0] for start in starts]
+        self._seed = seed
+        self._before = self._after = None
+        self.values = []
 
-    @contextlib.contextmanager
-    def active(self):
-        """While it is, the sampler draws these; the next time it goes on with those after."""
-        before = self._read()
-        if self._values is not None:
-            self._assign(self._values)
-        try:
-            yield
-            after = self._read()  # on JAX, what a program that failed left behind cannot even be read
-        except BaseException:
-            self._assign(before)
-            raise
-        if self._values is not None:
-            self._values = after
-            self._assign(before)
+    def __enter__(self):
+        if self._seed is not None:
+            self.values = [self._start([int(self._seed), i], variable) for i, variable in enumerate(self._variables)]
+            return self
+        with _LOCK:
+            self._before = self._read()
+            self._after = [[seed, count + 1] for seed, count in self._before]
+            self._assign(self._after)
+        self.values = [
+            self._start([*map(abs, before), i], variable, calls=(1,))
+            for i, (before, variable) in enumerate(zip(self._before, self._variables, strict=True))
+        ]
+        return self
+
+    def __exit__(self, error, *_):
+        # A generator that is given up has drawn.
+        if error is None or error is GeneratorExit or self._before is None:
+            return
+        with _LOCK:
+            if self._read() == self._after:
+                self._assign(self._before)
+
+    def _start(self, entropy, variable, calls=()):
+        # Keras counts draws in the second number, and PyTorch adds both up: seeds 1 and 2 as they are would give the
+        # same draws, one step apart. 30 bits leave room to count in every backend's integers.
+        start = np.random.SeedSequence(entropy, spawn_key=calls).generate_state(1)[0] >> 2
+        return np.array([start, 0], keras.backend.standardize_dtype(variable.dtype))
 
     def _read(self):
-        return [np.array(ops.convert_to_numpy(variable)) for variable in self._variables]
+        return [ops.convert_to_numpy(variable).tolist() for variable in self._variables]
 
     def _assign(self, values):
         for variable, value in zip(self._variables, values, strict=True):
             variable.assign(np.array(value, keras.backend.standardize_dtype(variable.dtype)))
+
+
+def with_own_loop(sampler):
+    """A sampler whose loop carries the state of its generators, if the backend's loop must be told what changes in it.
+
+    keras-hub's carries it on JAX, and PyTorch's is Python's; TensorFlow's takes tensors alone out of a loop.
+
+    Args:
+        sampler: a `keras_hub.samplers.Sampler`, called in a `keras.StatelessScope` that holds its variables.
+    """
+    variables = sampler.variables
+    if keras.config.backend() != "tensorflow" or not variables:
+        return sampler
+    carrying = copy.copy(sampler)
+
+    def run_loop(cond, body, model=None, loop_vars=None, maximum_iterations=None):
+        def cond_of_rest(_, *rest):
+            return cond(*rest)
+
+        def body_with_seeds(seeds, *rest):
+            with keras.StatelessScope(state_mapping=list(zip(variables, seeds, strict=True))) as scope:
+                rest = body(*rest)
+            return [scope.get_current_value(variable) for variable in variables], *rest
+
+        seeds = [ops.convert_to_tensor(variable) for variable in variables]
+        seeds, *rest = sampler.run_loop(
+            cond_of_rest,
+            body_with_seeds,
+            model=model,
+            loop_vars=(seeds, *loop_vars),
+            maximum_iterations=maximum_iterations,
+        )
+        for variable, seed in zip(variables, seeds, strict=True):
+            variable.assign(seed)
+        return rest
+
+    carrying.run_loop = run_loop
+    return carrying

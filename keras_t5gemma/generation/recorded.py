@@ -12,6 +12,7 @@ that a CPU's cores share:
 Other backends compile the whole loop, and a step goes through here untouched.
 """
 
+import threading
 import weakref
 
 import keras
@@ -39,7 +40,9 @@ def recorded(step, model):
 class RecordedStep:
     """See the module. Prompts, and steps that gradients are wanted of, run as they are.
 
-    A decoding run that goes on keeps to its recording: LoRA and quantizing count from the next run on.
+    A decoding run that goes on keeps to its recording: LoRA and quantizing count from the next run on. Threads that
+    decode at once take turns, step by step: a recording is made of what all of PyTorch does meanwhile, and a CUDA graph
+    reads and writes the same tensors each time.
 
     Args:
         step: as for `recorded`.
@@ -51,7 +54,8 @@ class RecordedStep:
         self._model = model
         self._counts = {}
         self._recordings = {}
-        self._last_key, self._last_leaves = None, []
+        self._lock = threading.Lock()
+        self._last = threading.local()
 
     def __call__(self, token_ids, cache, index):
         """What `step` gives; the cache is overwritten."""
@@ -59,10 +63,14 @@ class RecordedStep:
 
         if token_ids.shape[1] != 1 or torch.is_grad_enabled() or self._model.run_eagerly:
             return self._step(token_ids, cache, index)
+        with self._lock:
+            return self._run(token_ids, cache, index)
+
+    def _run(self, token_ids, cache, index):
         leaves = keras.tree.flatten(cache)
         if not self._goes_on(leaves):
-            self._last_key = self._key(token_ids, leaves)
-        key = self._last_key
+            self._last.key = self._key(token_ids, leaves)
+        key = self._last.key
         if key not in self._recordings:
             if len(self._counts) == _MOST_COUNTS:
                 self._counts.clear()
@@ -72,12 +80,12 @@ class RecordedStep:
             self._make_room()
             self._recordings[key] = _Recording(self._step, token_ids, cache, index, self._model.jit_compile)
         logits, hidden, *leaves = self._recordings[key](token_ids, leaves, index)
-        self._last_leaves = [weakref.ref(x) for x in leaves]
+        self._last.leaves = [weakref.ref(x) for x in leaves]
         return logits, hidden, keras.tree.pack_sequence_as(cache, leaves)
 
     def _goes_on(self, leaves):
         """Whether the cache is what the last step gave: its key holds, and to ask all variables takes milliseconds."""
-        last = self._last_leaves
+        last = getattr(self._last, "leaves", [])
         return len(last) == len(leaves) and all(given() is x for given, x in zip(last, leaves, strict=True))
 
     def _key(self, token_ids, leaves):
@@ -150,7 +158,7 @@ class _Graph:
                 run(*self._inputs)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # others may allocate meanwhile
             logits, hidden, *new = run(*self._inputs)
             for old, x in zip(self._inputs[2:], new, strict=True):
                 if x.data_ptr() != old.data_ptr():

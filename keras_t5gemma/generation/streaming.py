@@ -64,7 +64,7 @@ class DecodingStream:
             positions: a range, from the length of the decoder's prompt to the limit.
             chunk_size: tokens between two looks, a positive integer. The first chunk is one token, the next two, four,
                 and so on up to this, so that the first token does not wait for others.
-            draws: the sampler's `Draws`, active during each chunk and not between them.
+            draws: the `Draws` of this stream.
 
         Yields:
             int [N], the tokens of a chunk, `N >= 1`; the last one ends in a stop id, or with the range.
@@ -74,8 +74,8 @@ class DecodingStream:
         index, size = positions.start, 1
         state = start_state(token_ids, cache, index, limits)
         while index < positions.stop:
-            with draws.active():
-                state = self._advance(state, prompt_mask, limits, min(index + size, positions.stop))
+            end = min(index + size, positions.stop)
+            state, draws.values = self._advance(state, prompt_mask, limits, end, seeds=draws.values)
             token_ids, _, reached, running, _ = state
             reached = int(ops.convert_to_numpy(reached))
             yield ops.convert_to_numpy(token_ids)[0, index:reached]

@@ -9,6 +9,7 @@ from keras_t5gemma.checkpoints.load import load
 from keras_t5gemma.checkpoints.sources import locate_t5gemma, t5gemma_source
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.models.distribution import layout_map
+from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.stacks import Decoder, Encoder
 
 INPUT_NAMES = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
@@ -19,7 +20,7 @@ QUANTIZABLE = (keras.layers.Dense, keras.layers.Embedding)
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaBackbone(keras_hub.models.Backbone):
+class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
     """T5Gemma without a head: two Gemma 2 stacks joined by cross-attention.
 
     Inputs, a dict of int32 tensors: `encoder_token_ids` and `encoder_padding_mask` [B, S], `decoder_token_ids` and

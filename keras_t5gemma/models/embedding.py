@@ -8,7 +8,8 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.generation.program import Program
+from keras_t5gemma.concurrency import reading
+from keras_t5gemma.generation.program import Program, Programs
 from keras_t5gemma.models.inputs import check_token_ids
 from keras_t5gemma.models.memory import memory_errors_explained
 from keras_t5gemma.models.shapes import Rounds
@@ -43,13 +44,12 @@ class Embeds(Rounds):
         Raises:
             ValueError: where there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
                 or `batch_size` is none of these.
-            MemoryError: as for `generate`.
+            MemoryError, RuntimeError: as for `generate`.
         """
         check_choice(pooling, "pooling", POOLINGS)
         batch_size = integer(batch_size, "batch_size")
         rows, batched = self._encoder_rows(inputs)
-        if pooling not in self._embed_programs:
-            self._embed_programs[pooling] = Program(partial(self._pooled, pooling=pooling), self)
+        program = self._embed_programs.get(pooling, lambda: Program(partial(self._pooled, pooling=pooling), self))
         vectors = np.zeros((len(rows), self.backbone.config.encoder.hidden_dim), "float32")
         # The longest first: memory that does not suffice is known at once.
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
@@ -59,8 +59,8 @@ class Embeds(Rounds):
                 ids, mask = pad_rows([rows[i] for i in chosen], len(rows[chosen[0]]), pad_id=0)
                 batch = {"encoder_token_ids": ids, "encoder_padding_mask": mask}
                 arrays = self._rounded(batch, batch_size)
-                with memory_errors_explained(self, batch, arrays):
-                    vectors[chosen] = ops.convert_to_numpy(self._embed_programs[pooling](arrays))[: len(chosen)]
+                with reading(self, "embed"), memory_errors_explained(self, batch, arrays):
+                    vectors[chosen] = ops.convert_to_numpy(program(arrays))[: len(chosen)]
                 if progress:
                     advance(len(chosen))
         return vectors if batched else vectors[0]
@@ -68,7 +68,7 @@ class Embeds(Rounds):
     def compile(self, *args, **kwargs):
         """Forgets the programs, for which `run_eagerly` and `jit_compile` may have changed."""
         super().compile(*args, **kwargs)
-        self._embed_programs = {}
+        self._embed_programs = Programs(len(POOLINGS))
 
     def _pooled(self, inputs, pooling):
         """float32 [B, D] of the encoder's two inputs, int [B, S], padded on the right."""

@@ -7,9 +7,10 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.checks import integer, is_integer
+from keras_t5gemma.concurrency import reading
 from keras_t5gemma.generation.decode import Control, caches_of_a_prompt, check_sampler, decode
 from keras_t5gemma.generation.processors import Request, check_processors
-from keras_t5gemma.generation.program import Program
+from keras_t5gemma.generation.program import Program, Programs
 from keras_t5gemma.generation.random_sampler import Draws
 from keras_t5gemma.generation.recorded import recorded
 from keras_t5gemma.models.inputs import prompt_arrays, result_arrays
@@ -27,7 +28,7 @@ class Generates(Rounds):
         """Forgets the programs of the sampler before."""
         super().compile(*args, jit_compile=jit_compile, **kwargs)
         self.jit_compile_is_auto = jit_compile == "auto"
-        self._generate_programs = {}
+        self._generate_programs = Programs(MOST_PROGRAMS)
         self._recorded_step = recorded(self.decoding_step, self)
 
     def generate_step(self, inputs, stop_token_ids=None, control=None):
@@ -104,7 +105,8 @@ class Generates(Rounds):
             num_samples: n, results for each prompt, which is read once: draws of a sampler that is random, or the n
                 best of a beam search, the best first.
             seed: an integer that this call's random draws depend on and nothing else; later calls go on as if there
-                had been none.
+                had been none. Without one a call takes the next of the sampler's random numbers. Either way threads
+                that call at once get what one would.
             return_log_probs: whether to return each token's log-probability too, that of the model alone, before
                 processors and temperature, as `score` gives it.
 
@@ -119,26 +121,29 @@ class Generates(Rounds):
                 options that are out of range, contradict each other or that the sampler cannot meet.
             MemoryError: where memory does not suffice; the message says about how many rows would fit. The model can
                 be used on.
+            RuntimeError: if another thread is in `fit`. In a callback of a `fit` it works, as `stream`, `score` and
+                `embed` do, and leaves the training as if it had not been.
         """
         num_samples = integer(num_samples, "num_samples", optional=True)
         options = {"processors": processors, "num_samples": num_samples or 1, "log_probs": bool(return_log_probs)}
         options["stop_token_ids"] = self._stop_token_ids(stop_token_ids)
         batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]
-        with Draws(self.sampler, seed).active():
+        several = num_samples is not None
+        with reading(self, "generate"), Draws(self.sampler, seed) as draws:
             results = [
-                self._generate_batch(batch, max_length, max_new_tokens, strip_prompt, num_samples is not None, options)
+                self._generate_batch(batch, max_length, max_new_tokens, strip_prompt, several, options, draws)
                 for batch in batches
             ]
         return results[0] if len(results) == 1 else _joined(results)
 
-    def _generate_batch(self, batch, max_length, max_new_tokens, strip_prompt, several, options):
+    def _generate_batch(self, batch, max_length, max_new_tokens, strip_prompt, several, options, draws):
         if self.preprocessor is not None:
             batch = self.preprocessor.generate_preprocess(batch, sequence_length=max_length)
         prompts = prompt_arrays(batch, max_length, self.backbone.config.vocabulary_size, max_new_tokens)
         control = self._control(prompts, options)
         arrays = self._rounded(prompts)
         with memory_errors_explained(self, prompts, arrays, caches_of_a_prompt(self.sampler, control)):
-            outputs = self._generate_program(control)(arrays)
+            outputs, draws.values = self._generate_program(control)(arrays, seeds=draws.values)
             outputs = {name: ops.convert_to_numpy(x) for name, x in outputs.items()}
         outputs = result_arrays(outputs, prompts, control.num_samples, strip_prompt)
         if self.preprocessor is not None:
@@ -163,13 +168,10 @@ class Generates(Rounds):
         return control
 
     def _generate_program(self, control):
-        programs = self._generate_programs
-        if control not in programs:
-            if len(programs) == MOST_PROGRAMS:
-                del programs[next(iter(programs))]
-            step = partial(self.generate_step, control=control)
-            programs[control] = Program(step, self, seeds=self.sampler.variables, decodes=True)
-        return programs[control]
+        step = partial(self.generate_step, control=control)
+        return self._generate_programs.get(
+            control, lambda: Program(step, self, seeds=self.sampler.variables, decodes=True)
+        )
 
     def _stop_token_ids(self, stop_token_ids):
         if stop_token_ids is None:

@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from keras_t5gemma.concurrency import reading
 from keras_t5gemma.generation.decode import token_log_probs
 from keras_t5gemma.generation.program import Program
 from keras_t5gemma.models.inputs import moved_to_the_left, prompt_arrays, scoring_arrays
@@ -14,8 +15,6 @@ from keras_t5gemma.training.losses import CHUNK_BYTES, Chunks
 
 class Scores(Rounds):
     """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone`, a `head` and perhaps a `preprocessor`."""
-
-    _score_program = None
 
     def score(self, inputs, targets, *, closed=True):
         """The log-likelihood of each target given its input, by the model alone: no temperature, no processors.
@@ -35,17 +34,15 @@ class Scores(Rounds):
 
         Raises:
             ValueError: where prompts or targets are not as described, or do not match in number.
-            MemoryError: as for `generate`.
+            MemoryError, RuntimeError: as for `generate`.
         """
         if self.preprocessor is not None:
             inputs = self.preprocessor.generate_preprocess(inputs)
             targets = _target_rows(self.preprocessor, targets, closed)
         vocabulary_size = self.backbone.config.vocabulary_size
         arrays, lengths = scoring_arrays(prompt_arrays(inputs, None, vocabulary_size), targets, vocabulary_size)
-        if self._score_program is None:
-            self._score_program = Program(self.score_step, self)
         (rows, length), rounded = arrays["labels"].shape, self._rounded(arrays)
-        with memory_errors_explained(self, arrays, rounded):
+        with reading(self, "score"), memory_errors_explained(self, arrays, rounded):
             log_probs = ops.convert_to_numpy(self._score_program(rounded))[:rows, :length]
         log_probs = moved_to_the_left(log_probs, arrays["label_mask"])[:, : lengths.max()]
         scores = {"log_likelihood": log_probs.sum(axis=1), "log_probs": log_probs}
@@ -71,7 +68,7 @@ class Scores(Rounds):
     def compile(self, *args, **kwargs):
         """Forgets the program, whose `run_eagerly` and `jit_compile` may have changed."""
         super().compile(*args, **kwargs)
-        self._score_program = None
+        self._score_program = Program(self.score_step, self)
 
 
 def _target_rows(preprocessor, texts, closed):

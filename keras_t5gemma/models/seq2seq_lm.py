@@ -14,6 +14,7 @@ from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.embedding import Embeds
 from keras_t5gemma.models.generation import Generates
+from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.inputs import check_token_ids, split_rows, training_batches
 from keras_t5gemma.models.scoring import Scores
 from keras_t5gemma.models.shapes import Buckets
@@ -30,7 +31,7 @@ from keras_t5gemma.training.losses import ChunkedLoss, VocabularyCrossEntropy
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, keras_hub.models.Seq2SeqLM):
+class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, keras_hub.models.Seq2SeqLM):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
     Args:

@@ -5,7 +5,8 @@ import itertools
 from keras import ops
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.generation.program import Program
+from keras_t5gemma.concurrency import reading
+from keras_t5gemma.generation.program import Program, Programs
 from keras_t5gemma.generation.random_sampler import Draws
 from keras_t5gemma.generation.streaming import DecodingStream, check_streamable, default_chunk_size
 from keras_t5gemma.models.generation import MOST_PROGRAMS
@@ -32,7 +33,7 @@ class Streams:
         """Generates from one prompt, and gives what is there while the rest is still to come.
 
         Joined, it is what `generate()` gives for the same arguments, sampler and seed. A stream may be given up at any
-        point, and others may run between two of its chunks; without a `seed` they share the sampler's random numbers.
+        point, and others may run between two of its chunks.
 
         Args:
             inputs: as for `generate`, one prompt.
@@ -71,21 +72,26 @@ class Streams:
         """Forgets the programs of the sampler before."""
         super().compile(*args, **kwargs)
         self._start_program = Program(self._start_decoding, self)
-        self._decoding_streams = {}
+        self._decoding_streams = Programs(MOST_PROGRAMS)
 
     def _decoding_stream(self, control):
-        streams = self._decoding_streams
-        if control not in streams:
-            if len(streams) == MOST_PROGRAMS:
-                del streams[next(iter(streams))]
-            streams[control] = DecodingStream(self._start_program, self._recorded_step, self.sampler, self, control)
-        return streams[control]
+        return self._decoding_streams.get(
+            control, lambda: DecodingStream(self._start_program, self._recorded_step, self.sampler, self, control)
+        )
 
     def _chunks(self, decode, prompts, start, chunk_size, draws):
         """What a `DecodingStream` gives for prompts of one row and `start` tokens."""
         arrays = self._rounded(prompts, most_rows=1)
-        with memory_errors_explained(self, prompts, arrays, caches=1):
-            yield from decode(arrays, range(start, prompts["limits"][0]), chunk_size, draws)
+        positions = range(start, prompts["limits"][0])
+        with memory_errors_explained(self, prompts, arrays, caches=1), draws:
+            chunks = decode(arrays, positions, chunk_size, draws)
+            # Not between two chunks: who reads the stream may train meanwhile.
+            while (ids := self._next_chunk(chunks)) is not None:
+                yield ids
+
+    def _next_chunk(self, chunks):
+        with reading(self, "stream"):
+            return next(chunks, None)
 
     def _start_decoding(self, inputs):
         """`(token_ids, prompt_mask, cache)` of a prompt that was read; see `DecodingStream`."""

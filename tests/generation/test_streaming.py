@@ -11,6 +11,7 @@ from tiny_tokenizer import train_tiny_tokenizer
 
 from keras_t5gemma.generation.decode import Control, resolve_sampler
 from keras_t5gemma.generation.processors import ForbiddenTokens, NoRepeatNgrams
+from keras_t5gemma.generation.program import Programs
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
@@ -107,7 +108,7 @@ def test_chunks_grow_to_their_size_and_share_one_compiled_program(lm, whole, mon
         return step(*arguments)
 
     monkeypatch.setattr(lm, "_recorded_step", counted)
-    monkeypatch.setattr(lm, "_decoding_streams", {})
+    monkeypatch.setattr(lm, "_decoding_streams", Programs(1))
     assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=4)) == whole[0]
     compiled = len(calls)
     assert compiled
@@ -119,25 +120,13 @@ def test_chunks_grow_to_their_size_and_share_one_compiled_program(lm, whole, mon
 
 
 def test_stream_of_chunks_waits_for_no_later_chunk(lm, monkeypatch):
-    monkeypatch.setattr(lm, "sampler", Counting())
-    monkeypatch.setattr(lm, "_decoding_streams", {})
+    decode, ends = lm._decoding_stream(Control()), [1]
+    advance = decode._advance
+    monkeypatch.setattr(decode, "_advance", lambda *args, **options: ends.append(args[3]) or advance(*args, **options))
     stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=4)
-    tokens_decoded = [int(ops.convert_to_numpy(lm.sampler.count.state)[0]) for _ in stream]
+    tokens_decoded = [ends[-1] - 1 for _ in stream]
     # <bos>, then 1, 2, 4, 4, 4, 4, 1.
     assert tokens_decoded == [0, 1, 3, 3, *[7] * 4, *[11] * 4, *[15] * 4, *[19] * 4, 20]
-
-
-class Counting(keras_hub.samplers.GreedySampler):
-    """Greedy, with the tokens it chose so far in a variable."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = keras.random.SeedGenerator(0)
-        self.count.state.assign([0, 0])
-
-    def get_next_token(self, probabilities):
-        self.count.state.assign(self.count.state + ops.convert_to_tensor([1, 0], self.count.state.dtype))
-        return super().get_next_token(probabilities)
 
 
 def test_stream_given_up_or_broken_leaves_the_model_as_it_was(lm, whole, monkeypatch):
@@ -146,7 +135,7 @@ def test_stream_given_up_or_broken_leaves_the_model_as_it_was(lm, whole, monkeyp
     stream.close()
     assert taken == whole[0][:5]
 
-    def broken(*_):
+    def broken(*_, **__):
         raise KeyboardInterrupt
 
     stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)

@@ -122,9 +122,9 @@ def test_limits_of_the_preprocessor_cap_what_is_rounded_up(backbone, tmp_path, r
 
 
 def test_prompt_that_was_padded_to_512_is_not_read_at_512(lm, monkeypatch):
-    def program(arrays):
+    def program(arrays, seeds):
         found.update(arrays)
-        return {name: x for name, x in arrays.items() if name.startswith("decoder")}
+        return {name: x for name, x in arrays.items() if name.startswith("decoder")}, seeds
 
     monkeypatch.setattr(lm, "_generate_program", lambda _: program)
     found = {}
