@@ -1,6 +1,8 @@
 """The demo: its corpus, its Gemma 2, and a run from end to end at toy size."""
 
+import datetime
 import json
+import re
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ import keras_t5gemma as kt
 from keras_t5gemma.demo import report
 from keras_t5gemma.demo.adaptation import Result
 from keras_t5gemma.demo.corpus import standard_library_corpus
+from keras_t5gemma.demo.dates import FORMS, date_pairs, split_dates, write_date
+from keras_t5gemma.demo.finetuning import Answers
 from keras_t5gemma.demo.pretraining import causal_chunks
 from keras_t5gemma.demo.run import run_demo
 from keras_t5gemma.demo.settings import TOY
@@ -22,7 +26,7 @@ def corpus():
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """(folder, results) of a toy run."""
+    """(folder, (results, answers)) of a toy run."""
     out = tmp_path_factory.mktemp("demo") / "out"
     return out, run_demo(out, TOY)
 
@@ -105,6 +109,47 @@ def test_mean_loss_weighs_batches_by_their_target_tokens():
     assert mean_loss(Model(), [(10.0, few, few), (5.0, many, many)]) == pytest.approx((10 * 1 + 5 * 4) / 5)
 
 
+def test_dates_are_written_in_a_dozen_ways():
+    assert [write_date(datetime.date(2024, 3, 5), form) for form in FORMS] == [
+        "5 March 2024",
+        "March 5, 2024",
+        "Mar 5th, 2024",
+        "the 5th of March 2024",
+        "Tuesday, March 5th 2024",
+        "Tue, 05 Mar 2024",
+        "Tue Mar 05 00:00:00 2024",
+        "05-Mar-2024",
+        "05 Mar 24",
+        "05.03.2024",
+        "03/05/2024",
+        "20240305",
+    ]
+    ordinals = [write_date(datetime.date(2024, 1, day), FORMS[2]).split()[1] for day in (1, 2, 3, 11, 12, 13, 22, 31)]
+    assert ordinals == ["1st,", "2nd,", "3rd,", "11th,", "12th,", "13th,", "22nd,", "31st,"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dates_answers_are_what_the_standard_library_reads_in_the_prompts(form):
+    pairs = date_pairs(split_dates()[0], 500, forms=(form,))
+    read_as = form.replace("{date.day}", "%d").replace("{date.year}", "%Y").replace("{ordinal}", "%d")
+    read_as = re.sub(r"\{date:(.*?)\}", r"\1", read_as)
+    for prompt, answer in zip(pairs["encoder_text"], pairs["decoder_text"], strict=True):
+        text = re.sub(r"(\d)(st|nd|rd|th)\b", r"\1", prompt)
+        assert datetime.datetime.strptime(text, read_as).date().isoformat() == answer
+
+
+def test_dates_to_learn_from_and_to_ask_for_have_none_in_common():
+    train, held_out = split_dates(held_out=200)
+    assert len(held_out) == len(set(held_out)) == 200
+    assert len({*train, *held_out}) == len(train) + 200 == 36525
+
+
+def test_answers_are_right_only_to_the_last_character():
+    answers = Answers("adapted", ("a", "b", "c"), ("2024-03-05",) * 3, ("2024-03-05", "2024-03-0", "2024-03-055"), ())
+    assert answers.right == 1
+    assert report.score_line(answers) == "adapted: 1 of 3 held-out dates right"
+
+
 def test_verdict_says_lower_only_where_it_is_lower():
     def result(start, before, after):
         return Result("balanced", start, "UL2", 1, before, after, losses=(1.0,) * 7)
@@ -123,7 +168,7 @@ def test_demo_refuses_a_folder_with_something_in_it(tmp_path):
 
 
 def test_demo_measures_both_pairs_adapted_and_from_scratch(demo):
-    _, results = demo
+    results = demo[1][0]
     assert [(result.pair, result.start, result.objective) for result in results] == [
         ("balanced", "adapted", "PrefixLM"),
         ("balanced", "from scratch", "PrefixLM"),
@@ -141,12 +186,12 @@ def test_demo_measures_both_pairs_adapted_and_from_scratch(demo):
 
 
 def test_demo_from_scratch_starts_at_the_loss_of_a_guess(demo):
-    for result in demo[1][1::2]:
+    for result in demo[1][0][1::2]:
         assert result.before == pytest.approx(np.log(TOY.vocabulary_size), abs=0.1)
 
 
 def test_demo_writes_figures_completions_and_a_picture(demo):
-    out, results = demo
+    out, (results, _) = demo
     written = json.loads((out / "results.json").read_text())
     assert [row["after"] for row in written["results"]] == [result.after for result in results]
     assert written["environment"]["keras"]
@@ -154,6 +199,26 @@ def test_demo_writes_figures_completions_and_a_picture(demo):
     for voice in ("prompt", "truth", "adapted", "from scratch"):
         assert f"[{voice}]" in completions
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_demo_fine_tunes_both_starts_on_dates_and_keeps_every_answer(demo):
+    out, (_, tuned) = demo
+    assert [answers.start for answers in tuned] == ["adapted", "from scratch"]
+    asked = date_pairs(split_dates(TOY.held_out_dates)[1], seed=1)
+    written = json.loads((out / "results.json").read_text())["dates"]
+    for answers, row in zip(tuned, written, strict=True):
+        assert answers.losses[-1] < answers.losses[0]
+        assert len(answers.losses) == TOY.dates.steps
+        assert answers.prompts == tuple(asked["encoder_text"])
+        assert answers.truths == tuple(asked["decoder_text"])
+        assert row["answers"] == list(answers.answers)
+        assert row["right"] == answers.right
+
+
+def test_demo_leaves_the_model_that_gave_the_answers(demo):
+    out, (_, (adapted, _)) = demo
+    lm = kt.T5GemmaSeq2SeqLM.from_preset(out / "t5gemma_dates")
+    assert lm.generate(list(adapted.prompts), max_length=12) == list(adapted.answers)
 
 
 @pytest.mark.parametrize("pair", ["balanced", "unbalanced"])

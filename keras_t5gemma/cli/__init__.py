@@ -38,7 +38,7 @@ def demo(
     ] = None,
     backend: BackendOption = None,
 ):
-    """Pretrain a small Gemma 2 on this Python's documentation, adapt it, train it, compare: minutes on a CPU."""
+    """Pretrain a small Gemma 2 on this Python's documentation, adapt it, train it, compare, ask: minutes on a CPU."""
     with one_line_errors():
         out = out or first_free(Path("demo_out"))
         check_free(out)

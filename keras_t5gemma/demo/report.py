@@ -1,12 +1,14 @@
 """What the demo shows for itself: a table, a picture, completions, and a file with every number."""
 
 import dataclasses
+import itertools
 import json
 import os
 import platform
 from importlib.metadata import version
 
 from rich.table import Table
+from rich.text import Text
 
 from keras_t5gemma.training.plots import LOSS_LABEL, picture
 
@@ -46,11 +48,36 @@ def verdict(results):
     return "\n".join(sentences)
 
 
-def plot_losses(results, path):
-    """Draw the training loss of each run, a panel a pair, with the held-out loss before and after as dots.
+def answers_table(tuned, rows=6):
+    """A rich table of the first held-out dates and what each model made of them.
+
+    Args:
+        tuned: of `Answers` to the same prompts.
+        rows: number of dates to show.
+    """
+    table = Table(title="Held-out dates, written as ISO 8601")
+    for heading in ("prompt", "right answer", *(answers.start for answers in tuned)):
+        table.add_column(heading)
+    first = tuned[0]
+    asked = zip(first.prompts, first.truths, *(answers.answers for answers in tuned), strict=True)
+    for prompt, truth, *given in itertools.islice(asked, rows):
+        table.add_row(prompt, truth, *(Text(text, style="green" if text == truth else "red") for text in given))
+    return table
+
+
+def score_line(answers):
+    """How many answers of a model are right, in a line."""
+    return f"{answers.start}: {answers.right} of {len(answers.truths)} held-out dates right"
+
+
+def plot_losses(results, tuned, path):
+    """Draw the training loss of each run, one panel per pair and one for the dates.
+
+    Dots are the held-out loss before and after.
 
     Args:
         results: of `Result`.
+        tuned: of `Answers`.
         path: the PNG to write.
 
     Returns:
@@ -58,9 +85,10 @@ def plot_losses(results, path):
     """
     pairs = list(dict.fromkeys(result.pair for result in results))
     try:
-        with picture(path, len(pairs)) as panels:
+        with picture(path, len(pairs) + 1) as (*panels, last):
             for panel, pair in zip(panels, pairs, strict=True):
                 _draw(panel, [result for result in results if result.pair == pair])
+            _draw_dates(last, tuned)
     except ImportError:
         return False
     return True
@@ -76,6 +104,17 @@ def _draw(panel, results):
     panel.set_xlabel("step")
     panel.set_ylabel(LOSS_LABEL)
     panel.legend(title="lines: training, dots: held out")
+
+
+def _draw_dates(panel, tuned):
+    """The loss on dates of the models of one pair."""
+    for answers in tuned:
+        label = f"{answers.start}, {answers.right} of {len(answers.truths)} right"
+        panel.plot(range(1, len(answers.losses) + 1), _smooth(answers.losses), label=label)
+    panel.set_title("balanced, fine-tuned on dates")
+    panel.set_xlabel("step")
+    panel.set_ylabel(LOSS_LABEL)
+    panel.legend()
 
 
 def complete(models, texts, tokenizer, prompt_length, max_length):
@@ -124,11 +163,12 @@ def environment(backend):
     }
 
 
-def write_results(results, pretraining, seconds, backend, path):
+def write_results(results, tuned, pretraining, seconds, backend, path):
     """Write every number of a run as JSON.
 
     Args:
         results: of `Result`.
+        tuned: of `Answers`.
         pretraining: {name: held-out loss} of each Gemma 2.
         seconds: the whole demo's time.
         backend: Keras's.
@@ -139,6 +179,7 @@ def write_results(results, pretraining, seconds, backend, path):
         "environment": environment(backend),
         "pretraining_held_out_loss": pretraining,
         "results": [dataclasses.asdict(result) for result in results],
+        "dates": [{**dataclasses.asdict(answers), "right": answers.right} for answers in tuned],
     }
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The demo from end to end: text, tokenizer, Gemma 2, T5Gemma, training, measuring, files."""
+"""The demo from end to end: text, tokenizer, Gemma 2, T5Gemma, training, fine-tuning, right answers, files."""
 
 import time
 from pathlib import Path
@@ -13,6 +13,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.demo import report
 from keras_t5gemma.demo.adaptation import compare
 from keras_t5gemma.demo.corpus import standard_library_corpus
+from keras_t5gemma.demo.finetuning import fine_tune
 from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
 from keras_t5gemma.demo.settings import FULL
 from keras_t5gemma.training.progress import ProgressBar, progress_display
@@ -27,7 +28,8 @@ def run_demo(out, settings=FULL, console=None):
         console: a `rich.console.Console`, by default one on standard output.
 
     Returns:
-        A list of `Result`: balanced then unbalanced, each adapted then from scratch.
+        (results, answers): a list of `Result`, balanced then unbalanced, each adapted then from scratch; and a list of
+        the `Answers` of the balanced pair, fine-tuned on dates, adapted then from scratch.
 
     Raises:
         ValueError: where `out` has something in it.
@@ -49,27 +51,37 @@ def run_demo(out, settings=FULL, console=None):
     with progress_display(console) as progress:
         pretraining = _pretrain_both(out, corpus, proto, settings, progress)
         runs = _compare_both(out, corpus, tokenizer, settings, progress)
+        # Before fine-tuning, which changes the models.
+        for pair, run in runs.items():
+            kt.export_to_hugging_face(run["adapted"][0], out / f"t5gemma_{pair}", tokenizer=tokenizer)
+        completions = _complete(runs["balanced"], corpus, tokenizer, settings)
+        bars = {
+            start: ProgressBar(progress, f"fine-tune on dates, {start}", settings.dates.steps)
+            for start in runs["balanced"]
+        }
+        tuned = fine_tune(runs["balanced"], tokenizer, settings, bars)
     results = [result for run in runs.values() for _, result in run.values()]
-
-    for pair, run in runs.items():
-        kt.export_to_hugging_face(run["adapted"][0], out / f"t5gemma_{pair}", tokenizer=tokenizer)
-    completions = _complete(runs["balanced"], corpus, tokenizer, settings)
+    answers = [answers for _, answers in tuned.values()]
+    kt.export_to_hugging_face(tuned["adapted"][0], out / "t5gemma_dates")
     (out / "completions.txt").write_text(
         "\n\n----\n\n".join(report.format_completion(completion) for completion in completions) + "\n", encoding="utf-8"
     )
-    drawn = report.plot_losses(results, out / "losses.png")
+    drawn = report.plot_losses(results, answers, out / "losses.png")
     seconds = time.monotonic() - started
-    report.write_results(results, pretraining, seconds, keras.backend.backend(), out / "results.json")
+    report.write_results(results, answers, pretraining, seconds, keras.backend.backend(), out / "results.json")
 
     console.print(Panel(Text(report.format_completion(completions[0])), title="A held-out docstring, completed"))
     console.print(report.results_table(results))
     console.print(report.verdict(results))
     console.print(
         f"{seconds:.0f} s in all. In {out}: {'losses.png' if drawn else 'no losses.png (the extra `plots` draws it)'}, "
-        f"completions.txt, results.json, both Gemma 2, and t5gemma_balanced and t5gemma_unbalanced, which "
-        f"`transformers` loads as well."
+        f"completions.txt, results.json, both Gemma 2, and t5gemma_balanced, t5gemma_unbalanced and t5gemma_dates, "
+        f"which `transformers` loads as well."
     )
-    return results
+    console.print(report.answers_table(answers))
+    console.print("\n".join(report.score_line(of_one) for of_one in answers))
+    console.print(f'Ask for another: keras-t5gemma generate {out / "t5gemma_dates"} "July 20th, 1969" --max-length 12')
+    return results, answers
 
 
 def _pretrain_both(out, corpus, proto, settings, progress):

@@ -34,10 +34,12 @@ class DemoSettings:
         large_pretraining: how the large Gemma 2 is pretrained.
         small_pretraining: how the small one is.
         adaptation: how each T5Gemma is trained, adapted or from scratch.
+        dates: how the balanced T5Gemma, adapted or from scratch, are fine-tuned on dates.
         warmup_steps: steps of `adaptation` in which the unbalanced pair trains its fresh cross-attention alone.
         max_documents: most documents to learn from, and to measure on; `None` for all.
         evaluation_batches: batches of held-out examples a loss is measured on.
         completions: held-out docstrings to complete.
+        held_out_dates: dates to ask for after fine-tuning.
         seed: of everything random.
     """
 
@@ -50,10 +52,12 @@ class DemoSettings:
     large_pretraining: Training
     small_pretraining: Training
     adaptation: Training
+    dates: Training
     warmup_steps: int
     max_documents: int | None
     evaluation_batches: int
     completions: int
+    held_out_dates: int
     seed: int = 0
 
 
@@ -68,10 +72,12 @@ FULL = DemoSettings(
     large_pretraining=Training(steps=450, batch_size=8, learning_rate=2e-3),
     small_pretraining=Training(steps=200, batch_size=8, learning_rate=2e-3),
     adaptation=Training(steps=150, batch_size=8, learning_rate=1e-3),
+    dates=Training(steps=450, batch_size=32, learning_rate=1e-3),
     warmup_steps=15,
     max_documents=None,
     evaluation_batches=24,
     completions=3,
+    held_out_dates=200,
 )
 
 # A run of this takes seconds and shows nothing but that every part works.
@@ -85,8 +91,10 @@ TOY = DemoSettings(
     large_pretraining=Training(steps=6, batch_size=4, learning_rate=1e-2),
     small_pretraining=Training(steps=4, batch_size=4, learning_rate=1e-2),
     adaptation=Training(steps=4, batch_size=4, learning_rate=1e-2),
+    dates=Training(steps=4, batch_size=4, learning_rate=1e-2),
     warmup_steps=2,
     max_documents=60,
     evaluation_batches=2,
     completions=1,
+    held_out_dates=8,
 )
