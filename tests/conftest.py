@@ -21,7 +21,7 @@ _SLOW = (
     "test_distribution.py",
     "test_resume.py",
     "test_demo.py",
-    "test_readme.py",
+    "test_pages.py",
     "test_notebook.py",
     "test_contract.py",
 )

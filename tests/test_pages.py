@@ -1,0 +1,210 @@
+"""Every Python block of README.md and docs/ runs as it is printed, in order, and comes to what is asserted here.
+
+Names of presets are answered by tiny models (`stand_ins`), and a 1,000th of the printed steps is taken (`pages`).
+Everything else is what a reader does: an undefined name, an order that fails, a folder written twice are errors.
+"""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pages
+import pytest
+from launch import finish, start
+from safetensors.numpy import load_file
+from stand_ins import serve, write_stand_ins
+
+import keras_t5gemma as kt
+from keras_t5gemma.presets import STACKS
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    texts = [(pages.ROOT / "README.md").read_text(encoding="utf-8")]
+    return write_stand_ins(tmp_path_factory.mktemp("models"), texts)
+
+
+@pytest.fixture
+def histories(stand_ins, tmp_path, monkeypatch):
+    """The `History` of each `fit`; the current folder is new, and holds the one file that the pages say one has."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KERAS_BACKEND", "unchanged")  # README sets it; put back afterwards
+    (tmp_path / "corpus.txt").write_text((pages.ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    serve(stand_ins, monkeypatch.setattr)
+    return pages.take_fewer_steps(monkeypatch.setattr)
+
+
+def arrays(folder):
+    return load_file(Path(folder) / WEIGHTS)
+
+
+def moved(lm):
+    """Paths of the LoRA factors that are no longer as they were made: B starts at zero."""
+    factors = [weight for weight in lm.trainable_variables if "lora_kernel_b" in weight.path]
+    return [weight.path for weight in factors if np.any(keras.ops.convert_to_numpy(weight))]
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+def trained_lora_alone(names, histories):
+    lm = names["lm"]
+    assert all("lora" in weight.path for weight in lm.trainable_variables)
+    assert np.isfinite(histories[-1].history["loss"]).all()
+    return moved(lm)
+
+
+def readme(histories):
+    def tuned(names):
+        assert names["lm"].preprocessor.chat  # the stand-in answers to the name of an instruction-tuned preset
+        assert trained_lora_alone(names, histories)
+
+    def adapted(names):
+        assert names["lm"].backbone.config.encoder.hidden_dim > names["lm"].backbone.config.decoder.hidden_dim
+        assert np.isfinite(histories[-1].history["loss"]).all()
+        again = kt.T5GemmaSeq2SeqLM.from_preset("my-t5gemma")
+        for weight, loaded in zip(names["backbone"].weights, again.backbone.weights, strict=True):
+            values = (keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")) for x in (weight, loaded))
+            assert np.array_equal(*values), weight.path
+
+    def own(names):
+        config = names["backbone"].config
+        assert (config.encoder, config.decoder.num_layers) == (STACKS["s"], 4)
+
+    return {"enable_lora(8)": tuned, "my-t5gemma": adapted, "kt.StackConfig(": own}
+
+
+def checkpoints(_):
+    def written(_):
+        one, other, mean, back = map(arrays, ("out", "other", "mean", "hugging_face"))
+        for name, value in mean.items():
+            expected = (one[name].astype("float32") + 2 * other[name].astype("float32")) / 3
+            np.testing.assert_allclose(value.astype("float32"), expected, rtol=2**-7, atol=1e-6)
+            assert np.array_equal(value.astype("float32"), back[name].astype("float32"))
+        assert any(np.any(one[name] != other[name]) for name in one)
+
+    return {"kt.average_checkpoints": written}
+
+
+def generation(_):
+    def answered(names):
+        assert len(names["answers"]) == 2
+        assert all(map(is_text, names["answers"]))
+
+    def sampled(names):
+        lm, prompts = names["lm"], names["prompts"]
+        assert names["searched"] == lm.generate(prompts, max_length=128)
+        lm.compile(sampler=kt.TopKTopPSampler(k=64, p=0.95, temperature=0.8))
+        assert names["drawn"] == lm.generate(prompts, max_length=128, seed=1)
+
+    def controlled(names):
+        first = names["lm"].preprocessor.tokenizer.detokenize([int(names["first"])])
+        assert all(text.strip().startswith(first.strip()) for text in names["controlled"])
+
+    def several(names):
+        tokenizer = names["lm"].preprocessor.tokenizer
+        assert [len(tokenizer(text)) <= most for text, most in zip(names["limited"], (64, 16), strict=True)]
+        assert [len(texts) for texts in names["several"]] == [3, 3]
+
+    def scored(names):
+        result, lm, prompts = names["result"], names["lm"], names["prompts"]
+        assert result["log_probs"].shape == result["decoder_token_ids"].shape == (2, 128)
+        assert names["best"].shape == (2,)
+        begun = lm.score(prompts[0], "Air scatters blue light.", closed=False)
+        assert begun["log_likelihood"] > names["best"][0]  # an answer of which fewer tokens count
+
+    def rounded(names):
+        assert names["lm"].buckets.batch == (1, 8)
+
+    def streamed(names):
+        lm = names["lm"]
+        question = names["prompts"][0]
+        assert "".join(lm.stream(question, max_length=128)) == lm.generate(question, max_length=128)
+
+    def embedded(names):
+        width = names["lm"].backbone.config.encoder.hidden_dim
+        assert names["vectors"].shape == names["last"].shape == (2, width)
+        assert not np.allclose(names["vectors"], names["last"])
+
+    return {
+        "answers =": answered,
+        "kt.BeamSampler": sampled,
+        "kt.ForcedTokens": controlled,
+        "num_samples=3": several,
+        "return_log_probs": scored,
+        "kt.Buckets": rounded,
+        "lm.stream": streamed,
+        "lm.embed": embedded,
+    }
+
+
+def training(histories):
+    def averaged(_):
+        steps = sorted(Path("run").glob("step_*/model"))[-5:]
+        expected = {name: [arrays(step)[name] for step in steps] for name in arrays(steps[0])}
+        assert len(steps) == 5
+        for name, value in arrays("averaged").items():
+            np.testing.assert_allclose(value, np.mean(expected[name], axis=0), rtol=1e-5, atol=1e-6)
+        embeddings = expected["model.decoder.embed_tokens.weight"]
+        assert np.any(embeddings[0] != embeddings[-1])
+
+    def tuned(names):
+        assert trained_lora_alone(names, histories)
+        assert Path("adapter/adapter_model.safetensors").is_file()
+
+    def in_parts(names):
+        lm = names["lm"]
+        assert (lm.get_compile_config()["accumulation_steps"], lm.backbone.rematerialize) == (4, True)
+        assert trained_lora_alone(names, histories)
+
+    def taught(_):
+        # In nats, of two models that know nothing yet: near to what a uniform guess costs.
+        assert 0 < histories[-1].history["loss"][-1] < 2 * np.log(500)
+
+    def taught_from_disk(names):
+        assert len(list(names["stored"].batches())) == 1
+        assert 0 < histories[-1].history["loss"][-1] < 2 * np.log(500)
+
+    return {
+        "kt.average_checkpoints": averaged,
+        "kt.save_lora": tuned,
+        "accumulation_steps": in_parts,
+        "GemmaCausalLM": taught,
+        "kt.store_teacher_logits": taught_from_disk,
+    }
+
+
+# A page -> a function of the histories, which gives words of each block -> what is asserted after it.
+OUTCOMES = {
+    "README.md": readme,
+    "docs/checkpoints.md": checkpoints,
+    "docs/generation.md": generation,
+    "docs/training.md": training,
+}
+# Eight devices take a process of their own.
+MESH = "DeviceMesh"
+ON_EIGHT_DEVICES = """
+import keras_t5gemma as kt
+{}
+stack = kt.StackConfig(1, 16, 32, 8, 4, 8)
+backbone = kt.T5GemmaBackbone(stack, stack, vocabulary_size=64)
+largest = max(backbone.weights, key=lambda weight: weight.value.size)
+shard = largest.value.addressable_shards[0].data
+assert shard.size * 8 == largest.value.size, (largest.path, largest.shape, shard.shape)
+"""
+
+
+@pytest.mark.parametrize("page", pages.pages())
+def test_page_runs_as_printed_and_each_block_comes_to_what_it_says(page, histories):
+    pages.run(page, OUTCOMES[page](histories), elsewhere=[MESH])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is for JAX alone")
+def test_mesh_of_the_training_guide_divides_a_model_over_eight_devices(tmp_path):
+    (block,) = [text for _, text in pages.blocks("docs/training.md") if MESH in text]
+    script = tmp_path / "mesh.py"
+    script.write_text(ON_EIGHT_DEVICES.format(block), encoding="utf-8")
+    finish(start(script, devices=8))
