@@ -21,9 +21,12 @@ REGISTERING = (
     "models.shapes",
     "text.preprocessor",
     "text.tokenizer",
+    "training.adafactor",
     "training.adamw",
     "training.distillation",
+    "training.learning_rates",
     "training.losses",
+    "training.muon",
 )
 
 

@@ -28,6 +28,8 @@ from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 from keras_t5gemma.training.accumulation import Accumulation
 from keras_t5gemma.training.distillation import Distillation
 from keras_t5gemma.training.losses import ChunkedLoss, VocabularyCrossEntropy
+from keras_t5gemma.training.optimizer_checks import check_optimizer
+from keras_t5gemma.training.optimizers import optimizer as default_optimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -116,7 +118,9 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, kera
         """Configures training and generation.
 
         Args:
-            optimizer: "auto" for Adam at 2e-5, a name or a `keras.optimizers.Optimizer`.
+            optimizer: "auto" for this package's AdamW, with gradients clipped and a learning rate for what is trained,
+                see `keras_t5gemma.optimizer`; a name or a `keras.optimizers.Optimizer`. Weights in bfloat16 take one
+                of this package's; another one that would not move them is an error when training begins.
             loss: "auto" for `VocabularyCrossEntropy()`, the mean over target tokens; one with options of your own; or
                 any `keras.losses.Loss` on logits; or a `Distillation`.
             weighted_metrics: "auto" for the accuracy of tokens, or a list. Metrics of your own and losses on logits
@@ -134,6 +138,8 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, kera
                 with the loss, or a teacher's vocabulary not the model's.
         """
         sampler = resolve_sampler(sampler)
+        if isinstance(optimizer, str) and optimizer == "auto":
+            optimizer = default_optimizer(warmup_steps=0)
         loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
         own_metrics = weighted_metrics != "auto" or kwargs.get("metrics")
         self._accumulation = Accumulation(accumulation_steps, loss)
@@ -151,6 +157,18 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, kera
             tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
             loss.check_student(self.backbone.config.vocabulary_size, tokenizer)
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+
+    def make_train_function(self, force=False):
+        """Keras's own, once it is certain that the optimizer can train the weights.
+
+        Not in `compile`, after which LoRA may still freeze the weights in question.
+
+        Raises:
+            ValueError: if it can not, see `check_optimizer`.
+        """
+        if self.train_function is None or force:
+            check_optimizer(self.optimizer, self.trainable_variables)
+        return super().make_train_function(force)
 
     @property
     def metrics(self):

@@ -12,6 +12,7 @@ from keras import ops
 from keras_t5gemma.checks import integer
 from keras_t5gemma.training.labels import labels_and_weights
 from keras_t5gemma.training.losses import replicas
+from keras_t5gemma.training.low_precision import LowPrecision
 
 # What a loss divides its sum by, and so what a part's share is: of the weights, of the elements, or all of it.
 _BY_WEIGHT, _BY_ELEMENTS, _SUM = ("mean_with_sample_weight",), ("sum_over_batch_size", "mean"), ("sum",)
@@ -144,7 +145,7 @@ def _jax_step(accumulation, model, state, data):
     # A loop, not a sequence of steps: XLA might run the forward passes of all parts first.
     start = ([ops.zeros_like(value, "float32") for value in trainable], ops.zeros(()), non_trainable, metrics)
     (gradients, loss, non_trainable, metrics), _ = jax.lax.scan(body, start, (parts, shares))
-    gradients = [ops.cast(gradient, value.dtype) for gradient, value in zip(gradients, trainable, strict=True)]
+    gradients = _for_optimizer(model, gradients, [value.dtype for value in trainable])
     trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
     with _metrics_of(model, metrics) as scope:
         logs = _report(model, loss, batch_size(data))
@@ -177,7 +178,7 @@ def _tensorflow_step(accumulation, model, data):
     _, loss, gradients = tf.while_loop(
         lambda i, *_: i < count, body, (tf.constant(0), tf.constant(0.0), start), parallel_iterations=1
     )
-    gradients = [tf.cast(gradient, variable.dtype) for gradient, variable in zip(gradients, variables, strict=True)]
+    gradients = _for_optimizer(model, gradients, [variable.dtype for variable in variables])
     model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
     return _report(model, loss * replicas(), batch_size(data))
 
@@ -202,10 +203,22 @@ def _torch_step(accumulation, model, data):
             if tensor.dtype != torch.float32 and tensor.grad is not None:
                 sums[k] = sums.get(k, 0) + tensor.grad.float()
                 tensor.grad = None
-    gradients = [sums[k].to(tensor.dtype) if k in sums else tensor.grad for k, tensor in enumerate(tensors)]
+    gradients = [sums.get(k, tensor.grad) for k, tensor in enumerate(tensors)]
+    gradients = _for_optimizer(model, gradients, [variable.dtype for variable in variables])
     with torch.no_grad():
         model.optimizer.apply(gradients, variables)
     return _report(model, total, batch_size(data))
+
+
+def _for_optimizer(model, gradients, dtypes):
+    """Gradients in float32 for this package's optimizers, and in the dtypes of the weights for others."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if isinstance(optimizer, LowPrecision):
+        return gradients
+    return [
+        gradient if gradient is None else ops.cast(gradient, dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    ]
 
 
 def _added(sums, gradients):

@@ -1,26 +1,28 @@
 """The optimiser of an adaptation run: schedule, clipping and weight decay as in the papers."""
 
-import keras
-
 from keras_t5gemma.checks import integer
 from keras_t5gemma.suggestions import check_choice
+from keras_t5gemma.training.adafactor import Adafactor
 from keras_t5gemma.training.adamw import AdamW
+from keras_t5gemma.training.learning_rates import WarmupCosine
+from keras_t5gemma.training.muon import Muon
 
 # What is not a matrix product has no business shrinking: norms, and embeddings, whose rows are seldom visited.
 NO_DECAY = ("scale", "embeddings")
+WARMUP_STEPS = 100
 OPTIMIZERS = {
     "adamw": AdamW,
-    "adafactor": keras.optimizers.Adafactor,
-    "muon": keras.optimizers.Muon,
+    "adafactor": Adafactor,
+    "muon": Muon,
 }
 
 
 def optimizer(
     name="adamw",
     *,
-    learning_rate,
-    steps,
-    warmup_steps=100,
+    learning_rate=None,
+    steps=None,
+    warmup_steps=None,
     final_fraction=0.1,
     weight_decay=0.01,
     no_decay=NO_DECAY,
@@ -34,43 +36,48 @@ def optimizer(
 
         lm.compile(optimizer=optimizer("adamw", learning_rate=1e-4, steps=10_000))
 
+    Weights in bfloat16 are trained, too, with moments and all arithmetic in float32. Keras's callbacks may set its
+    `learning_rate`, which then ends the schedule.
+
     Args:
-        name: "adamw"; "adafactor", which keeps no second moment a weight; or "muon", which takes matrices through
-            Newton-Schulz steps and embeddings and norms through AdamW.
-        learning_rate: the peak, reached after the warm-up.
-        steps: optimiser steps in all; the cosine ends there.
-        warmup_steps: of the linear warm-up from zero; at most `steps`.
+        name: "adamw"; "adafactor", which keeps a row and a column of second moments a matrix; or "muon", which takes
+            matrices through Newton-Schulz steps and embeddings and norms through AdamW.
+        learning_rate: the peak, reached after the warm-up; None for `LEARNING_RATES`' of the optimiser, which has
+            another one for LoRA.
+        steps: optimiser steps in all; the cosine ends there. None for no cosine: the peak to the end.
+        warmup_steps: of the linear warm-up from zero; at most `steps`. None for 100, or a tenth of `steps` if less.
         final_fraction: of the peak, where the cosine ends.
         weight_decay: a step's shrinkage is `learning_rate * weight_decay`.
         no_decay: a weight with one of these in its name is not shrunk.
         clip_norm: the largest global norm of the gradients; None for any.
-        **kwargs: what the optimiser's class takes besides, e.g. `beta_2`.
+        **kwargs: what the optimiser's class takes besides, e.g. `beta_2`; and for bfloat16 weights
+            `moments_dtype="bfloat16"`, which halves the moments' memory at the price of rounding noise, and
+            `master_weights=True`, which keeps each weight in float32, too.
 
     Returns:
         A `keras.optimizers.Optimizer`.
 
     Raises:
-        ValueError: where an argument is none of these.
+        ValueError: if an argument is out of range.
     """
     check_choice(name, "name", OPTIMIZERS)
-    steps, warmup_steps = integer(steps, "steps"), integer(warmup_steps, "warmup_steps", least=0)
-    if warmup_steps > steps:
+    steps = None if steps is None else integer(steps, "steps")
+    if warmup_steps is None:
+        warmup_steps = WARMUP_STEPS if steps is None else min(WARMUP_STEPS, steps // 10)
+    warmup_steps = integer(warmup_steps, "warmup_steps", least=0)
+    if steps is not None and warmup_steps > steps:
         raise ValueError(f"`warmup_steps` must be at most steps={steps}. Received: warmup_steps={warmup_steps}.")
-    if not learning_rate > 0:
+    if learning_rate is not None and not learning_rate > 0:
         raise ValueError(f"`learning_rate` must be positive. Received: learning_rate={learning_rate!r}.")
     if not 0 <= final_fraction <= 1:
         raise ValueError(f"`final_fraction` must be in [0, 1]. Received: final_fraction={final_fraction!r}.")
-    schedule = keras.optimizers.schedules.CosineDecay(
-        initial_learning_rate=0.0 if warmup_steps else learning_rate,
-        warmup_target=learning_rate if warmup_steps else None,
-        warmup_steps=warmup_steps,
-        decay_steps=max(1, steps - warmup_steps),
-        alpha=final_fraction,
-    )
     if name == "muon":
         kwargs = {"adam_weight_decay": weight_decay or None, **kwargs}  # of what goes through its AdamW
     made = OPTIMIZERS[name](
-        learning_rate=schedule, weight_decay=weight_decay or None, global_clipnorm=clip_norm, **kwargs
+        learning_rate=WarmupCosine(learning_rate, steps, warmup_steps, final_fraction),
+        weight_decay=weight_decay or (0.0 if name == "adamw" else None),
+        global_clipnorm=clip_norm,
+        **kwargs,
     )
     made.exclude_from_weight_decay(var_names=list(no_decay))
     return made

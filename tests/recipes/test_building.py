@@ -39,7 +39,7 @@ def test_model_and_its_compilation_are_as_the_recipe_says(here):
     found = lm.optimizer.get_config()
     assert (found["weight_decay"], found["beta_2"], found["global_clipnorm"]) == (0.3, 0.9, 0.5)
     schedule = lm.optimizer.get_config()["learning_rate"]["config"]
-    assert (schedule["warmup_steps"], schedule["decay_steps"], schedule["warmup_target"]) == (3, 27, 0.01)
+    assert (schedule["warmup_steps"], schedule["steps"], schedule["peak"]) == (3, 30, 0.01)
 
 
 def test_teacher_of_a_recipe_reads_every_batch_held_out_ones_too(here):

@@ -20,6 +20,7 @@ from keras_t5gemma.checkpoints.tensors import CheckpointError
 from keras_t5gemma.config import StackConfig
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.training import resume_files
+from keras_t5gemma.training.optimizers import optimizer as kt_optimizer
 from keras_t5gemma.training.resume import TrainingCheckpoint, load_training_weights, training_weights
 
 # On JAX equal to the bit. TensorFlow and PyTorch promise no such thing of two runs, killed or not.
@@ -33,9 +34,13 @@ def rows(count=64, seed=0, batch=4):
     return grain.MapDataset.range(count).shuffle(seed=1).map(lambda i: (x[i], x[i][:2])).batch(batch)
 
 
-def dense(optimizer="adam", units=8, **kwargs):
+def dense(optimizer="adam", units=8, dtype=None, **kwargs):
     keras.utils.set_random_seed(0)
-    layers = [keras.layers.Dense(units), keras.layers.Dropout(0.5), keras.layers.Dense(2)]
+    layers = [
+        keras.layers.Dense(units, dtype=dtype),
+        keras.layers.Dropout(0.5, dtype=dtype),
+        keras.layers.Dense(2, dtype=dtype),
+    ]
     model = keras.Sequential([keras.Input((4,)), *layers])
     # Eagerly, since each of these trains for less time than it would take to compile; killed runs are compiled.
     model.compile(optimizer, "mse", metrics=["mae"], **{"run_eagerly": True, **kwargs})
@@ -145,6 +150,35 @@ def test_killed_run_leaves_the_newest_checkpoints_and_nothing_half_done(killed):
     folder, _ = killed
     for name in ("ul2", "packed", "epochs"):
         assert sorted(path.name for path in (folder / f"{name}_killed").iterdir()) == ["step_00000021", "step_00000024"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adamw", {}),
+        ("adamw", {"moments_dtype": "bfloat16"}),
+        ("adamw", {"master_weights": True}),
+        ("adafactor", {}),
+        ("muon", {}),
+    ],
+)
+def test_run_of_bfloat16_weights_goes_on_with_its_rounding_and_the_rate_that_was_set(tmp_path, name, options):
+    def make():
+        return dense(kt_optimizer(name, learning_rate=0.05, steps=16, warmup_steps=0, **options), dtype="bfloat16")
+
+    def once(epoch, rate):
+        return 0.01 if epoch == 0 else rate
+
+    callbacks = [keras.callbacks.LearningRateScheduler(once)]
+    whole, model = make(), make()
+    fit(whole, tmp_path / "whole", callbacks=callbacks)
+    with pytest.raises(Stop):
+        fit(make(), tmp_path / "run", callbacks=[*callbacks, Interrupt(13)])
+    wait_for_writers()
+    fit(model, tmp_path / "run", callbacks=callbacks)
+    assert_same(model, whole)
+    assert_same(model.optimizer, whole.optimizer)
+    assert float(model.optimizer.learning_rate) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("batches", "steps_per_epoch"), [(5, 8), (17, None), (25, None)])

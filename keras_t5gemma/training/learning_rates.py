@@ -1,0 +1,126 @@
+"""Learning rates: one recommendation an optimizer, a schedule, and a rate that callbacks may set."""
+
+import math
+
+import keras
+from keras import ops
+
+# Peak rates for training all weights, and for LoRA's factors alone. Where they come from: docs/training.md.
+LEARNING_RATES = {
+    "adamw": {"full": 1e-4, "lora": 1e-3},
+    "adafactor": {"full": 1e-3, "lora": 1e-2},
+    "muon": {"full": 1e-4, "lora": 1e-3},
+}
+
+
+def recommended_learning_rate(name, variables):
+    """The rate an optimizer takes by default.
+
+    Args:
+        name: one of `LEARNING_RATES`.
+        variables: the trainable `keras.Variable`s; LoRA's rate is taken if there is a factor of LoRA among them.
+    """
+    lora = any("lora_" in variable.path.rpartition("/")[2] for variable in variables)
+    return LEARNING_RATES[name]["lora" if lora else "full"]
+
+
+@keras.saving.register_keras_serializable(package="keras_t5gemma")
+class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
+    """A linear warm-up from zero to a peak, then a cosine down to a part of it.
+
+    Args:
+        peak: the rate after the warm-up; None for the optimizer's default, which it sets in `build`.
+        steps: where the cosine ends; None for the peak ever after the warm-up.
+        warmup_steps: of the warm-up.
+        final_fraction: of the peak, after the cosine.
+    """
+
+    def __init__(self, peak=None, steps=None, warmup_steps=0, final_fraction=0.1):
+        self.peak, self.steps, self.warmup_steps, self.final_fraction = peak, steps, warmup_steps, final_fraction
+        self.default_peak = None
+
+    def __call__(self, step):
+        """The rate of a step, a float32 scalar."""
+        step = ops.cast(step, "float32")
+        peak = self.default_peak if self.peak is None else self.peak
+        rate = ops.full((), peak, "float32")
+        if self.steps is not None:
+            progress = ops.clip((step - self.warmup_steps) / max(1, self.steps - self.warmup_steps), 0.0, 1.0)
+            cosine = 0.5 * (1 + ops.cos(math.pi * progress))
+            rate = rate * (self.final_fraction + (1 - self.final_fraction) * cosine)
+        if self.warmup_steps:
+            rate = ops.where(step < self.warmup_steps, peak * step / self.warmup_steps, rate)
+        return rate
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {
+            "peak": self.peak,
+            "steps": self.steps,
+            "warmup_steps": self.warmup_steps,
+            "final_fraction": self.final_fraction,
+        }
+
+
+class DefaultLearningRate:
+    """A mix-in before a Keras optimizer: a rate by default, and one that can be set though it follows a schedule.
+
+    Keras's `LearningRateScheduler` and `ReduceLROnPlateau` set `optimizer.learning_rate`, which Keras refuses for a
+    schedule. Here the rate is from then on what was set. That is part of the optimizer's state: a run that goes on from
+    a checkpoint keeps it.
+
+    Args:
+        learning_rate: a float, a schedule or a function, as for Keras; None for `recommended_learning_rate`, which is
+            decided in `build`, when it is known what is trained.
+        *args: of the Keras optimizer.
+        **kwargs: likewise.
+    """
+
+    recommendation = None  # the name in `LEARNING_RATES`
+
+    def __init__(self, learning_rate=None, *args, **kwargs):
+        super().__init__(
+            LEARNING_RATES[self.recommendation]["full"] if learning_rate is None else learning_rate, *args, **kwargs
+        )
+        self._has_default_rate = learning_rate is None
+        self._set_rate = None
+        if isinstance(self._learning_rate, WarmupCosine):
+            self._learning_rate.default_peak = LEARNING_RATES[self.recommendation]["full"]
+        if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
+            self._set_rate = self.add_variable(
+                (), keras.initializers.Constant(-1.0), "float32", "only_first_replica", name="set_learning_rate"
+            )
+
+    def build(self, variables):
+        """Keras's own, with the default rate for what is trained."""
+        if self.built:
+            return
+        super().build(variables)
+        if self._has_default_rate:
+            self._learning_rate.assign(recommended_learning_rate(self.recommendation, variables))
+        elif isinstance(self._learning_rate, WarmupCosine):
+            self._learning_rate.default_peak = recommended_learning_rate(self.recommendation, variables)
+
+    @property
+    def learning_rate(self):
+        """The rate of the next step."""
+        return self._get_current_learning_rate()
+
+    @learning_rate.setter
+    def learning_rate(self, value):
+        is_schedule = callable(value) and not isinstance(value, keras.Variable)
+        if self._set_rate is not None:
+            self._set_rate.assign(-1.0 if is_schedule else value)
+        if self._set_rate is None or is_schedule:
+            keras.optimizers.Optimizer.learning_rate.fset(self, value)
+
+    def _get_current_learning_rate(self):
+        rate = super()._get_current_learning_rate()
+        if self._set_rate is None:
+            return rate
+        set_rate = ops.convert_to_tensor(self._set_rate)
+        return ops.where(set_rate < 0, rate, set_rate)
+
+    def get_config(self):
+        """The constructor's arguments."""
+        return {**super().get_config(), **({"learning_rate": None} if self._has_default_rate else {})}
