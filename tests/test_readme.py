@@ -4,6 +4,7 @@ Its Python, and that of the other pages, runs in `test_pages`.
 """
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.name_maps import parameter_count
 from keras_t5gemma.cli import app
 from keras_t5gemma.presets import PAIRS, STACKS
+from keras_t5gemma.training.learning_rates import LEARNING_RATES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,3 +69,12 @@ def test_links_between_pages_lead_somewhere(page):
     path = ROOT / page
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text(encoding="utf-8"))
     assert not [link for link in links if not (path.parent / link).exists()]
+
+
+def test_training_guides_tables_and_rates_are_the_computed_ones():
+    computed = runpy.run_path(str(ROOT / "benchmarks" / "training_memory.py"))
+    assert computed["optimizer_table"]() in TRAINING
+    assert computed["size_table"]() in TRAINING
+    rates = LEARNING_RATES["adamw"]
+    said = re.search(r"AdamW (\S+) for all weights, (\S+) for LoRA", " ".join(TRAINING.split()))
+    assert [float(rate) for rate in said.groups()] == [rates["full"], rates["lora"]]

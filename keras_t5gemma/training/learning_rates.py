@@ -5,7 +5,8 @@ import math
 import keras
 from keras import ops
 
-# Peak rates for training all weights, and for LoRA's factors alone. Where they come from: docs/training.md.
+# Peak rates for training all weights, and for LoRA's factors alone. Common choices for models of a billion weights and
+# more, not measured here; small models bear ten times as much. Adafactor's are relative to the size of the weights.
 LEARNING_RATES = {
     "adamw": {"full": 1e-4, "lora": 1e-3},
     "adafactor": {"full": 1e-3, "lora": 1e-2},
