@@ -100,7 +100,8 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             x: `{"encoder_text": ..., "decoder_text": ...}`, both a string, a list or an array of strings [B]; prompts
                 may be conversations with `chat=True`.
             y: `None`: labels are made here.
-            sample_weight: `None`, likewise.
+            sample_weight: weights of the rows, [B], or of the labels, [B, T], which are multiplied with 0 at padding;
+                `None` for equal ones.
             encoder_sequence_length: S, instead of the layer's.
             decoder_sequence_length: T, instead of the layer's.
             sequence_length: the same, keras-hub's other name for it.
@@ -112,12 +113,13 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
         Raises:
             ValueError: where a key is missing or unknown, a prompt is empty, a text is too long, the batches differ
-                in size, or `y` or `sample_weight` is given. In a traced `tf.data` pipeline it comes as TensorFlow's
-                `InvalidArgumentError` with the same message.
+                in size, `y` is given or `sample_weight` has another shape. In a traced `tf.data` pipeline it comes as
+                TensorFlow's `InvalidArgumentError` with the same message.
         """
-        if y is not None or sample_weight is not None:
+        if y is not None:
             raise ValueError(
-                '`y` and `sample_weight` are made from x={"encoder_text": ..., "decoder_text": ...}: pass neither.'
+                '`y` must be None: labels are made from x={"encoder_text": ..., "decoder_text": ...}. Received: y of '
+                f"type {type(y).__name__}."
             )
         prompts, answers = _texts(x)
         if answers is None:
@@ -130,7 +132,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             widths=(encoder_length,) * 2 + (decoder_length,) * 4,
             dtypes=("int32",) * 5 + ("float32",),
         )
-        return _model_inputs(*arrays[:4]), arrays[4], arrays[5]
+        return _model_inputs(*arrays[:4]), arrays[4], _weighted(arrays[5], sample_weight)
 
     def generate_preprocess(
         self,
@@ -261,6 +263,25 @@ def _run(function, texts, widths, dtypes):
     for array, width in zip(arrays, widths, strict=True):
         array.set_shape(symbolic[0].shape.concatenate([width]))
     return arrays
+
+
+def _weighted(weights, given):
+    """Weights [B, T] or [T], 0 at padding, times those that were given per row or per label."""
+    if given is None:
+        return weights
+    if not keras.ops.is_tensor(given) and not hasattr(given, "shape"):
+        given = np.asarray(given, "float32")
+    by_row = len(given.shape) < len(weights.shape)
+    fits = tuple(given.shape) == tuple(weights.shape[:-1] if by_row else weights.shape)
+    if not fits and None not in (*given.shape, *weights.shape):
+        raise ValueError(
+            f"`sample_weight` must have one weight per row, {tuple(weights.shape[:-1])}, or per label, "
+            f"{tuple(weights.shape)}. Received: shape {tuple(given.shape)}."
+        )
+    tf = sys.modules.get("tensorflow")
+    is_tensorflow = tf is not None and tf.is_tensor(given)
+    given = tf.cast(given, "float32") if is_tensorflow else _to_numpy(given).astype("float32")
+    return weights * (given[..., None] if by_row else given)
 
 
 def _texts(x):
