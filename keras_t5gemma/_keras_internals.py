@@ -1,4 +1,4 @@
-"""What this package uses of Keras that Keras does not promise, with the versions it was checked with: 3.15.1."""
+"""What this package uses of Keras that Keras does not promise, with the versions it was checked with: 3.15.1, keras-hub 0.32."""
 
 
 def synchronize_training_state(model):
@@ -14,3 +14,28 @@ def synchronize_training_state(model):
     synchronize = getattr(model, "jax_state_sync", None)  # of JAX's trainer alone
     if synchronize is not None:
         synchronize()
+
+
+def flatten_layers(model):
+    """A model's layers, nested ones included, the model itself first. Keras lists them in no public way."""
+    return model._flatten_layers()
+
+
+def optimized_variables(optimizer):
+    """The variables that an optimizer was built for, or None before it is built."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
+    return list(optimizer._trainable_variables) if optimizer.built else None
+
+
+def copy_weight_decay_exclusions(source, target):
+    """Excludes from an optimizer's weight decay what another one excludes, which its config does not say."""
+    source, target = (getattr(optimizer, "inner_optimizer", optimizer) for optimizer in (source, target))
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+
+
+def remove_variable(layer, name):
+    """Removes a variable from a built layer. Keras's `del layer.name` collects garbage each time, some 0.3 s."""
+    layer._untrack_variable(getattr(layer, name))
+    object.__delattr__(layer, name)

@@ -13,6 +13,8 @@ from keras_t5gemma.models.embedding import Embeds
 from keras_t5gemma.models.fitting import Fits
 from keras_t5gemma.models.generation import Generates
 from keras_t5gemma.models.guarded import Guarded
+from keras_t5gemma.models.quantization import quantize
+from keras_t5gemma.models.recompilation import Recompiles
 from keras_t5gemma.models.scoring import Scores
 from keras_t5gemma.models.shapes import Buckets
 from keras_t5gemma.models.streaming import Streams
@@ -29,7 +31,9 @@ from keras_t5gemma.training.optimizers import optimizer as default_optimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaSeq2SeqLM(Taught, Fits, Generates, Scores, Streams, Embeds, Guarded, keras_hub.models.Seq2SeqLM):
+class T5GemmaSeq2SeqLM(
+    Taught, Recompiles, Fits, Generates, Scores, Streams, Embeds, Guarded, keras_hub.models.Seq2SeqLM
+):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
     Args:
@@ -165,6 +169,10 @@ class T5GemmaSeq2SeqLM(Taught, Fits, Generates, Scores, Streams, Embeds, Guarded
         if self.train_function is None or force:
             check_optimizer(self.optimizer, self.trainable_variables)
         return super().make_train_function(force)
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """As `T5GemmaBackbone.quantize`."""
+        quantize(self, super().quantize, mode, config, filters, **kwargs)
 
     @property
     def metrics(self):
