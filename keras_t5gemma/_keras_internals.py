@@ -1,4 +1,4 @@
-"""What this package uses of Keras that Keras does not promise, with the versions it was checked with: 3.15.1, keras-hub 0.32."""
+"""What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32."""
 
 
 def synchronize_training_state(model):

@@ -8,13 +8,12 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.presets import PRESETS, wants_turns
+from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, preprocessor_options, wants_turns
 from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.packing import Packer, pad_rows
-from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, keras_options, open_preset
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, open_preset
 
 KERAS_CONFIG_FILE = "preprocessor.json"
-_OPTIONS = ("encoder_sequence_length", "decoder_sequence_length", "chat", "truncate")
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -194,7 +193,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
     def get_config(self):
         """The arguments to make this again."""
-        return {**super().get_config(), **{name: getattr(self, name) for name in _OPTIONS}}
+        return {**super().get_config(), **{name: getattr(self, name) for name in PREPROCESSOR_OPTIONS}}
 
     @classmethod
     def from_preset(cls, preset, config_file=KERAS_CONFIG_FILE, **kwargs):
@@ -203,19 +202,17 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         Args:
             preset: as for `T5GemmaTokenizer.from_preset`.
             config_file: the preprocessor's config in a folder in Keras format.
-            **kwargs: override what was saved, `encoder_sequence_length` for one. `chat` defaults to what was saved,
-                else to whether the preset is instruction-tuned: a published one by its name, a Hugging Face folder
-                by its having a chat template.
+            **kwargs: override what was saved, `encoder_sequence_length` for one, in a folder in Keras format, or in one
+                in Hugging Face format that this package wrote. `chat` defaults to what was saved, else to whether the
+                preset is instruction-tuned: a published one by its name, a Hugging Face folder by its having a chat
+                template.
 
         Raises:
             ValueError, ConnectionError: as for `T5GemmaTokenizer.from_preset`.
         """
-        folder, hugging_face = open_preset(preset, config_file)
+        folder, _ = open_preset(preset, config_file)
         tokenizer = kwargs.pop("tokenizer", None) or cls.tokenizer_cls.from_preset(folder)
-        options = {"chat": wants_turns(preset, folder)}
-        if not hugging_face and (folder / config_file).is_file():
-            saved = keras_options(folder, config_file)
-            options |= {name: saved[name] for name in _OPTIONS if name in saved}
+        options = {"chat": wants_turns(preset, folder), **preprocessor_options(folder, config_file)}
         return cls(tokenizer, **{**options, **kwargs})
 
     def _encoder_length(self, value):
