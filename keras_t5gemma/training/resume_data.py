@@ -40,8 +40,8 @@ class NumberedBatches(grain.IterDataset):
             raise ValueError(
                 f"`dataset` must be a Grain dataset of batches, such as `pretraining_dataset` and `supervised_dataset` "
                 f"make, or a dict of texts or token ids, for its position to be saved: a `tf.data.Dataset`, a "
-                f"generator or a `DataLoader` has none that could be found again. Pass its rows, as a dict with "
-                f"`batch_size`, or by `grain.MapDataset.source(rows).batch(...)`. Received: {type(dataset).__name__}."
+                f"generator or a `DataLoader` has none that could be found again. Pass its rows, as a dict with `batch_size`, or "
+                f"by `grain.MapDataset.source(rows).batch(...)`. Received: {type(dataset).__name__}."
             )
         super().__init__()
         self.source, self.length = dataset, None
