@@ -2,8 +2,6 @@
 
 import math
 import threading
-import warnings
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -14,7 +12,7 @@ from keras_t5gemma.checks import integer
 from keras_t5gemma.training import resume_files as files
 from keras_t5gemma.training import resume_parts as parts
 from keras_t5gemma.training import resume_state as state
-from keras_t5gemma.training.resume_data import NumberedBatches, batches_of_columns
+from keras_t5gemma.training.resume_data import NumberedBatches
 
 # What ends an epoch, not the training: truthy, as `stop_training` must be for that, and nobody else's.
 _END_OF_EPOCH = "end of epoch"
@@ -50,10 +48,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     What is saved is checked when it is read: another model, optimizer or dataset and a damaged file are refused, and
     the message says which is meant. Weights that are infinite or NaN are never saved.
 
-    A run that `EarlyStopping`, or another callback, ended with an epoch is over: started again, it trains no more and
-    says so, whatever `epochs` is. What is saved then is what the callbacks before this one leave behind, the best
-    weights for one. A run that was stopped within an epoch, by a limit of time say, goes on.
-
     Several processes of JAX, brought together by `keras.distribution.initialize`, all give the same folder, save and go
     on together. Each writes what it holds into a folder of its own there, `process_0_of_2/step_00000500`: the shards of
     every array on its devices, each once, its random states and its position in the data. Nothing is gathered, and to
@@ -74,7 +68,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         folder: of the checkpoints; made where it does not exist. A new run needs a new one. The same on all processes.
         save_every: batches between two checkpoints; a multiple of `steps_per_execution`, or the next such is taken.
         keep: how many of the newest to keep; None for all. Several processes have one more between two saves.
-        continue_stopped: whether to train on where a callback ended the run with an epoch.
         stop_on_nan: whether to stop at the batch whose logs have a `loss` that is NaN or infinite. With False the
             weights alone are checked, when they are saved: where a loss scale skips such batches, say.
 
@@ -85,41 +78,26 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         FloatingPointError: in `fit`, where loss or weights are not finite; the message names the last good checkpoint.
     """
 
-    def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True, continue_stopped=False):
+    def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True):
         super().__init__()
         self.save_every = integer(save_every, "save_every")
         self.keep = integer(keep, "keep", optional=True, none_means="for all")
-        self.folder, self.stop_on_nan, self.continue_stopped = folder, stop_on_nan, continue_stopped
+        self.folder, self.stop_on_nan = folder, stop_on_nan
         self._data, self._number = None, 0
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = None
 
-    def data(self, dataset, y=None, sample_weight=None, *, batch_size=32, seed=0):
+    def data(self, dataset):
         """The dataset to pass to `fit`, whose position is saved and restored.
-
-            checkpoint.data({"encoder_text": questions, "decoder_text": answers}, batch_size=8)
 
         It is endless where `fit` gets `steps_per_epoch`: what ends begins again.
 
         Args:
-            dataset: a Grain dataset of batches, e.g. a `pretraining_dataset`. Without `steps_per_epoch` it must end. Or
-                what lies in memory: a dict of texts or of token ids, as `fit` takes it.
-            y: labels, for a dict of token ids.
-            sample_weight: likewise.
-            batch_size: rows a step, for a dict.
-            seed: of the order of a dict's rows, another one in each epoch; None for the order they have.
+            dataset: a Grain dataset of batches, e.g. a `pretraining_dataset`. Without `steps_per_epoch` it must end.
 
         Returns:
             A `grain.IterDataset` of the same batches.
-
-        Raises:
-            ValueError: for a dataset whose position cannot be saved, such as a `tf.data.Dataset`; or if the columns of
-                a dict have no rows or differ in their number.
         """
-        if isinstance(dataset, Mapping):
-            dataset = batches_of_columns(dataset, y, sample_weight, integer(batch_size, "batch_size"), seed)
-        elif y is not None or sample_weight is not None:
-            raise ValueError("`y` and `sample_weight` are for a dict of token ids; a dataset's batches have their own.")
         self._data = NumberedBatches(dataset)
         return self._data
 
@@ -216,34 +194,29 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         model = self.model
         if model.stop_training is _END_OF_EPOCH:
             model.stop_training = False
+        last = model.stop_training or epoch + 1 == self.params["epochs"]
         complete = self._is_last()
-        # Stopped with an epoch, it is saved when the other callbacks are done with the weights.
-        last = (model.stop_training and not complete) or epoch + 1 == self.params["epochs"]
         due = self._number // self.save_every > self._saved // self.save_every
         if self._number > self._saved and (last or (complete and due)):
             self._save(epoch + complete, 0 if complete else self._batch)
         self._epoch, self._offset, self._batch = epoch + 1, 0, 0
 
     def on_train_end(self, logs=None):  # noqa: ARG002
-        """Saves what a callback stopped with an epoch, and waits for the last checkpoint."""
-        model = self.model
-        model._initial_epoch = None
-        if model.stop_training and not self._batch and self._number and self._epoch < self.params["epochs"]:
-            self._save(self._epoch, 0, stopped=True)
+        """Waits for the last checkpoint."""
+        self.model._initial_epoch = None
         self._wait()
 
     def _is_last(self):
         """Whether the batch just trained on is the last of its epoch."""
         return self._number == self._data.ends if self._steps is None else self._batch >= self._steps
 
-    def _save(self, epoch, batch, stopped=False):
+    def _save(self, epoch, batch):
         self._wait()
         # Here and now: the next step changes all of it.
         described, arrays, model = state.host_copy(self.model)
         content = {
             "epoch": epoch,
             "batch": batch,
-            "stopped": stopped,
             "data": self._data.position(self._number),
             "random": state.random_state(),
             "run": self._run,
@@ -306,13 +279,6 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         state.set_random_state(self._random)
         self._number = self._saved = content["data"]["number"]
         self._epoch, self._offset = content["epoch"], content["batch"]
-        if content.get("stopped") and not self.continue_stopped:
-            warnings.warn(
-                f"The run in {self.folder} was stopped early, by a callback after epoch {self._epoch}, and trains no "
-                f"more. Pass `TrainingCheckpoint(..., continue_stopped=True)` to train on.",
-                stacklevel=2,
-            )
-            self._epoch = max(self._epoch, self.params["epochs"])
         # Keras's own way to begin later (`BackupAndRestore` does the same); it has no public one.
         self.model._initial_epoch = self._epoch
 

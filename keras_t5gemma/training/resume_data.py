@@ -9,7 +9,6 @@ import xxhash
 
 # Batches prepared ahead, in as many threads: enough to hide their making, and little memory.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-_Y, _WEIGHT = "labels of `y`", "`sample_weight`"
 # Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; nobody stores as many.
 _ENDLESS = 2**40
 
@@ -39,9 +38,7 @@ class NumberedBatches(grain.IterDataset):
         if not isinstance(dataset, (grain.MapDataset, grain.IterDataset)):
             raise ValueError(
                 f"`dataset` must be a Grain dataset of batches, such as `pretraining_dataset` and `supervised_dataset` "
-                f"make, or a dict of texts or token ids, for its position to be saved: a `tf.data.Dataset`, a "
-                f"generator or a `DataLoader` has none that could be found again. Pass its rows, as a dict with `batch_size`, or "
-                f"by `grain.MapDataset.source(rows).batch(...)`. Received: {type(dataset).__name__}."
+                f"make, for its position to be saved. Received: {type(dataset).__name__}."
             )
         super().__init__()
         self.source, self.length = dataset, None
@@ -179,39 +176,6 @@ class _Iterator(grain.DatasetIterator):
             return None
 
 
-def batches_of_columns(x, y, sample_weight, batch_size, seed):
-    """What lies in memory as a dataset with random access, whose order is that of the seed in each process and epoch.
-
-    Args:
-        x: a mapping of arrays or lists of B rows: token ids, strings or conversations.
-        y: labels, B rows, or None.
-        sample_weight: likewise.
-        batch_size: rows a batch; the last one of an epoch may have fewer.
-        seed: of the shuffle, or None for none.
-
-    Returns:
-        A `grain.MapDataset` of `x`, `(x, y)` or `(x, y, sample_weight)`.
-
-    Raises:
-        ValueError: if the columns have no rows or differ in their number.
-    """
-    columns = {**x, **{name: value for name, value in ((_Y, y), (_WEIGHT, sample_weight)) if value is not None}}
-    lengths = {str(name): len(column) for name, column in columns.items()}
-    if len(set(lengths.values())) != 1 or not all(lengths.values()):
-        raise ValueError(f"All columns need the same number of rows, at least one. Received: {lengths}.")
-
-    def batch(rows):
-        # Texts stay lists, as `fit` takes them.
-        batch = {
-            name: [column[i] for i in rows] if isinstance(column, (list, tuple)) else np.asarray(column)[list(rows)]
-            for name, column in columns.items()
-        }
-        return keras.utils.pack_x_y_sample_weight({name: batch[name] for name in x}, batch.get(_Y), batch.get(_WEIGHT))
-
-    rows = grain.MapDataset.range(next(iter(lengths.values())))
-    return (rows if seed is None else rows.shuffle(seed=seed)).batch(batch_size, batch_fn=batch)
-
-
 def _plain(value):
     """Numbers of numpy in a state as Python's."""
     return value.item() if isinstance(value, np.generic) else value.tolist()
@@ -225,7 +189,6 @@ def _description(batch):
             continue
         array = np.asarray(leaf)
         described["/".join(map(str, path))] = f"{array.dtype} {list(array.shape)}"
-        # Strings have no bytes of their own.
-        is_text = array.dtype.kind in "OUS"
-        checksum.update(repr(array.tolist()).encode() if is_text else np.ascontiguousarray(array))
+        # Strings, in arrays of objects, have no bytes of their own.
+        checksum.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array))
     return {**described, "checksum": checksum.hexdigest()}

@@ -13,7 +13,6 @@ from tiny_tokenizer import train_tiny_tokenizer
 
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.models.shapes import Buckets
 from keras_t5gemma.objectives.dataset import pretraining_dataset
 from keras_t5gemma.objectives.prefix_lm import PrefixLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
@@ -227,25 +226,3 @@ def test_summary_counts_every_weight(capsys):
     backbone = T5GemmaBackbone(**CONFIG.to_dict())
     backbone.summary(print_fn=print)
     assert f"{backbone.count_params():,}" in capsys.readouterr().out
-
-
-def test_whole_copy_has_its_own_weights_and_everything_else(preprocessor):
-    lm = T5GemmaSeq2SeqLM(loud_backbone(CONFIG), preprocessor, buckets=Buckets((8,), None, (1, 4)))
-    lm.compile(optimizer="sgd", sampler="top_k", accumulation_steps=2)
-    for model in (lm, lm.backbone):
-        with pytest.raises(NotImplementedError, match=r"type\(model\).from_config\(model.get_config\(\)\)"):
-            keras.models.clone_model(model)
-    copy = type(lm).from_config(lm.get_config())
-    assert copy.get_config() == lm.get_config()
-    assert copy.buckets == lm.buckets
-    assert not any(
-        np.array_equal(*pair) for pair in zip(copy.get_weights(), lm.get_weights(), strict=True) if pair[0].ndim > 1
-    )
-    copy.set_weights(lm.get_weights())
-    prompt = {"encoder_text": "why?"}
-    assert copy.generate(prompt, max_length=8) == _greedy(lm).generate(prompt, max_length=8)
-
-
-def _greedy(lm):
-    lm.compile(sampler="greedy")
-    return lm

@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import grain
@@ -214,77 +213,6 @@ def test_finished_run_started_again_trains_no_more_and_more_epochs_go_on(tmp_pat
     fit(model, tmp_path, epochs=3)
     fit(whole := dense(), tmp_path / "whole", epochs=3)
     assert_same(model, whole)
-
-
-@pytest.mark.parametrize("last", [True, False])
-def test_run_that_early_stopping_ended_is_over_unless_told_otherwise(tmp_path, last):
-    class Asked(keras.callbacks.Callback):
-        epochs = 0
-
-        def on_epoch_end(self, epoch, logs=None):
-            self.epochs += 1
-
-    def run(epochs=9, **kwargs):
-        keras.utils.set_random_seed(0)
-        # Never better than in its first epoch.
-        early = keras.callbacks.EarlyStopping("loss", min_delta=9, patience=2, restore_best_weights=True)
-        checkpoint, asked, model = TrainingCheckpoint(tmp_path, save_every=99, **kwargs), Asked(), dense()
-        callbacks = [asked, early, checkpoint] if last else [asked, checkpoint, early]
-        data = checkpoint.data(rows())
-        model.fit(data, epochs=epochs, steps_per_epoch=4, verbose=0, shuffle=False, callbacks=callbacks)
-        return model, asked.epochs
-
-    first, epochs = run()
-    assert epochs == 3
-    for more in (9, 12):
-        with pytest.warns(UserWarning, match=r"stopped early, by a callback after epoch 3.*continue_stopped=True"):
-            again, epochs = run(more)
-        assert epochs == 0
-        if last:  # and saves what early stopping has put back
-            assert_same(again, first)
-    assert run(5, continue_stopped=True)[1] == 2
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        assert run(5)[1] == 0
-
-
-def test_rows_in_memory_are_trained_on_in_the_order_of_their_seed_and_go_on(tmp_path):
-    x = {"first": np.arange(40.0).reshape(10, 4), "second": list(np.ones((10, 4)))}
-    y, weights_of_rows = np.arange(20.0).reshape(10, 2), np.arange(10.0)
-
-    def run(folder, callbacks=(), epochs=3):
-        keras.utils.set_random_seed(0)
-        inputs = {name: keras.Input((4,), name=name) for name in x}
-        model = keras.Model(inputs, keras.layers.Dense(2)(keras.layers.add(list(inputs.values()))))
-        model.compile("sgd", "mse", run_eagerly=True)
-        checkpoint = TrainingCheckpoint(folder, save_every=2)
-        data = checkpoint.data({**x, "second": np.stack(x["second"])}, y, weights_of_rows, batch_size=4, seed=1)
-        model.fit(data, epochs=epochs, verbose=0, callbacks=[*callbacks, checkpoint])
-        return model, data
-
-    whole, _ = run(tmp_path / "whole")
-    with pytest.raises(Stop):
-        run(tmp_path / "run", [Interrupt(5)])
-    wait_for_writers()
-    model, data = run(tmp_path / "run")
-    assert_same(model, whole)
-    orders = [[int(i) for _, _, weight in list(data.source[k : k + 3]) for i in weight] for k in (0, 3)]
-    assert sorted(orders[0]) == sorted(orders[1]) == list(range(10))
-    assert orders[0] != orders[1]
-
-
-@pytest.mark.parametrize(
-    ("x", "options", "said"),
-    [
-        ({"encoder_text": ["a", "b"], "decoder_text": ["c"]}, {}, "'decoder_text': 1"),
-        ({"encoder_text": []}, {}, "at least one"),
-        ({"encoder_text": ["a"]}, {"batch_size": 0}, "batch_size"),
-        (grain.MapDataset.range(3), {"y": [1, 2, 3]}, "`y` and `sample_weight` are for a dict"),
-    ],
-)
-def test_rows_in_memory_that_do_not_match_are_named(tmp_path, x, options, said):
-    with pytest.raises(ValueError, match=said):
-        TrainingCheckpoint(tmp_path).data(x, **options)
 
 
 def test_global_random_states_are_restored(tmp_path):
