@@ -16,6 +16,40 @@ def synchronize_training_state(model):
         synchronize()
 
 
+class RestoresTrainingState:
+    """Mixed into a `keras.Model`: what it takes to give variables their values back after an error on JAX.
+
+    Where reading the first batch fails, Keras has the values in a local variable alone, and they would be lost.
+    """
+
+    _give_back = None
+
+    def _get_jax_state(self, *, purge_model_variables=False, **groups):
+        if purge_model_variables:
+            variables = self.variables + self.metrics_variables
+            if groups.get("optimizer_variables"):
+                variables = variables + self.optimizer.variables
+            values = [variable._value for variable in variables]
+
+            def give_back():
+                for variable, value in zip(variables, values, strict=True):
+                    if variable._value is None and value is not None:
+                        variable.assign(value)
+
+            # A function, since Keras takes variables in lists for the model's own. A step overwrites these arrays,
+            # whoever else holds them: they take no memory for longer.
+            self._give_back = give_back
+        return super()._get_jax_state(purge_model_variables=purge_model_variables, **groups)
+
+    def _restore_training_state(self):
+        """Variables that have no values get their last ones."""
+        synchronize_training_state(self)
+        if self._give_back is not None:
+            self._give_back()
+        if hasattr(self, "jax_state_sync"):
+            self._jax_state = None
+
+
 def flatten_layers(model):
     """A model's layers, nested ones included, the model itself first. Keras lists them in no public way."""
     return model._flatten_layers()

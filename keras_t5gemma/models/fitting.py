@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from keras_t5gemma._keras_internals import synchronize_training_state
+from keras_t5gemma._keras_internals import RestoresTrainingState
 from keras_t5gemma.concurrency import changing
 from keras_t5gemma.layers.device import devices_of_a_batch
 from keras_t5gemma.models.batch_arrays import FORM, INPUT_NAMES, TEXT_NAMES, BatchArrays, described, renamed
@@ -18,7 +18,7 @@ from keras_t5gemma.models.inputs import check_token_ids, split_rows
 from keras_t5gemma.training.losses import VocabularyCrossEntropy
 
 
-class Fits:
+class Fits(RestoresTrainingState):
     """Mixed into a keras-hub task that has a T5Gemma `backbone` and perhaps a `preprocessor`.
 
     keras-hub's own `fit` takes arrays, `tf.data` and Grain; here each kind of data becomes one kind of batches, which
@@ -155,9 +155,11 @@ class Fits:
             try:
                 return getattr(keras.Model, name)(self, *args, **kwargs)
             except BaseException:
-                # Data may hold an error in any batch. On JAX, Keras leaves the variables without values then.
-                synchronize_training_state(self)
+                # Data may hold an error in any batch.
+                self._restore_training_state()
                 raise
+            finally:
+                self._give_back = None
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         """`(x, y, sample_weight)` as the model takes them: texts through the preprocessor, token ids checked."""
