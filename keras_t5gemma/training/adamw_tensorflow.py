@@ -19,7 +19,7 @@ def update(optimizer, grads, variables, learning_rate):
     import tensorflow as tf
 
     updates = optimizer.tensorflow_updates
-    local_step = tf.cast(optimizer.iterations.value + 1, "float32")
+    local_step = tf.cast(tf.convert_to_tensor(optimizer.iterations) + 1, "float32")
     corrections = tf.sqrt(1 - optimizer.beta_2**local_step) / (1 - optimizer.beta_1**local_step)
     learning_rate = tf.cast(learning_rate, "float32")
     previous = []
