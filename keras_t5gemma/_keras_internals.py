@@ -1,5 +1,21 @@
 """What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32."""
 
+import keras
+import numpy as np
+from keras import ops
+
+
+def tensor_of(x):
+    """`ops.convert_to_tensor` in an array's own dtype, 64 bits as 32.
+
+    With a `floatx` of bfloat16, Keras on JAX makes float32 of whatever comes without a dtype, token ids too.
+    """
+    if ops.is_tensor(x) or isinstance(x, keras.Variable):
+        return ops.convert_to_tensor(x)
+    x = np.asarray(x)
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    return ops.convert_to_tensor(x, {"int64": "int32", "float64": "float32"}.get(dtype, dtype))
+
 
 def synchronize_training_state(model):
     """Gives a model's variables their values back in the middle of a `fit`, an `evaluate` or a `predict` on JAX.
@@ -48,6 +64,13 @@ class RestoresTrainingState:
             self._give_back()
         if hasattr(self, "jax_state_sync"):
             self._jax_state = None
+
+
+def track_loss_in_float32(model):
+    """Sums a compiled model's losses up in float32, whatever `floatx` is: a sum in bfloat16 soon stays where it is."""
+    if getattr(model, "_loss_tracker", None) is not None:
+        # Past Keras's bookkeeping, which would list it twice.
+        object.__setattr__(model, "_loss_tracker", keras.metrics.Mean(name="loss", dtype="float32"))
 
 
 def flatten_layers(model):

@@ -158,7 +158,7 @@ def _hidden_states(config, source, names, x):
         tensor, name = names[path]
         flat = np.concatenate([piece.astype(dtype) for piece in source.chunks(name)])
         stored = flat.reshape(shape[::-1] if tensor.row.transposed else shape)
-        return ops.convert_to_tensor(np.ascontiguousarray(tensor.from_stored(stored)))
+        return ops.convert_to_tensor(np.ascontiguousarray(tensor.from_stored(stored)), dtype)
 
     segments = ops.ones(x.shape[:2], dtype="int32")
     angles = rotary_angles(x.shape[1], 0, config.head_dim, config.rope_wavelength)

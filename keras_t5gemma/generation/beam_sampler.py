@@ -120,9 +120,11 @@ class BeamSampler(keras_hub.samplers.Sampler):
             generated = ops.cast(ops.expand_dims(ops.maximum(index + 1 - prompt_lengths, 1), 1), "float32")
             forced = ops.take(mask, index, axis=1)
             may_stop = ops.logical_and(is_open, ops.logical_not(forced))
-            may_stop = ops.logical_and(ops.expand_dims(may_stop, 1), ops.arange(kept) < width)
+            may_stop = ops.logical_and(ops.expand_dims(may_stop, 1), ops.arange(kept, dtype="int32") < width)
             penalised = totals / generated**self.length_penalty
-            penalised = ops.where(ops.logical_and(stops, may_stop), penalised, _NO_BEAM)
+            penalised = ops.where(
+                ops.logical_and(stops, may_stop), penalised, ops.convert_to_tensor(_NO_BEAM, "float32")
+            )
             merged = ops.concatenate([stored_scores, penalised], axis=1)
             stored_scores, chosen = ops.top_k(merged, width)
             stored = {

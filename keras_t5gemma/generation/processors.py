@@ -70,7 +70,7 @@ class RepetitionPenalty:
     def __call__(self, logits, sequences):
         """Logits [R, V] as [R, V]."""
         ids = sequences.token_ids
-        there = ops.broadcast_to(ops.arange(ids.shape[1]) < sequences.index, ids.shape)
+        there = ops.broadcast_to(ops.arange(ids.shape[1], dtype="int32") < sequences.index, ids.shape)
         penalised = ops.where(logits < 0, logits * self.penalty, logits / self.penalty)
         return ops.where(_listed(ids, there, logits.shape[1]), penalised, logits)
 
@@ -98,7 +98,7 @@ class NoRepeatNgrams:
         if windows < 1:
             return logits
         # A window is complete where its last token is there already. Where fewer than n tokens are, none is.
-        matches = ops.broadcast_to(ops.arange(windows) + self.n - 1 < index, (ids.shape[0], windows))
+        matches = ops.broadcast_to(ops.arange(windows, dtype="int32") + self.n - 1 < index, (ids.shape[0], windows))
         for i in range(self.n - 1):
             last = ops.take(ids, ops.maximum(index - (self.n - 1) + i, 0), axis=1)
             matches = ops.logical_and(matches, ops.equal(ids[:, i : i + windows], ops.expand_dims(last, 1)))
@@ -257,7 +257,7 @@ def _one_of(ids, vocabulary_size):
     """bool [1, V], True at the ids."""
     mask = np.zeros((1, vocabulary_size), bool)
     mask[:, list(ids)] = True
-    return ops.convert_to_tensor(mask)
+    return ops.convert_to_tensor(mask, "bool")
 
 
 def _without(logits, forbidden):

@@ -7,6 +7,8 @@ import weakref
 import keras
 from keras import ops, tree
 
+from keras_t5gemma._keras_internals import tensor_of
+
 # Weights from which TensorFlow has XLA compile decoding loops on a CPU: of Small-Small a step takes half the time, and
 # of a model of a few thousand weights nothing comes back of what compiling takes.
 _WEIGHTS_FOR_XLA = 10_000_000
@@ -90,7 +92,7 @@ class Program:
         Returns:
             The outputs, or with seeds `(outputs, seeds)`: a list of their values at the end.
         """
-        arguments = tree.map_structure(ops.convert_to_tensor, arguments)
+        arguments = tree.map_structure(tensor_of, arguments)
         values = [] if seeds is None else [ops.convert_to_tensor(value) for value in seeds]
         run = _RUNS.get(keras.config.backend(), Program._function_with_seeds)
         if self._model.run_eagerly or run not in _COMPILING_RUNS:

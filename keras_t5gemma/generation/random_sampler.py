@@ -62,7 +62,7 @@ class TopKTopPSampler(keras_hub.samplers.Sampler):
         if self.p is not None:
             likelier = ops.cumsum(probabilities, axis=1) - probabilities
             total = ops.sum(probabilities, axis=1, keepdims=True)
-            kept = ops.logical_or(likelier < self.p * total, ops.arange(ids.shape[1]) == 0)
+            kept = ops.logical_or(likelier < self.p * total, ops.arange(ids.shape[1], dtype="int32") == 0)
             probabilities = ops.where(kept, probabilities, 0.0)
         return ops.log(probabilities), ids
 

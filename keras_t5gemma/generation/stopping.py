@@ -32,4 +32,6 @@ def output_mask(token_ids, prompt_mask, stop_token_ids, limits=None):
     stops = ops.logical_and(is_stop(token_ids, stop_token_ids), ops.logical_not(prompt_mask))
     stops = ops.cast(stops, "int32")
     mask = ops.equal(ops.cumsum(stops, axis=1) - stops, 0)
-    return mask if limits is None else ops.logical_and(mask, ops.arange(mask.shape[1]) < ops.expand_dims(limits, 1))
+    if limits is None:
+        return mask
+    return ops.logical_and(mask, ops.arange(mask.shape[1], dtype="int32") < ops.expand_dims(limits, 1))

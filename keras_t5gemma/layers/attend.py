@@ -47,7 +47,9 @@ def logits_of(query, key):
 
 def hidden_logits(visible):
     """What to add to capped logits: [B, 1, 1, T, S] of `visible` [B, T, S], 0 where a key is visible."""
-    return ops.where(ops.expand_dims(visible, (1, 2)), 0.0, _HIDDEN)
+    # Both as tensors: Keras would take plain numbers for `floatx`, and -1e30 is infinite in float16.
+    shown, hidden = ops.zeros((), "float32"), ops.convert_to_tensor(_HIDDEN, "float32")
+    return ops.where(ops.expand_dims(visible, (1, 2)), shown, hidden)
 
 
 def weigh(weights, value, visible, dtype):

@@ -27,7 +27,7 @@ def places(length, window, ahead):
 
 def positions(places, last):
     """int [R]: the position in each place when `last` is the newest; below 0 where there is none yet."""
-    return last - ops.mod(last - ops.arange(places, dtype="int32"), places)
+    return last - _mod(last - ops.arange(places, dtype="int32"), places)
 
 
 def is_start(index):
@@ -37,7 +37,7 @@ def is_start(index):
 
 def place(index, places):
     """The place of a position; one for all layers of a kind."""
-    return index if isinstance(index, int) and index < places else ops.mod(index, places)
+    return index if isinstance(index, int) and index < places else _mod(index, places)
 
 
 def write(buffer, update, index):
@@ -57,3 +57,8 @@ def write(buffer, update, index):
     held = positions(size, index + count - 1)
     new = ops.take(update, ops.maximum(held - index, 0), axis=2)
     return ops.where(ops.reshape(held >= index, (1, 1, size, 1)), new, buffer)
+
+
+def _mod(index, places):
+    # As a tensor: with a `floatx` of bfloat16, Keras on JAX takes a plain integer for a float32.
+    return ops.mod(index, ops.convert_to_tensor(places, "int32"))

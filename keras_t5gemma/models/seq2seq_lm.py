@@ -5,6 +5,7 @@ import contextlib
 import keras
 import keras_hub
 
+from keras_t5gemma._keras_internals import track_loss_in_float32
 from keras_t5gemma.checkpoints.sources import locate_t5gemma
 from keras_t5gemma.generation.decode import resolve_sampler
 from keras_t5gemma.layers.projection import VocabularyProjection
@@ -156,7 +157,13 @@ class T5GemmaSeq2SeqLM(
                 )
             tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
             loss.check_student(self.backbone.config.vocabulary_size, tokenizer)
+        if self.dtype_policy.name == "float16" and optimizer is not None and kwargs.get("auto_scale_loss", True):
+            # LoRA on float16 weights: the way back is float16's. Keras scales the loss of "mixed_float16" alone.
+            optimizer = keras.optimizers.get(optimizer)
+            if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+        track_loss_in_float32(self)
 
     def make_train_function(self, force=False):
         """Keras's own, once it is certain that the optimizer can train the weights.

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_t5gemma._keras_internals import tensor_of
 from keras_t5gemma.checks import is_integer
 
 # The axes of what programs take. The decoder's is L, or T of a pass that is teacher-forced.
@@ -146,7 +146,7 @@ def distributed(arrays):
     if distribution is None:
         return arrays
     # `prefill` is no batch: its length is all there is to it.
-    batch = {name: ops.convert_to_tensor(x) for name, x in arrays.items() if name != "prefill"}
+    batch = {name: tensor_of(x) for name, x in arrays.items() if name != "prefill"}
     layouts = {name: distribution.get_data_layout(x.shape) for name, x in batch.items()}
     return {**arrays, **{name: keras.distribution.distribute_tensor(x, layouts[name]) for name, x in batch.items()}}
 

@@ -77,9 +77,9 @@ class Accumulation:
         parts = keras.tree.map_structure(cut, data)
         weights = parts[2]
         if self._reduction in _SUM:
-            shares = ops.ones((count,))
+            shares = ops.ones((count,), "float32")
         elif self._reduction in _BY_ELEMENTS or weights is None:
-            shares = ops.ones((count,)) / ops.cast(count, "float32")
+            shares = ops.ones((count,), "float32") / ops.cast(count, "float32")
         else:
             weights = ops.sum(ops.reshape(ops.cast(weights, "float32"), (count, -1)), axis=1)
             shares = ops.divide_no_nan(weights, ops.sum(weights))

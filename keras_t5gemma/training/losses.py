@@ -173,7 +173,7 @@ class ChunkedLoss:
 
     def __init__(self, loss):
         self.loss = loss
-        self.metrics = [keras.metrics.Mean(name="loss"), keras.metrics.Mean(name="accuracy")]
+        self.metrics = [keras.metrics.Mean(name=name, dtype="float32") for name in ("loss", "accuracy")]
 
     def __call__(self, head, hidden, labels, weights, training, more=0.0):
         """The loss of hidden states [B, T, D] that `head`, a `VocabularyProjection`, would project.

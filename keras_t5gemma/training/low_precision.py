@@ -53,13 +53,9 @@ class LowPrecision:
 
         Args:
             variables: trainable `keras.Variable`s.
-
-        Raises:
-            ValueError: if a variable is float16.
         """
         if self.built:
             return
-        check_no_float16(variables)
         super().build(variables)
         self._master_weights = [
             self.add_variable_from_reference(variable, "master_weight")  # zero is no weight's nearest: see below

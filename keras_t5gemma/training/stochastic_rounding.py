@@ -33,9 +33,9 @@ def random_key(seed, step, stream):
         for part in (seed, step, stream):
             key = _mixed_int(((key + part) * _GOLDEN) % 2**32)
         return _signed(key)
-    key = ops.convert_to_tensor(0, "int32")
+    key = _int32(0)
     for part in (seed, step, stream):
-        key = _mixed(ops.multiply(ops.add(key, ops.cast(part, "int32")), _GOLDEN))
+        key = _mixed(ops.multiply(ops.add(key, ops.cast(part, "int32")), _int32(_GOLDEN)))
     return key
 
 
@@ -47,13 +47,13 @@ def random_bits(shape, key, start=0):
         key: see `random_key`.
         start: the place of its first element in a larger array, whose bits these are a part of.
     """
-    place = ops.convert_to_tensor(_signed(start * _GOLDEN), "int32")
+    place = _int32(_signed(start * _GOLDEN))
     for axis, size in enumerate(shape):
         # A vector an axis, not one range reshaped: a layout over devices divides it without moving anything.
         stride = _signed(math.prod(shape[axis + 1 :]) * _GOLDEN)
-        along = ops.multiply(ops.arange(size, dtype="int32"), stride)
+        along = ops.multiply(ops.arange(size, dtype="int32"), _int32(stride))
         place = ops.add(place, ops.reshape(along, [-1] + [1] * (len(shape) - axis - 1)))
-    return ops.bitwise_and(_mixed(ops.bitwise_xor(place, key)), _LOWER_HALF)
+    return ops.bitwise_and(_mixed(ops.bitwise_xor(place, key)), _int32(_LOWER_HALF))
 
 
 def stochastic_round(values, bits):
@@ -74,19 +74,20 @@ def nearest_bfloat16(values):
 
     By the bits, because XLA takes a cast to bfloat16 and back for nothing.
     """
-    half = ops.add(_LOWER_HALF // 2, ops.bitwise_and(ops.right_shift(ops.view(values, "int32"), 16), 1))
+    last_bit = ops.bitwise_and(ops.right_shift(ops.view(values, "int32"), _int32(16)), _int32(1))
+    half = ops.add(_int32(_LOWER_HALF // 2), last_bit)
     return _cut(values, half)
 
 
 def _cut(values, bits):
     raised = ops.add(ops.view(values, "int32"), bits)
-    cut = ops.view(ops.bitwise_and(raised, _UPPER_HALF), "float32")
+    cut = ops.view(ops.bitwise_and(raised, _int32(_UPPER_HALF)), "float32")
     return ops.where(ops.isfinite(values), cut, values)  # a NaN of ones all over would become zero
 
 
 def _mixed(x):
     for shift, factor in zip((16, 13), _FACTORS, strict=True):
-        x = ops.multiply(ops.bitwise_xor(x, _shifted(x, shift)), factor)
+        x = ops.multiply(ops.bitwise_xor(x, _shifted(x, shift)), _int32(factor))
     return ops.bitwise_xor(x, _shifted(x, 16))
 
 
@@ -96,10 +97,15 @@ def _mixed_int(x):
     return x ^ (x >> 16)
 
 
+def _int32(value):
+    """A constant. With a `floatx` of bfloat16, Keras on JAX takes a plain integer for a float32."""
+    return ops.convert_to_tensor(value, "int32")
+
+
 def _signed(x):
     return (x + 2**31) % 2**32 - 2**31
 
 
 def _shifted(x, count):
     # A shift of a signed integer drags its sign along.
-    return ops.bitwise_and(ops.right_shift(x, count), 2 ** (32 - count) - 1)
+    return ops.bitwise_and(ops.right_shift(x, _int32(count)), _int32(2 ** (32 - count) - 1))
