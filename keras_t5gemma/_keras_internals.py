@@ -1,4 +1,4 @@
-"""What this package uses of Keras that Keras does not promise, with the versions it was checked with: 3.15.1."""
+"""What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32."""
 
 
 def synchronize_training_state(model):
@@ -14,3 +14,62 @@ def synchronize_training_state(model):
     synchronize = getattr(model, "jax_state_sync", None)  # of JAX's trainer alone
     if synchronize is not None:
         synchronize()
+
+
+class RestoresTrainingState:
+    """Mixed into a `keras.Model`: what it takes to give variables their values back after an error on JAX.
+
+    Where reading the first batch fails, Keras has the values in a local variable alone, and they would be lost.
+    """
+
+    _give_back = None
+
+    def _get_jax_state(self, *, purge_model_variables=False, **groups):
+        if purge_model_variables:
+            variables = self.variables + self.metrics_variables
+            if groups.get("optimizer_variables"):
+                variables = variables + self.optimizer.variables
+            values = [variable._value for variable in variables]
+
+            def give_back():
+                for variable, value in zip(variables, values, strict=True):
+                    if variable._value is None and value is not None:
+                        variable.assign(value)
+
+            # A function, since Keras takes variables in lists for the model's own. A step overwrites these arrays,
+            # whoever else holds them: they take no memory for longer.
+            self._give_back = give_back
+        return super()._get_jax_state(purge_model_variables=purge_model_variables, **groups)
+
+    def _restore_training_state(self):
+        """Variables that have no values get their last ones."""
+        synchronize_training_state(self)
+        if self._give_back is not None:
+            self._give_back()
+        if hasattr(self, "jax_state_sync"):
+            self._jax_state = None
+
+
+def flatten_layers(model):
+    """A model's layers, nested ones included, the model itself first. Keras lists them in no public way."""
+    return model._flatten_layers()
+
+
+def optimized_variables(optimizer):
+    """The variables that an optimizer was built for, or None before it is built."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
+    return list(optimizer._trainable_variables) if optimizer.built else None
+
+
+def copy_weight_decay_exclusions(source, target):
+    """Excludes from an optimizer's weight decay what another one excludes, which its config does not say."""
+    source, target = (getattr(optimizer, "inner_optimizer", optimizer) for optimizer in (source, target))
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+
+
+def remove_variable(layer, name):
+    """Removes a variable from a built layer. Keras's `del layer.name` collects garbage each time, some 0.3 s."""
+    layer._untrack_variable(getattr(layer, name))
+    object.__delattr__(layer, name)

@@ -168,6 +168,37 @@ def wants_turns(preset, folder):
     return bool(config.get("chat_template"))
 
 
+# Beside a Hugging Face checkpoint: what this package's preprocessor was told. Other programs ignore the file.
+PREPROCESSOR_FILE = "keras_t5gemma_preprocessor.json"
+PREPROCESSOR_OPTIONS = ("encoder_sequence_length", "decoder_sequence_length", "chat", "truncate")
+
+
+def preprocessor_options(folder, keras_file="preprocessor.json"):
+    """What a checkpoint says of its preprocessor, in Keras's or Hugging Face's format.
+
+    Args:
+        folder: the checkpoint's.
+        keras_file: the preprocessor's config in Keras's format.
+
+    Returns:
+        Those of `PREPROCESSOR_OPTIONS` that were saved, by name.
+
+    Raises:
+        ValueError: if the file is not JSON, or not an object with options.
+    """
+    path = next(
+        (Path(folder) / name for name in (PREPROCESSOR_FILE, keras_file) if (Path(folder) / name).is_file()), None
+    )
+    if path is None:
+        return {}
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        saved = saved if path.name == PREPROCESSOR_FILE else saved["config"]
+        return {name: saved[name] for name in PREPROCESSOR_OPTIONS if name in saved}
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a preprocessor's config ({type(error).__name__}: {error}).") from error
+
+
 _LOGIN = {
     "hf": ("huggingface.co", "accept Gemma's licence there and log in with `hf auth login` or set HF_TOKEN"),
     "kaggle": ("kaggle.com", "accept Gemma's licence there and set KAGGLE_USERNAME and KAGGLE_KEY"),

@@ -111,7 +111,7 @@ def load_lora(model, folder):
     }
     alphas = {module: _alpha(config, module, rank) for module, rank in ranks.items()}
     if not enabled:
-        _enable(backbone, {modules[module][1]: (rank, alphas[module]) for module, rank in ranks.items()})
+        backbone.enable_lora_on({modules[module][1].path: (rank, alphas[module]) for module, rank in ranks.items()})
     for module, (a, b) in matrices.items():
         layer = modules[module][1]
         layer.lora_kernel_a.assign(a)
@@ -250,16 +250,3 @@ def _read(file, name):
     if not is_finite(array.reshape(-1)):
         raise CheckpointError(f"{file.path}: tensor {name!r} holds infinities or NaNs.")
     return array.astype("float32", copy=False)
-
-
-def _enable(backbone, layers):
-    """LoRA on these layers, each of its rank and alpha, everything else frozen."""
-    backbone.enable_lora(max(rank for rank, _ in layers.values()), target_layer_names=[])
-    with_weights = [layer for layer in backbone._flatten_layers(include_self=False) if layer.weights]
-    for index, layer in enumerate(with_weights):
-        if layer in layers:
-            rank, alpha = layers[layer]
-            layer.trainable = True
-            layer.enable_lora(rank, lora_alpha=alpha)
-            # By which keras-hub's own `save_lora_weights` finds them.
-            backbone._lora_enabled_layers.append(index)

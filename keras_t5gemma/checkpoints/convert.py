@@ -152,7 +152,11 @@ def convert_checkpoint(checkpoint, folder, *, dtype=None, max_shard_size="5GB", 
 
 
 def _write(folder, config, source, *, origin, name, title, facts, **options):
-    """Writes a folder with the tokenizer found at `origin`, whose preset's `name` may say that it reads turns."""
-    proto = read_proto(origin)
-    chat = proto is not None and presets.wants_turns(name, origin)
-    write_checkpoint(folder, config, source, proto=proto, chat=chat, card=model_card(title, facts), **options)
+    """Writes a folder with the tokenizer and the preprocessor's options found at `origin`.
+
+    Whether the model reads turns is what was saved, else what the preset's `name` says.
+    """
+    proto, saved = read_proto(origin), presets.preprocessor_options(origin)
+    chat = proto is not None and saved.get("chat", presets.wants_turns(name, origin))
+    card = model_card(title, facts)
+    write_checkpoint(folder, config, source, proto=proto, chat=chat, preprocessor=saved, card=card, **options)

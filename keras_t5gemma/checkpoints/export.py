@@ -12,12 +12,16 @@ from keras_t5gemma.checkpoints.tokenizer_files import stop_ids, write_tokenizer
 from keras_t5gemma.checkpoints.transforms import cast_tensors
 from keras_t5gemma.checkpoints.writing import write_json, write_tensors
 from keras_t5gemma.concurrency import reading
+from keras_t5gemma.presets import PREPROCESSOR_FILE, PREPROCESSOR_OPTIONS
 
 
 def export_to_hugging_face(
     model, folder, *, tokenizer=None, chat=None, dtype=None, max_shard_size="5GB", allow_non_finite=False
 ):
     """Writes `config.json`, `generation_config.json`, safetensors and, with a tokenizer, its files.
+
+    The preprocessor's lengths, `chat` and `truncate` are kept in a file of their own, which other programs ignore and
+    `from_preset` here reads.
 
     LoRA is merged into the kernels it belongs to. The encoder's `sliding_window` is written as published checkpoints
     have it, `|q - k| < sliding_window`. Beyond the window `transformers` 5.23 then sees one key more on each side (4.53
@@ -47,6 +51,8 @@ def export_to_hugging_face(
     preprocessor = getattr(model, "preprocessor", None)
     tokenizer = getattr(preprocessor, "tokenizer", None) if tokenizer is None else tokenizer
     chat = bool(getattr(preprocessor, "chat", False)) if chat is None else chat
+    options = {name: getattr(preprocessor, name) for name in PREPROCESSOR_OPTIONS if hasattr(preprocessor, name)}
+    options = {**options, "chat": chat} if options else None
     proto = None if tokenizer is None else tokenizer.proto
     if tokenizer is not None and not isinstance(proto, bytes):
         raise ValueError(f"`tokenizer` must have its SentencePiece model as `proto`. Received: {tokenizer!r}.")
@@ -58,6 +64,7 @@ def export_to_hugging_face(
             cast_tensors(source, dtype),
             proto=proto,
             chat=chat,
+            preprocessor=options,
             max_shard_size=max_shard_size,
             allow_non_finite=allow_non_finite,
             card=model_card("A T5Gemma exported from Keras", {"model": backbone.name}),
@@ -68,7 +75,16 @@ def export_to_hugging_face(
 
 
 def write_checkpoint(
-    folder, config, source, *, proto=None, chat=False, max_shard_size="5GB", allow_non_finite=False, card=None
+    folder,
+    config,
+    source,
+    *,
+    proto=None,
+    chat=False,
+    preprocessor=None,
+    max_shard_size="5GB",
+    allow_non_finite=False,
+    card=None,
 ):
     """Writes a whole Hugging Face folder, which appears when it is complete.
 
@@ -78,6 +94,7 @@ def write_checkpoint(
         source: the `TensorSource`, under Hugging Face's names.
         proto: the tokenizer's SentencePiece model, bytes, or None.
         chat: whether the model reads prompts in Gemma's turns.
+        preprocessor: the options of this package's preprocessor by name, or None.
         max_shard_size: bytes in a file, an int or a text such as "5GB".
         allow_non_finite: whether tensors may hold infinities and NaNs.
         card: the text of the model card, or None.
@@ -97,6 +114,8 @@ def write_checkpoint(
         write_json(partial / "generation_config.json", {**special, "decoder_start_token_id": BOS_ID})
         if proto is not None:
             write_tokenizer(partial, proto, chat, config.vocabulary_size)
+        if preprocessor:
+            write_json(partial / PREPROCESSOR_FILE, preprocessor)
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
         write_tensors(

@@ -15,6 +15,10 @@ from keras_t5gemma.checkpoints.tensors import CHUNK_BYTES, DTYPES, CheckpointErr
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
 INDEX_FILE = "model.weights.json"
+_REMEDIES = {
+    "quantization": "Read the model from before `quantize`.",
+    "lora": "Load it, call `backbone.merge_lora()`, and save the outcome.",
+}
 
 
 class KerasPreset(TensorSource):
@@ -44,6 +48,12 @@ class KerasPreset(TensorSource):
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{path}: {type(error).__name__}: {error!s:.400}") from error
+        for key, what in (("quantization", "quantized"), ("lora", "with LoRA")):
+            if key in saved["config"]:
+                raise CheckpointError(
+                    f"{path}: the model was saved {what}, and only `T5GemmaBackbone.from_preset` and "
+                    f"`T5GemmaSeq2SeqLM.from_preset` read it. {_REMEDIES[key]}"
+                )
         self._placed = {}
         found = {group: place for group, place in self._files().items() if "/vars/" in group}
         # Before the table is filled in: an absurd count in a config would fill the memory with names.

@@ -17,6 +17,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.layers.device import jax_on_gpu, on_cpu
+from keras_t5gemma.layers.saved_variables import SavedAsItIs
 
 
 def has_quick_kernel(x):
@@ -86,8 +87,10 @@ def _differentiable():
     return product
 
 
-class Dense(keras.layers.Dense):
-    """`keras.layers.Dense` without bias or activation."""
+class Dense(SavedAsItIs, keras.layers.Dense):
+    """`keras.layers.Dense` without bias or activation, which comes back from a file as it was."""
+
+    lora_names = ("lora_kernel_a", "lora_kernel_b")
 
     def call(self, inputs, training=None):
         """Maps [M, K] to [M, N]."""

@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.layers.device import on_cpu
+from keras_t5gemma.layers.saved_variables import SavedAsItIs
 
 # Rows of a table that are floating-point numbers at a time. Caches like few; loops cost least on JAX.
 _BLOCK_ROWS = {"jax": 1024, "tensorflow": 8192, "torch": 16384}
@@ -18,8 +19,13 @@ _BLOCK_ROWS = {"jax": 1024, "tensorflow": 8192, "torch": 16384}
 _QUANTIZED_AT_ONCE = 2**15
 
 
-class Embedding(keras.layers.ReversibleEmbedding):
-    """`keras.layers.ReversibleEmbedding`, which is quantized some rows at a time, with the same outcome."""
+class Embedding(SavedAsItIs, keras.layers.ReversibleEmbedding):
+    """`keras.layers.ReversibleEmbedding`, which is quantized some rows at a time, with the same outcome.
+
+    It comes back from a file as it was.
+    """
+
+    lora_names = ("lora_embeddings_a", "lora_embeddings_b")
 
     def quantize(self, mode=None, type_check=True, config=None):  # noqa: ARG002 it is no other layer in int8 or int4
         """As `keras.layers.ReversibleEmbedding`, unless a quantizer of `config`'s own may look at several rows."""

@@ -1,5 +1,8 @@
 """The backbone: both stacks as one Keras model from token ids to hidden states."""
 
+import contextlib
+
+import h5py
 import keras
 import keras_hub
 
@@ -8,15 +11,15 @@ from keras_t5gemma.checkpoints.files import read_json
 from keras_t5gemma.checkpoints.load import load
 from keras_t5gemma.checkpoints.sources import locate_t5gemma, t5gemma_source
 from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.layers import lora
+from keras_t5gemma.layers.weights import weights_from
 from keras_t5gemma.models.distribution import layout_map
 from keras_t5gemma.models.guarded import Guarded
+from keras_t5gemma.models.quantization import quantize, unquantized
+from keras_t5gemma.models.saved_state import backbone_from_config, state_config
 from keras_t5gemma.models.stacks import Decoder, Encoder
 
 INPUT_NAMES = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
-
-
-# Of our layers those that Keras quantizes; it warns of each of the others.
-QUANTIZABLE = (keras.layers.Dense, keras.layers.Embedding)
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -104,6 +107,9 @@ class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
         self.encoder = encoder_stack
         self.decoder = decoder_stack
         self.token_embedding = encoder_stack.token_embedding
+        self.trainable_before_lora = []
+        if not self.trainable:
+            lora.set_trainable(self, [])  # Keras froze it before there were weights
 
     @property
     def rematerialize(self):
@@ -121,9 +127,108 @@ class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
     def rematerialize(self, value):
         self.encoder.rematerialize = self.decoder.rematerialize = bool(value)
 
+    def default_lora_layer_names(self):
+        """The names of the layers that `enable_lora` takes by default: each attention's queries and values."""
+        return ["query", "value"]
+
+    def enable_lora(self, rank, target_layer_names=None, *, lora_alpha=None):
+        """Adds LoRA (arXiv 2106.09685) to some layers and freezes everything else.
+
+            backbone.enable_lora(8)  # queries and values of each attention
+            backbone.enable_lora(8, "decoder/*/cross_attention/*")
+            backbone.enable_lora(8, ["query", "key", "value", "output", "gate", "up", "down"])
+            backbone.enable_lora({"decoder/layer_2[0-5]/*": 16, "encoder/*": 4})
+
+        Args:
+            rank: the products' rank, or a dict of targets and their ranks; a layer's is that of the first that matches.
+            target_layer_names: the targets: layers' names ("query"), paths ("decoder/layer_0/self_attention/query"), or
+                patterns of paths, in which `*` stands for anything. Patterns match no table of embeddings, which is
+                meant only by its own name or path.
+            lora_alpha: LoRA's product is multiplied by `lora_alpha / rank`; None for a factor of 1.
+
+        Raises:
+            ValueError: if a target matches no layer, a rank is not a positive integer, or the model has LoRA already.
+        """
+        targets = target_layer_names
+        if targets is None and not isinstance(rank, dict):
+            targets = self.default_lora_layer_names()
+        self.enable_lora_on({path: (value, lora_alpha) for path, value in lora.select(self, rank, targets).items()})
+
+    def enable_lora_on(self, layers):
+        """As `enable_lora`, on layers by path: `{path: (rank, lora_alpha)}`."""
+        self.trainable_before_lora = lora.enable(self, layers)
+        # What keras-hub's `save_lora_weights` goes by: the layers' numbers among those with weights, and one rank.
+        with_weights = [layer for layer in self._flatten_layers(include_self=False) if layer.weights]
+        self._lora_enabled_layers = [i for i, layer in enumerate(with_weights) if layer.path in layers]
+        self._lora_rank = max(rank for rank, _ in layers.values())
+
+    def merge_lora(self):
+        """Adds what LoRA has learned to the weights and removes it; what was trainable before LoRA is so again.
+
+        Outputs stay the same but for rounding in the weights' dtype.
+
+        Raises:
+            ValueError: if the model has no LoRA, or has it on quantized weights, which cannot hold the sum.
+        """
+        lora.merge(self)
+        lora.set_trainable(self, self.trainable_before_lora)
+        self._lora_enabled_layers, self.trainable_before_lora = [], []
+
+    def save_lora_weights(self, filepath):
+        """Writes LoRA in keras-hub's own format, a `.lora.h5` file.
+
+        Raises:
+            ValueError: if the model has no LoRA, or LoRA that the format does not hold: of several ranks, or with a
+                `lora_alpha`. `save_lora` writes both.
+        """
+        if any({layer.lora_rank, layer.lora_alpha} != {self._lora_rank} for layer in lora.lora_layers(self).values()):
+            raise ValueError(
+                "keras-hub's `.lora.h5` holds one rank and no `lora_alpha`, and this model's LoRA has others. Call "
+                "`keras_t5gemma.save_lora(model, folder)`, whose format holds them."
+            )
+        super().save_lora_weights(filepath)
+
+    def load_lora_weights(self, filepath):
+        """Reads LoRA from keras-hub's own format, and enables it on the file's layers if the model has none.
+
+        Raises:
+            ValueError: if the model has LoRA on other layers than the file, or of another rank.
+        """
+        with h5py.File(filepath, "r") as file:
+            found = sorted(int(name) for name in file["lora"] if name.isdigit())
+            rank = int(file["lora/vars/rank"][()])
+        with_weights = [layer for layer in self._flatten_layers(include_self=False) if layer.weights]
+        if not lora.lora_layers(self):
+            self.enable_lora_on({with_weights[i].path: (rank, None) for i in found})
+        elif found != self._lora_enabled_layers:
+            i = min(set(found) ^ set(self._lora_enabled_layers))
+            has, lacks = ("file", "model") if i in found else ("model", "file")
+            raise ValueError(f"{filepath}: the {has} has LoRA on {with_weights[i].path}, the {lacks} does not.")
+        super().load_lora_weights(filepath)
+
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """Quantizes the matrices and the tables of embeddings, as `keras.Model.quantize` does.
+
+        Args:
+            mode: "int8" or "int4"; may be left out with a config.
+            config: a `keras.quantizers.QuantizationConfig`.
+            filters: which of them: a regular expression that is searched for in a layer's name, a list of such, or a
+                function of a layer.
+            **kwargs: what `keras.Model.quantize` takes besides.
+
+        Raises:
+            ValueError: if `filters` matches none of them.
+        """
+        quantize(self, super().quantize, mode, config, filters, **kwargs)
+
     def get_config(self):
-        """The constructor's arguments, JSON-ready."""
-        return {**super().get_config(), **self.config.to_dict()}
+        """The constructor's arguments, JSON-ready, and what `models.saved_state` adds of a model that was changed."""
+        return {"name": self.name, "trainable": self.trainable, **self.config.to_dict(), **state_config(self)}
+
+    @classmethod
+    def from_config(cls, config):
+        """The inverse of `get_config`."""
+        return backbone_from_config(config, super().from_config)
 
     @staticmethod
     def get_layout_map(device_mesh, model_parallel_dim_name="model", data_parallel_dim_name="batch", config=None):
@@ -149,7 +254,8 @@ class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
 
         Args:
             preset: a built-in name (`keras-t5gemma presets` lists them), "hf://owner/name", "kaggle://...", or a folder
-                in Keras or Hugging Face format. keras-hub's own T5Gemma presets are read too.
+                in Keras or Hugging Face format. keras-hub's own T5Gemma presets are read too. A model that was saved
+                quantized, with LoRA or frozen in part comes back so.
             load_weights: False for the architecture with random weights.
             **kwargs: `dtype`, or what the class takes. "int8_from_bfloat16" and the like, Keras's names for a quantized
                 policy, load in bfloat16 and quantize then, as `quantize("int8")` does; "int4/32_from_bfloat16" as
@@ -162,34 +268,28 @@ class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
         """
         folder = locate_t5gemma(preset)
         saved = _saved_config(folder)
-        if "Quantized" in str(saved.get("dtype")):
-            return super().from_preset(str(folder), load_weights=load_weights, **kwargs)
+        if "quantization" in saved or "lora" in saved:
+            # In Keras's own format alone. It builds the whole model first: with zeros, nothing is drawn.
+            with weights_from(_zeros) if load_weights else contextlib.nullcontext():
+                return super().from_preset(str(folder), load_weights=load_weights, **kwargs)
         kwargs = {name: saved[name] for name in ("name", "trainable") if name in saved} | kwargs
-        kwargs["dtype"], mode, config = _unquantized(kwargs.get("dtype"))
+        kwargs["dtype"], mode, config = unquantized(kwargs.get("dtype"))
         source = t5gemma_source(folder)
 
         def make():
             return cls(**{**source.config.to_dict(), **kwargs})
 
         backbone = load(make, source.config, source.tensors) if load_weights else make()
+        if "trainable_weights" in saved and kwargs.get("trainable", True):
+            lora.set_trainable(backbone, saved["trainable_weights"])
         if mode is not None:
-            backbone.quantize(mode, config=config, filters=lambda layer: isinstance(layer, QUANTIZABLE))
+            backbone.quantize(mode, config=config)
         return backbone
 
 
-def _unquantized(dtype):
-    """What a policy asks for, as `(dtype, mode, config)`.
-
-    The policy to load in; the mode to quantize in then, or None; and a config where int4's size of blocks is given.
-    """
-    policy = None if dtype is None else keras.dtype_policies.get(dtype)
-    mode = getattr(policy, "quantization_mode", None)
-    if mode is None:
-        return dtype, None, None
-    config = None
-    if isinstance(policy, keras.dtype_policies.Int4DTypePolicy):
-        config = keras.quantizers.Int4QuantizationConfig(block_size=policy.block_size)
-    return policy.name.partition("_from_")[2], mode, config
+def _zeros(path, shape, dtype):
+    del path
+    return keras.ops.zeros(shape, dtype)
 
 
 def _saved_config(folder):

@@ -4,7 +4,6 @@ import random
 from collections.abc import Mapping
 
 import grain
-import keras
 import numpy as np
 
 from keras_t5gemma.checks import integer
@@ -63,9 +62,8 @@ def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=
     def batch(rows):
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns = {name: np.stack(column) if name in stacked else column for name, column in columns.items()}
-        return keras.utils.pack_x_y_sample_weight(
-            {name: columns[name] for name in x}, columns.get("y"), columns.get("weight")
-        )
+        # Not packed by Keras, which leaves weights out where there is no y, as beside texts.
+        return {name: columns[name] for name in x}, columns.get("y"), columns.get("weight")
 
     rows = grain.MapDataset.range(next(iter(lengths.values())))
     if shuffle:

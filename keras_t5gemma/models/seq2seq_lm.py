@@ -1,10 +1,7 @@
 """The task model: logits for training, text for a prompt."""
 
 import contextlib
-import sys
-from collections.abc import Mapping
 
-import grain
 import keras
 import keras_hub
 
@@ -13,14 +10,15 @@ from keras_t5gemma.generation.decode import resolve_sampler
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.embedding import Embeds
+from keras_t5gemma.models.fitting import Fits
 from keras_t5gemma.models.generation import Generates
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.inputs import check_token_ids, split_rows, training_batches
+from keras_t5gemma.models.quantization import quantize
+from keras_t5gemma.models.recompilation import Recompiles
 from keras_t5gemma.models.scoring import Scores
 from keras_t5gemma.models.shapes import Buckets
 from keras_t5gemma.models.streaming import Streams
 from keras_t5gemma.models.teaching import Taught
-from keras_t5gemma.objectives.streams import READ_OPTIONS
 from keras_t5gemma.presets import PRESETS, is_hugging_face
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
@@ -33,7 +31,9 @@ from keras_t5gemma.training.optimizers import optimizer as default_optimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, keras_hub.models.Seq2SeqLM):
+class T5GemmaSeq2SeqLM(
+    Taught, Recompiles, Fits, Generates, Scores, Streams, Embeds, Guarded, keras_hub.models.Seq2SeqLM
+):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
     Args:
@@ -147,7 +147,7 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, kera
         is_mean = getattr(loss, "reduction", None) == "mean_with_sample_weight"  # the chunked loss knows no other
         if isinstance(loss, VocabularyCrossEntropy) and is_mean and not own_metrics:
             weighted_metrics = None
-            self._chunked = ChunkedLoss(loss, keras.metrics.Mean(name="accuracy"))
+            self._chunked = ChunkedLoss(loss)
         if isinstance(loss, Distillation):
             if self._chunked is None or self.head.is_quantized:
                 raise ValueError(
@@ -170,10 +170,17 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, kera
             check_optimizer(self.optimizer, self.trainable_variables)
         return super().make_train_function(force)
 
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        """As `T5GemmaBackbone.quantize`."""
+        quantize(self, super().quantize, mode, config, filters, **kwargs)
+
     @property
     def metrics(self):
         """The metrics `fit` and `evaluate` report."""
-        return super().metrics + ([self._chunked.accuracy] if self._chunked else [])
+        if self._chunked is None:
+            return super().metrics
+        # In place of Keras's own mean of the losses, which weighs batches by their rows.
+        return self._chunked.metrics + [metric for metric in super().metrics if metric.name != "loss"]
 
     def call(self, inputs, training=None, mask=None):
         """Logits [B, T, V] of the four inputs; within a training step, hidden states [B, T, D] for its chunked loss."""
@@ -200,11 +207,13 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, kera
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss of a step, and the accuracy, which only it knows."""
         if not self._hands_over_hidden_states:
-            # Before the first step Keras comes here once, symbolically.
+            # A quantized embedding has logits; and before the first step Keras comes here once, symbolically.
             y = self._chunked.loss.labels_of(y, y_pred.shape[-1]) if self._chunked else y
-            return super().compute_loss(x, y, y_pred, sample_weight, training)
-        loss = self._chunked(self.head, y_pred, y, sample_weight, training)
-        return loss + sum(self.losses) if self.losses else loss
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            if self._chunked:
+                self._chunked.update_from_logits(loss, y_pred, y, sample_weight)
+            return loss
+        return self._chunked(self.head, y_pred, y, sample_weight, training, more=sum(self.losses))
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """The metrics' results; those of the chunked loss are up to date already."""
@@ -246,59 +255,6 @@ class T5GemmaSeq2SeqLM(Taught, Generates, Scores, Streams, Embeds, Guarded, kera
         """Compiles as `get_compile_config` says, and makes the optimizer's variables for a saved state to fill."""
         self.compile(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
         self.optimizer.build(self.trainable_variables)
-
-    def fit(
-        self,
-        x=None,
-        y=None,
-        batch_size=None,
-        sample_weight=None,
-        validation_data=None,
-        validation_split=0.0,
-        *,
-        shuffle=True,
-        **kwargs,
-    ):
-        """Trains, as `keras.Model.fit` does.
-
-        Args:
-            x: a dict of texts (or conversations) or of token ids, B rows each, as `generate` takes them; or a
-                `pretraining_dataset`, another Grain dataset or a `tf.data.Dataset` of batches of either.
-            y: labels for token ids, [B, T]; the preprocessor makes those of texts.
-            batch_size: rows a step, for what is no dataset; 32 where None.
-            sample_weight: [B, T], for token ids.
-            validation_data: as x, or a tuple of x, y and weights.
-            validation_split: the last rows of a dict, as a fraction, to validate on instead.
-            shuffle: whether the rows of a dict come in another order each epoch; a dataset has its own.
-            **kwargs: what `keras.Model.fit` takes besides.
-
-        Returns:
-            A `keras.callbacks.History`.
-
-        Raises:
-            ValueError: for ids outside the vocabulary, columns of unequal length, or a model not compiled.
-        """
-        check_token_ids(x, self.backbone.config.vocabulary_size)
-        if isinstance(x, Mapping):
-            if validation_split and validation_data is None:
-                (x, y, sample_weight), validation_data = split_rows(x, y, sample_weight, validation_split)
-            x = training_batches(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle)
-            if validation_data is not None:
-                parts = keras.utils.unpack_x_y_sample_weight(validation_data)
-                if isinstance(parts[0], Mapping):
-                    validation_data = training_batches(*parts, batch_size=batch_size)
-            y = batch_size = sample_weight = None
-        if isinstance(x, (grain.MapDataset, grain.IterDataset)):
-            shuffle = False  # it has an order of its own, which Keras would warn that it cannot change
-        if isinstance(x, grain.MapDataset) and len(x) == sys.maxsize:
-            x = x.to_iter_dataset(READ_OPTIONS)  # by itself Grain would make 500 batches ahead
-        return super().fit(x, y, batch_size, sample_weight, validation_data, shuffle=shuffle, **kwargs)
-
-    def preprocess_samples(self, x, y=None, sample_weight=None):
-        """Texts through the preprocessor; batches of token ids, e.g. a `pretraining_dataset`'s, as they are."""
-        if isinstance(x, dict) and "encoder_token_ids" in x:
-            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        return super().preprocess_samples(x, y, sample_weight)
 
 
 # keras-hub finds a backbone's tokenizer and preprocessor by this; their modules rank below and cannot name it.

@@ -35,6 +35,7 @@ def pretraining_dataset(
     num_workers=0,
     shuffle_buffer=10_000,
     pack_buffer=1_024,
+    drop_remainder=False,
 ):
     """Batches of examples for `fit`, from texts.
 
@@ -81,7 +82,7 @@ def pretraining_dataset(
         tokenizer: anything that makes 1-D ids of a string when called. Its `pad_token_id`, `start_token_id` and
             `end_token_id` are used; Gemma's 0, 2 and 1 where it has none.
         objective: a `PrefixLM`, `UL2`, `SpanCorruption`, `Mixture` or your own, see `Example`.
-        batch_size: B. A last, smaller batch is left out.
+        batch_size: B.
         seed: of the order and of the examples. Processes that read a share each may have their own.
         shuffle: whether an epoch's examples come in random order, another each epoch, or as they stand in the texts.
         num_epochs: how often to go through the texts; `None` for ever, which needs `steps_per_epoch` in `fit`.
@@ -92,6 +93,8 @@ def pretraining_dataset(
             under `if __name__ == "__main__":`. Texts in memory that are joined are tokenized here, and take none.
         shuffle_buffer: texts that are shuffled together where a Grain dataset has no random access.
         pack_buffer: examples that are looked at together to pack them: more fill rows better, and take more memory.
+        drop_remainder: whether a last, smaller batch is left out, so that all have one shape and no other program is
+            compiled.
 
     Returns:
         A Grain dataset of `(x, y, sample_weight)`: a dict of `encoder_token_ids` and `encoder_padding_mask`
@@ -122,7 +125,7 @@ def pretraining_dataset(
                 f"Received: num_workers={num_workers}. Workers read a Grain dataset, such as `text_source(texts)`."
             )
         examples = _Examples(_token_stream(texts, tokenizer, special.eos), objective, seed)
-        if num_epochs is not None and not pack and len(examples) * num_epochs < batch_size:
+        if num_epochs is not None and drop_remainder and not pack and len(examples) * num_epochs < batch_size:
             raise ValueError(
                 f"The texts make {len(examples)} examples, so {num_epochs} epochs do not fill one batch of batch_size="
                 f"{batch_size}. Use a smaller batch, shorter lengths or more text."
@@ -133,7 +136,7 @@ def pretraining_dataset(
         examples = order.repeat(num_epochs).map_with_index(examples)
         if not pack:
             rows = examples.map(lambda example: model_arrays(example, *lengths, special))
-            return rows.batch(batch_size, drop_remainder=True)
+            return rows.batch(batch_size, drop_remainder=drop_remainder)
         examples = examples.to_iter_dataset(READ_OPTIONS)
     else:
         if isinstance(texts, np.ndarray) and texts.ndim == 1 and texts.dtype.kind in "iu":
@@ -152,7 +155,16 @@ def pretraining_dataset(
         else:
             numbered = ids.map_with_index(lambda number, ids: (number, ids))
             examples = grain.experimental.FlatMapIterDataset(numbered, Pieces(objective, special.eos, seed))
-    return batches(examples, lengths, special, batch_size=batch_size, seed=seed, pack=pack, pack_buffer=pack_buffer)
+    return batches(
+        examples,
+        lengths,
+        special,
+        batch_size=batch_size,
+        seed=seed,
+        pack=pack,
+        pack_buffer=pack_buffer,
+        drop_remainder=drop_remainder,
+    )
 
 
 class _Examples:

@@ -67,7 +67,7 @@ def in_order(dataset, transform, *, seed, shuffle, num_epochs, shuffle_buffer, n
     return grain.experimental.WindowShuffleIterDataset(dataset, window_size=shuffle_buffer, seed=seed % 2**32)
 
 
-def batches(examples, lengths, special, *, batch_size, seed, pack, pack_buffer):
+def batches(examples, lengths, special, *, batch_size, seed, pack, pack_buffer, drop_remainder=False):
     """Examples to batches of the model's arrays.
 
     Args:
@@ -78,6 +78,7 @@ def batches(examples, lengths, special, *, batch_size, seed, pack, pack_buffer):
         seed: of the order of packed rows.
         pack: whether several examples share a row.
         pack_buffer: examples that are looked at together to pack them.
+        drop_remainder: whether a last, smaller batch is left out.
 
     Returns:
         A `grain.IterDataset` of `(x, y, sample_weight)`.
@@ -86,7 +87,7 @@ def batches(examples, lengths, special, *, batch_size, seed, pack, pack_buffer):
         rows = PackedRows(examples, lengths, pack_buffer, seed).map(lambda row: packed_arrays(row, *lengths, special))
     else:
         rows = examples.map(lambda example: model_arrays(example, *lengths, special))
-    return rows.batch(batch_size, drop_remainder=True)
+    return rows.batch(batch_size, drop_remainder=drop_remainder)
 
 
 class Deck:

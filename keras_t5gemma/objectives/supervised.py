@@ -31,6 +31,7 @@ def supervised_dataset(
     num_workers=0,
     shuffle_buffer=10_000,
     pack_buffer=1_024,
+    drop_remainder=False,
 ):
     """Batches of (input, target) pairs or chats for `fit`.
 
@@ -54,7 +55,7 @@ def supervised_dataset(
         preprocessor: a `T5GemmaSeq2SeqLMPreprocessor`, which puts turns around inputs where it has `chat=True`, closes
             targets and cuts what is too long if its `truncate` says so; or a tokenizer, anything that makes ids of a
             string, for pairs of plain text.
-        batch_size: B. A last, smaller batch is left out.
+        batch_size: B.
         encoder_length: S; by default the preprocessor's `encoder_sequence_length`.
         decoder_length: T; by default the preprocessor's `decoder_sequence_length`.
         fields: the names of input and target in rows that have fields.
@@ -66,6 +67,7 @@ def supervised_dataset(
         num_workers: processes that read and tokenize, as in `pretraining_dataset`; 0 for none besides this one.
         shuffle_buffer: rows that are shuffled together where a Grain dataset has no random access.
         pack_buffer: examples that are looked at together to pack them.
+        drop_remainder: whether a last, smaller batch is left out, as in `pretraining_dataset`.
 
     Returns:
         A `grain.IterDataset` of `(x, y, sample_weight)`, see `pretraining_dataset`.
@@ -103,6 +105,7 @@ def supervised_dataset(
         seed=seed,
         pack=pack,
         pack_buffer=pack_buffer,
+        drop_remainder=drop_remainder,
     )
 
 

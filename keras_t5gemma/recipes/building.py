@@ -65,6 +65,7 @@ def held_out_batches(recipe, preprocessor, objective, index):
         seed=training.seed,
         documents=data.documents,
         pack=data.pack,
+        drop_remainder=True,
         view=partial(_view, recipe, preprocessor.tokenizer),
     )
 
@@ -119,6 +120,7 @@ def _dataset(recipe, paths, preprocessor, objective, index, **options):
         "num_workers": data.num_workers,
         "shuffle_buffer": data.shuffle_buffer,
         "pack_buffer": data.pack_buffer,
+        "drop_remainder": True,  # processes and devices take batches of one shape
     }
     tokenizer = preprocessor.tokenizer
     if objective is not None:

@@ -8,13 +8,12 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.presets import PRESETS, wants_turns
+from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, preprocessor_options, wants_turns
 from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.packing import Packer, pad_rows
-from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, keras_options, open_preset
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, open_preset
 
 KERAS_CONFIG_FILE = "preprocessor.json"
-_OPTIONS = ("encoder_sequence_length", "decoder_sequence_length", "chat", "truncate")
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -100,7 +99,8 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             x: `{"encoder_text": ..., "decoder_text": ...}`, both a string, a list or an array of strings [B]; prompts
                 may be conversations with `chat=True`.
             y: `None`: labels are made here.
-            sample_weight: `None`, likewise.
+            sample_weight: weights of the rows, [B], or of the labels, [B, T], which are multiplied with 0 at padding;
+                `None` for equal ones.
             encoder_sequence_length: S, instead of the layer's.
             decoder_sequence_length: T, instead of the layer's.
             sequence_length: the same, keras-hub's other name for it.
@@ -112,12 +112,13 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
         Raises:
             ValueError: where a key is missing or unknown, a prompt is empty, a text is too long, the batches differ
-                in size, or `y` or `sample_weight` is given. In a traced `tf.data` pipeline it comes as TensorFlow's
-                `InvalidArgumentError` with the same message.
+                in size, `y` is given or `sample_weight` has another shape. In a traced `tf.data` pipeline it comes as
+                TensorFlow's `InvalidArgumentError` with the same message.
         """
-        if y is not None or sample_weight is not None:
+        if y is not None:
             raise ValueError(
-                '`y` and `sample_weight` are made from x={"encoder_text": ..., "decoder_text": ...}: pass neither.'
+                '`y` must be None: labels are made from x={"encoder_text": ..., "decoder_text": ...}. Received: y of '
+                f"type {type(y).__name__}."
             )
         prompts, answers = _texts(x)
         if answers is None:
@@ -130,7 +131,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             widths=(encoder_length,) * 2 + (decoder_length,) * 4,
             dtypes=("int32",) * 5 + ("float32",),
         )
-        return _model_inputs(*arrays[:4]), arrays[4], arrays[5]
+        return _model_inputs(*arrays[:4]), arrays[4], _weighted(arrays[5], sample_weight)
 
     def generate_preprocess(
         self,
@@ -192,7 +193,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
     def get_config(self):
         """The arguments to make this again."""
-        return {**super().get_config(), **{name: getattr(self, name) for name in _OPTIONS}}
+        return {**super().get_config(), **{name: getattr(self, name) for name in PREPROCESSOR_OPTIONS}}
 
     @classmethod
     def from_preset(cls, preset, config_file=KERAS_CONFIG_FILE, **kwargs):
@@ -201,19 +202,17 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         Args:
             preset: as for `T5GemmaTokenizer.from_preset`.
             config_file: the preprocessor's config in a folder in Keras format.
-            **kwargs: override what was saved, `encoder_sequence_length` for one. `chat` defaults to what was saved,
-                else to whether the preset is instruction-tuned: a published one by its name, a Hugging Face folder
-                by its having a chat template.
+            **kwargs: override what was saved, `encoder_sequence_length` for one, in a folder in Keras format, or in one
+                in Hugging Face format that this package wrote. `chat` defaults to what was saved, else to whether the
+                preset is instruction-tuned: a published one by its name, a Hugging Face folder by its having a chat
+                template.
 
         Raises:
             ValueError, ConnectionError: as for `T5GemmaTokenizer.from_preset`.
         """
-        folder, hugging_face = open_preset(preset, config_file)
+        folder, _ = open_preset(preset, config_file)
         tokenizer = kwargs.pop("tokenizer", None) or cls.tokenizer_cls.from_preset(folder)
-        options = {"chat": wants_turns(preset, folder)}
-        if not hugging_face and (folder / config_file).is_file():
-            saved = keras_options(folder, config_file)
-            options |= {name: saved[name] for name in _OPTIONS if name in saved}
+        options = {"chat": wants_turns(preset, folder), **preprocessor_options(folder, config_file)}
         return cls(tokenizer, **{**options, **kwargs})
 
     def _encoder_length(self, value):
@@ -261,6 +260,25 @@ def _run(function, texts, widths, dtypes):
     for array, width in zip(arrays, widths, strict=True):
         array.set_shape(symbolic[0].shape.concatenate([width]))
     return arrays
+
+
+def _weighted(weights, given):
+    """Weights [B, T] or [T], 0 at padding, times those that were given per row or per label."""
+    if given is None:
+        return weights
+    if not keras.ops.is_tensor(given) and not hasattr(given, "shape"):
+        given = np.asarray(given, "float32")
+    by_row = len(given.shape) < len(weights.shape)
+    fits = tuple(given.shape) == tuple(weights.shape[:-1] if by_row else weights.shape)
+    if not fits and None not in (*given.shape, *weights.shape):
+        raise ValueError(
+            f"`sample_weight` must have one weight per row, {tuple(weights.shape[:-1])}, or per label, "
+            f"{tuple(weights.shape)}. Received: shape {tuple(given.shape)}."
+        )
+    tf = sys.modules.get("tensorflow")
+    is_tensorflow = tf is not None and tf.is_tensor(given)
+    given = tf.cast(given, "float32") if is_tensorflow else _to_numpy(given).astype("float32")
+    return weights * (given[..., None] if by_row else given)
 
 
 def _texts(x):

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import keras
@@ -15,6 +16,8 @@ from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
 
 HUGGING_FACE_FILE = "tokenizer.model"
 KERAS_CONFIG_FILE = "tokenizer.json"
+# What the preprocessor adds, and text never stands for.
+_ADDED_TOKENS = ("<bos>", "<eos>", "<pad>")
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -23,7 +26,8 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     It adds no token of its own: `<bos>`, `<eos>` and turns are the preprocessor's. The turn tokens and
     `<unused0>` .. `<unused98>` are recognised inside text; `<bos>`, `<eos>` and `<pad>` are not (they are read as the
-    plain characters), so text cannot end a sequence.
+    plain characters), so text cannot end a sequence. The first text that holds one of them is answered with a warning,
+    once per tokenizer, since other libraries want them written there.
 
     `end_token` and `end_token2` (`<eos>` and `<end_of_turn>`) are what `generate(stop_token_ids="auto")` stops at.
 
@@ -40,6 +44,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     """
 
     presets = PRESETS
+    _has_warned = False
 
     def __init__(self, proto=None, **kwargs):
         self._add_special_token("<bos>", "start_token")
@@ -75,6 +80,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         # Symbolic tensors exist only where TensorFlow is loaded already: it is never imported from here.
         tf = sys.modules.get("tensorflow")
         if tf is None or self.sequence_length or not tf.is_symbolic_tensor(inputs):
+            self._warn_of_special_tokens(inputs)
             return super().tokenize(inputs)
         # keras-hub's operation holds its vocabulary in a cache of TensorFlow's that `keras.utils.set_random_seed`
         # empties: after that it fails. So a pipeline runs what runs outside it.
@@ -93,7 +99,27 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             inputs = [int(entry) if is_integer(entry) else entry for entry in inputs]
         return super().detokenize(inputs)
 
+    def _warn_of_special_tokens(self, texts):
+        if self._has_warned:
+            return
+        texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
+        texts = [texts] if isinstance(texts, (str, bytes)) else texts
+        for entry in texts if isinstance(texts, (list, tuple)) else ():
+            text = entry.decode(errors="replace") if isinstance(entry, bytes) else entry
+            found = [token for token in _ADDED_TOKENS if isinstance(text, str) and token in text]
+            if found:
+                self._has_warned = True
+                start = max(0, text.index(found[0]) - 30)
+                warnings.warn(
+                    f"A text holds {' and '.join(map(repr, found))}, which is read as plain characters, not as a "
+                    f"special token: these are added for you. Leave it out, unless the text is about it. Received: "
+                    f"{text[start : start + 80]!r}. Other texts are not reported.",
+                    stacklevel=4,
+                )
+                return
+
     def _flat_ids(self, texts):
+        self._warn_of_special_tokens(list(texts))
         rows = [np.asarray(super(T5GemmaTokenizer, self).tokenize(text.decode()), "int32") for text in texts]
         return np.concatenate([np.empty(0, "int32"), *rows]), np.array([len(row) for row in rows], "int32")
 

@@ -114,8 +114,10 @@ def _part(parts, i):
 
 def _report(model, loss, rows):
     """The step's logs, the loss of all parts among them; their metrics have been updated part by part."""
-    (tracker,) = (metric for metric in model.metrics if metric.name == "loss")
-    tracker.update_state(loss, sample_weight=rows)
+    # The chunked loss has kept its mean over tokens already.
+    if model._chunked is None:
+        (tracker,) = (metric for metric in model.metrics if metric.name == "loss")
+        tracker.update_state(loss, sample_weight=rows)
     return model.get_metrics_result()
 
 

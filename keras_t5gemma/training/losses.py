@@ -165,15 +165,27 @@ class ChunkedLoss:
 
     Args:
         loss: the `VocabularyCrossEntropy`.
-        accuracy: a `keras.metrics.Mean` to keep the share of right tokens in.
+
+    Attributes:
+        metrics: the loss and the share of right tokens, means over all target tokens so far, however they lie in
+            batches. Keras's own mean of the losses weighs batches by their rows.
     """
 
-    def __init__(self, loss, accuracy):
+    def __init__(self, loss):
         self.loss = loss
-        self.accuracy = accuracy
+        self.metrics = [keras.metrics.Mean(name="loss"), keras.metrics.Mean(name="accuracy")]
 
-    def __call__(self, head, hidden, labels, weights, training):
-        """The loss of hidden states [B, T, D] that `head`, a `VocabularyProjection`, would project."""
+    def __call__(self, head, hidden, labels, weights, training, more=0.0):
+        """The loss of hidden states [B, T, D] that `head`, a `VocabularyProjection`, would project.
+
+        Args:
+            head: the `VocabularyProjection`.
+            hidden: what it takes.
+            labels: a batch's y.
+            weights: its weights, or None.
+            training: whether gradients will be asked for.
+            more: what is added to the loss, such as the model's regularization.
+        """
         loss, accuracy, total = self.loss.from_hidden_states(
             hidden,
             head.table(),
@@ -183,8 +195,20 @@ class ChunkedLoss:
             training=training,
             train_table=bool(head.embedding.trainable_variables),
         )
-        self.accuracy.update_state(accuracy, sample_weight=total)
-        return loss / replicas()
+        self._update(loss + more, accuracy, total)
+        return loss / replicas() + more
+
+    def update_from_logits(self, loss, logits, labels, weights):
+        """Keeps the loss of logits [B, T, V], and their accuracy."""
+        labels, weights = labels_and_weights(labels, weights)
+        picked = ops.take_along_axis(logits, ops.expand_dims(labels, -1), axis=-1)[..., 0]
+        correct = ops.cast(picked >= ops.max(logits, axis=-1), "float32")
+        total = ops.sum(weights)
+        self._update(loss * replicas(), ops.divide_no_nan(ops.sum(correct * weights), total), total)
+
+    def _update(self, loss, accuracy, total):
+        for metric, value in zip(self.metrics, (loss, accuracy), strict=True):
+            metric.update_state(ops.stop_gradient(value), sample_weight=total)
 
 
 def replicas():

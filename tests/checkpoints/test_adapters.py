@@ -125,6 +125,18 @@ def test_loaded_adapter_is_what_keras_hubs_own_files_hold(folder, tmp_path):
     np.testing.assert_array_equal(logits(other), logits(backbone))
 
 
+def test_keras_hubs_own_files_hold_lora_on_any_layers_or_are_refused(tmp_path):
+    trained, backbone = with_lora(names=("gate",), rank=2), loud_backbone(CONFIG)
+    file = str(tmp_path / "weights.lora.h5")
+    trained.save_lora_weights(file)
+    backbone.load_lora_weights(file)
+    np.testing.assert_array_equal(logits(backbone), logits(trained))
+    with pytest.raises(ValueError, match="gate, the model does not"):
+        with_lora(rank=2).load_lora_weights(file)
+    with pytest.raises(ValueError, match="save_lora"):
+        with_lora(rank=2, alpha=5).save_lora_weights(file)
+
+
 PEFT_CONFIGS = {
     "attention": {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8},
     "everything": {"target_modules": "all-linear", "exclude_modules": ["out_proj"], "r": 2, "lora_alpha": 3},

@@ -66,9 +66,14 @@ def test_fit_on_arrays_shuffles_them_each_epoch_unless_told_otherwise():
     seen = []
 
     class Spy(T5GemmaSeq2SeqLM):
-        def preprocess_samples(self, x, y=None, sample_weight=None):
-            seen.append(np.asarray(x["encoder_token_ids"])[:, 0].tolist())
-            return super().preprocess_samples(x, y, sample_weight)
+        def _to_arrays(self, **options):
+            to_arrays = super()._to_arrays(**options)
+
+            def watched(x, *rest):
+                seen.append([int(row[0]) for row in x["encoder_token_ids"]])
+                return to_arrays(x, *rest)
+
+            return watched
 
     lm = Spy(loud_backbone(CONFIG))
     x = {

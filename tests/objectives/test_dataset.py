@@ -182,7 +182,10 @@ def test_the_position_can_be_saved_and_gone_on_from():
         ({"texts": ["abcdefg"]}, "8 tokens, fewer than the 10"),
         ({"texts": []}, "0 tokens, fewer"),
         ({"batch_size": 0}, "`batch_size`"),
-        ({"batch_size": 4, "num_epochs": 1}, "make 3 examples, so 1 epochs do not fill one batch"),
+        (
+            {"batch_size": 4, "num_epochs": 1, "drop_remainder": True},
+            "make 3 examples, so 1 epochs do not fill one batch",
+        ),
         ({"seed": -1}, "`seed`"),
         ({"num_epochs": 0}, "`num_epochs`"),
     ],

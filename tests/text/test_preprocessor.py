@@ -272,7 +272,7 @@ def test_generate_of_anything_but_prompts_is_refused(make, x, message):
     [
         (({"encoder_text": ["a"]},), 'has no "decoder_text"'),
         ((["a"],), 'has no "decoder_text"'),
-        (({"encoder_text": ["a"], "decoder_text": ["b"]}, ["c"]), "pass neither"),
+        (({"encoder_text": ["a"], "decoder_text": ["b"]}, ["c"]), "`y` must be None"),
     ],
 )
 def test_fit_of_anything_but_pairs_is_refused(make, args, message):

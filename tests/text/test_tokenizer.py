@@ -1,6 +1,7 @@
 """Gemma's vocabulary as a keras-hub tokenizer."""
 
 import json
+import warnings
 
 import keras
 import keras_hub
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+import keras_t5gemma as kt
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 
 TEXT = "  Why is\n\nthe sky blue?\t漢 <start_of_turn>12<unused3>"
@@ -133,3 +135,39 @@ def test_detokenize_takes_any_integers(tokenizer):
         assert tokenizer.detokenize(form) == "the sky"
     assert tokenizer.detokenize([[np.int64(i) for i in ids], ids[:0]]) == ["the sky", ""]
     assert tokenizer.detokenize(np.int64(107)) == tokenizer.detokenize(107)
+
+
+def of_pairs(tokenizer, texts):
+    pairs = [(text, text) for text in texts]
+    return list(
+        kt.supervised_dataset(pairs, tokenizer, batch_size=1, encoder_length=64, decoder_length=64, num_epochs=1)
+    )
+
+
+TEXTS_IN = {
+    "tokenizer": lambda tokenizer, texts: tokenizer(texts),
+    "fit": lambda tokenizer, texts: preprocessor(tokenizer)({"encoder_text": texts, "decoder_text": texts}),
+    "generate": lambda tokenizer, texts: preprocessor(tokenizer).generate_preprocess(texts),
+    "pretraining": lambda tokenizer, texts: kt.pretraining_dataset(texts, tokenizer, kt.PrefixLM(4, 4), batch_size=1),
+    "pairs": of_pairs,
+}
+
+
+def preprocessor(tokenizer):
+    return kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, 64, 64)
+
+
+@pytest.mark.parametrize("way", TEXTS_IN.values(), ids=TEXTS_IN)
+@pytest.mark.parametrize("token", ["<bos>", "<eos>", "<pad>"])
+def test_text_with_a_token_that_is_added_is_one_warning_that_shows_it(model_file, way, token):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        way(
+            T5GemmaTokenizer(proto=model_file), ["the lazy dog", f"the fox{token}", f"{token} is here", "a <b> of html"]
+        )
+    (warning,) = (warning for warning in caught if warning.category is UserWarning)
+    assert repr(token) in str(warning.message)
+    assert "the fox" in str(warning.message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        way(T5GemmaTokenizer(proto=model_file), ["the lazy dog", "a <b> of html", "<unused3> and <0x0A>"])

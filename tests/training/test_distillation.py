@@ -156,21 +156,20 @@ def values(model):
 
 
 def plain_loss(lm, teacher, temperature, hard_weight):
-    """The definition on both models' logits, over all batches, as `evaluate` averages them: by rows."""
-    losses = []
+    """The definition on both models' logits, over all target tokens of all batches."""
+    total = tokens = 0.0
     for x, y, weights in batches():
         logits = lm.predict_on_batch(x).astype("float64")
         inputs = {"token_ids": y["teacher_token_ids"], "padding_mask": y["teacher_padding_mask"]}
         teacher_logits = teacher.predict_on_batch(inputs).astype("float64")
-        total = 0.0
         for b, t in zip(*np.nonzero(weights), strict=True):
             log_p = log_softmax(logits[b, t])
             scaled = log_softmax(logits[b, t] / temperature)
             log_q = log_softmax(teacher_logits[b, y["teacher_positions"][b, t]] / temperature)
             soft = temperature**2 * (np.exp(log_q) * (log_q - scaled)).sum()
             total += hard_weight * -log_p[y["labels"][b, t]] + (1 - hard_weight) * soft
-        losses.append(total / weights.sum())
-    return np.mean(losses)
+        tokens += weights.sum()
+    return total / tokens
 
 
 def test_gemma_teaches_in_fit_and_evaluate_and_is_left_as_it_was(monkeypatch):

@@ -173,5 +173,6 @@ def test_parts_of_an_objective_have_names_that_differ():
 
 
 def test_held_out_texts_that_fill_no_batch_are_refused():
+    options = {"num_batches": 2, "batch_size": 9, "documents": "whole"}
     with pytest.raises(ValueError, match="held-out"):
-        held_out_by_part([np.arange(200, 220)], None, PrefixLM(8, 8), num_batches=2, batch_size=9, documents="whole")
+        held_out_by_part([np.arange(200, 220)], None, PrefixLM(8, 8), **options, drop_remainder=True)

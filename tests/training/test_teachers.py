@@ -192,7 +192,7 @@ def test_storing_refuses_what_it_cannot_store_and_leaves_no_folder(tmp_path):
         stored(tmp_path / "a", top_k=0)
     with pytest.raises(ValueError, match="`temperature`"):
         stored(tmp_path / "a", temperature=-1.0)
-    with pytest.raises(ValueError, match=r"must have 9 batches to write\. Received: 1"):
+    with pytest.raises(ValueError, match=r"must have 9 batches to write\. Received: 2"):
         stored(tmp_path / "a", steps=9)
     with pytest.raises(ValueError, match="`steps` must say"):
         store_teacher_logits(batches(1).repeat(), small_gemma, tmp_path / "a")
