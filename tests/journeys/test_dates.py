@@ -21,16 +21,16 @@ from keras_t5gemma.demo.dates import date_pairs, split_dates
 from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
 from keras_t5gemma.demo.settings import TOY, Training
 
-FORMS = ("{date:%B} {date.day}, {date.year}", "{date:%d.%m.%Y}", "{date:%m/%d/%Y}")
+FORMS = ("{date:%B} {date.day}, {date.year}", "{date:%d-%b-%Y}", "{date:%a, %d %b %Y}")
 VOCABULARY = 500
 STACK = StackConfig(1, 64, 192, 4, 2, 16, sliding_window=64)
 BATCH = 64
-FIRST, SECOND, LORA = 60, 180, 120  # steps of each part of the fine-tuning, and of tuning further by LoRA
+FIRST, SECOND, LORA = 60, 200, 120  # steps of each part of the fine-tuning, and of tuning further by LoRA
 LONGEST = 16, 12  # pieces of a prompt and of an answer
 TRAIN, HELD_OUT = split_dates()
 QUESTIONS = date_pairs(HELD_OUT, seed=1, forms=FORMS)
 HALFWAY = 60
-BAR = 180
+BAR = 190
 LORA_RATE = 1e-2
 
 
