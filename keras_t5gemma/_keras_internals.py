@@ -1,5 +1,9 @@
 """What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32."""
 
+import sys
+
+import keras
+
 
 def synchronize_training_state(model):
     """Gives a model's variables their values back in the middle of a `fit`, an `evaluate` or a `predict` on JAX.
@@ -14,6 +18,23 @@ def synchronize_training_state(model):
     synchronize = getattr(model, "jax_state_sync", None)  # of JAX's trainer alone
     if synchronize is not None:
         synchronize()
+
+
+def callbacks_of_the_same_fit(callback):
+    """All callbacks of the `fit` that calls this one's `set_model` or `set_params`, in their order, itself included.
+
+    Keras tells no callback of the others. The `CallbackList` that calls it has them all.
+
+    Args:
+        callback: a `keras.callbacks.Callback`, whose method is being called.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
+            return list(caller.callbacks)
+        frame = frame.f_back
+    return [callback]
 
 
 class RestoresTrainingState:

@@ -2,6 +2,7 @@
 
 import math
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
@@ -9,9 +10,11 @@ import keras
 from keras_t5gemma.checkpoints.processes import process_count, together
 from keras_t5gemma.checkpoints.tensors import CheckpointError
 from keras_t5gemma.checks import integer
+from keras_t5gemma.training import resume_callbacks as watchers
 from keras_t5gemma.training import resume_files as files
 from keras_t5gemma.training import resume_parts as parts
 from keras_t5gemma.training import resume_state as state
+from keras_t5gemma.training.resume_arrays import SavedArrays
 from keras_t5gemma.training.resume_data import NumberedBatches
 
 # What ends an epoch, not the training: truthy, as `stop_training` must be for that, and nobody else's.
@@ -28,7 +31,13 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     to the batch after the last one trained on, and ends with the weights of a run that was never stopped: equal bit by
     bit on JAX and as equal as two runs are on TensorFlow and PyTorch. No example is skipped or comes twice. The first
     epoch after a restart is what was left of it; its metrics count all of it. Other callbacks see its batches numbered
-    from 0 and do not get their own state back: put this one last, so that it saves after they have acted.
+    from 0: put this one last, so that it saves after they have acted. `EarlyStopping`, `ReduceLROnPlateau` and
+    `ModelCheckpoint` get back what they know (best, epochs without improvement, best weights), so that the run stops
+    with the epoch it would have stopped with; other callbacks do not get their state back.
+
+    A run that `EarlyStopping` ended is over: started again it trains no more, says so, and has the weights that it
+    ended with, the best ones under `restore_best_weights=True`. What lies in the folder is the last epoch. A run that
+    anything else stopped goes on where it stopped.
 
     A checkpoint is a folder `step_00000500`, named by the batches trained on (with gradient accumulation, more than the
     optimizer's steps). It holds weights, the optimizer's state, metrics, the state of dropout and of the global random
@@ -68,21 +77,24 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         folder: of the checkpoints; made where it does not exist. A new run needs a new one. The same on all processes.
         save_every: batches between two checkpoints; a multiple of `steps_per_execution`, or the next such is taken.
         keep: how many of the newest to keep; None for all. Several processes have one more between two saves.
+        continue_stopped: whether a run that `EarlyStopping` ended trains on; it then counts epochs without improvement
+            from 0.
         stop_on_nan: whether to stop at the batch whose logs have a `loss` that is NaN or infinite. With False the
             weights alone are checked, when they are saved: where a loss scale skips such batches, say.
 
     Raises:
-        ValueError: where an argument is out of range; in `fit`, where the data are not from `data`, or are other data.
+        ValueError: where an argument is out of range; in `fit`, where the data are not from `data`, or are other data;
+            if `EarlyStopping`, `ReduceLROnPlateau` or `ModelCheckpoint` comes after this one.
         CheckpointError: in `fit`, where the newest checkpoint is damaged or another model's, or the folder cannot be
             written to.
         FloatingPointError: in `fit`, where loss or weights are not finite; the message names the last good checkpoint.
     """
 
-    def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True):
+    def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True, continue_stopped=False):
         super().__init__()
         self.save_every = integer(save_every, "save_every")
         self.keep = integer(keep, "keep", optional=True, none_means="for all")
-        self.folder, self.stop_on_nan = folder, stop_on_nan
+        self.folder, self.stop_on_nan, self.continue_stopped = folder, stop_on_nan, continue_stopped
         self._data, self._number = None, 0
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = None
@@ -122,6 +134,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 "TrainingCheckpoint saves the position in the data, too: pass `checkpoint.data(dataset)` to `fit`, "
                 "before the callback is used."
             )
+        self._watching = watchers.watching(self)
         self._wait()
         self._thread = threading.current_thread()
         self._steps = params["steps"]  # a batch count an epoch; None where the data end epochs
@@ -139,6 +152,13 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             together(lambda: self._restore(*found))
         self._agreed = self._number  # the last checkpoint that all processes have
 
+    def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
+        """Gives the callbacks that watch a metric their state back, which they have just reset."""
+        if self._restored is not None:
+            path, content = self._restored
+            described, anew = content.get("callbacks", []), self.continue_stopped and bool(content.get("ended_by"))
+            watchers.restore(self._watching, described, SavedArrays(path, content), anew)
+
     def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002 Keras's signature
         """Restores the metrics of an epoch that was interrupted, and has the data go on."""
         model = self.model
@@ -155,6 +175,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         elif self._steps is None:
             self._data.start(self._number)
         self._batch = self._offset
+        self._watched = watchers.states(self._watching)
 
     def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002
         """Restores the random states that reading data and beginning an epoch have changed since."""
@@ -198,7 +219,11 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         complete = self._is_last()
         due = self._number // self.save_every > self._saved // self.save_every
         if self._number > self._saved and (last or (complete and due)):
-            self._save(epoch + complete, 0 if complete else self._batch)
+            if complete:
+                ended_by = watchers.ended_by(self._watching, epoch) if model.stop_training else None
+                self._save(epoch + 1, 0, ended_by=ended_by)
+            else:  # The epoch goes on, so what others make of its first part does not count.
+                self._save(epoch, self._batch, self._watched)
         self._epoch, self._offset, self._batch = epoch + 1, 0, 0
 
     def on_train_end(self, logs=None):  # noqa: ARG002
@@ -210,13 +235,16 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         """Whether the batch just trained on is the last of its epoch."""
         return self._number == self._data.ends if self._steps is None else self._batch >= self._steps
 
-    def _save(self, epoch, batch):
+    def _save(self, epoch, batch, watched=None, ended_by=None):
         self._wait()
         # Here and now: the next step changes all of it.
         described, arrays, model = state.host_copy(self.model)
+        callbacks, more = watched or watchers.states(self._watching)
         content = {
             "epoch": epoch,
             "batch": batch,
+            "ended_by": ended_by,
+            "callbacks": callbacks,
             "data": self._data.position(self._number),
             "random": state.random_state(),
             "run": self._run,
@@ -228,7 +256,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if process_count() > 1:
             content["agreed"] = self._agreed
         self._saved = self._number
-        self._pending = self._writer.submit(self._write, self._number, content, arrays, model)
+        self._pending = self._writer.submit(self._write, self._number, content, arrays | more, model)
 
     def _write(self, number, content, arrays, model):
         """In the thread."""
@@ -279,6 +307,14 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         state.set_random_state(self._random)
         self._number = self._saved = content["data"]["number"]
         self._epoch, self._offset = content["epoch"], content["batch"]
+        if (ended_by := content.get("ended_by")) and not self.continue_stopped:
+            warnings.warn(
+                f"The run in {self.folder} is over: {ended_by['class']} on {ended_by['monitor']} ended it after "
+                f"{ended_by['epochs']} epochs. Nothing is trained; `TrainingCheckpoint(..., continue_stopped=True)` "
+                f"trains on.",
+                stacklevel=2,
+            )
+            self._epoch = max(self._epoch, self.params["epochs"])
         # Keras's own way to begin later (`BackupAndRestore` does the same); it has no public one.
         self.model._initial_epoch = self._epoch
 
