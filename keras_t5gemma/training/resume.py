@@ -3,12 +3,12 @@
 import math
 import threading
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
 
 from keras_t5gemma.checkpoints.processes import process_count, together
-from keras_t5gemma.checkpoints.tensors import CheckpointError
 from keras_t5gemma.checks import integer
 from keras_t5gemma.training import resume_callbacks as watchers
 from keras_t5gemma.training import resume_files as files
@@ -16,6 +16,7 @@ from keras_t5gemma.training import resume_parts as parts
 from keras_t5gemma.training import resume_state as state
 from keras_t5gemma.training.resume_arrays import SavedArrays
 from keras_t5gemma.training.resume_data import NumberedBatches
+from keras_t5gemma.training.resume_rows import batches_of_rows
 
 # What ends an epoch, not the training: truthy, as `stop_training` must be for that, and nobody else's.
 _END_OF_EPOCH = "end of epoch"
@@ -99,17 +100,32 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = None
 
-    def data(self, dataset):
+    def data(self, dataset, y=None, sample_weight=None, *, batch_size=32, seed=0):
         """The dataset to pass to `fit`, whose position is saved and restored.
+
+            checkpoint.data({"encoder_text": questions, "decoder_text": answers}, batch_size=8)
 
         It is endless where `fit` gets `steps_per_epoch`: what ends begins again.
 
         Args:
-            dataset: a Grain dataset of batches, e.g. a `pretraining_dataset`. Without `steps_per_epoch` it must end.
+            dataset: a Grain dataset of batches, e.g. a `pretraining_dataset`. Without `steps_per_epoch` it must end. Or
+                a dict of rows in memory, texts or token ids, as `fit` takes it.
+            y: labels, for a dict of token ids.
+            sample_weight: for a dict, as `fit` takes it.
+            batch_size: for a dict, rows a step.
+            seed: for a dict, of the order of the rows, another one in each epoch; None for the order they have.
 
         Returns:
             A `grain.IterDataset` of the same batches.
+
+        Raises:
+            ValueError: for a dataset whose position cannot be saved, such as a `tf.data.Dataset`; if the columns of a
+                dict have no rows or differ in their number.
         """
+        if isinstance(dataset, Mapping):
+            dataset = batches_of_rows(dataset, y, sample_weight, batch_size=batch_size, seed=seed)
+        elif y is not None or sample_weight is not None:
+            raise ValueError("`y` and `sample_weight` must be None beside a dataset, whose batches have their own.")
         self._data = NumberedBatches(dataset)
         return self._data
 
@@ -317,70 +333,3 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             self._epoch = max(self._epoch, self.params["epochs"])
         # Keras's own way to begin later (`BackupAndRestore` does the same); it has no public one.
         self.model._initial_epoch = self._epoch
-
-
-def training_weights(folder, last=None):
-    """The weights that a run's checkpoints hold, for `average_checkpoints` and `from_preset`.
-
-    >>> average_checkpoints(training_weights("run", last=5), "averaged")
-
-    Args:
-        folder: of a `TrainingCheckpoint`, of a T5Gemma without LoRA and not quantized. Of a run of several processes it
-            holds the folders of all; this is called in one process, and writes what it puts together into the first's.
-        last: how many of the newest; all where None.
-
-    Returns:
-        A list of paths of Hugging Face folders, oldest first.
-
-    Raises:
-        CheckpointError: where there are fewer, one holds no such weights, or a part is missing or damaged.
-    """
-    steps = parts.readable_steps(folder)
-    if not steps or len(steps) < (last or 0):
-        raise CheckpointError(f"{folder} holds {len(steps)} training checkpoint(s). Expected {last or 'at least one'}.")
-    return [_model_folder(path) for path in (steps[-last:] if last else steps)]
-
-
-def _model_folder(path):
-    """The Hugging Face folder in a checkpoint; put together first, where the checkpoint is in parts."""
-    model = path / files.MODEL_FOLDER
-    if not model.is_dir() and parts.part_of(path) is not None:
-        content = files.verified(path)
-        if content["t5gemma"] is not None:
-            state.write_model(path, content)
-    if not model.is_dir():
-        raise CheckpointError(
-            f"{path} holds the weights of no plain T5Gemma, but e.g. of one with LoRA. Fill a model with "
-            f"`load_training_weights`, and export that."
-        )
-    return model
-
-
-def load_training_weights(model, folder, step=None, *, last=None):
-    """Fills a model with the weights of a training checkpoint, LoRA's included; to export it, say.
-
-    >>> lm.backbone.enable_lora(8)
-    >>> load_training_weights(lm, "run")
-    >>> lm.save_to_preset("answer")
-
-    Under a `keras.distribution`, each variable goes into its shards as they are read. A run of several processes fills
-    a model of any layout and number of processes, where all their folders are there; all processes call this.
-
-    Args:
-        model: a model like the one trained.
-        folder: of a `TrainingCheckpoint`.
-        step: the batches trained on; the newest checkpoint where None.
-        last: the mean of so many checkpoints up to that one instead, as float64 sums.
-
-    Raises:
-        CheckpointError: where there are none or too few, one is damaged, or another model's.
-    """
-    steps = parts.restorable_steps(folder)
-    chosen = [number for number in steps if step is None or number <= step][-(last or 1) :]
-    if len(chosen) < (last or 1) or (step is not None and step not in steps):
-        raise CheckpointError(
-            f"{folder} holds training checkpoints of steps {list(steps)}. Received: step={step}"
-            f"{'' if last is None else f', last={last}'}."
-        )
-    checkpoints = together(lambda: [(steps[number], files.verified(steps[number])) for number in chosen])
-    together(lambda: state.restore_weights(model, checkpoints))

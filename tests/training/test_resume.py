@@ -21,7 +21,8 @@ from keras_t5gemma.config import StackConfig
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.training import resume_files
 from keras_t5gemma.training.optimizers import optimizer as kt_optimizer
-from keras_t5gemma.training.resume import TrainingCheckpoint, load_training_weights, training_weights
+from keras_t5gemma.training.resume import TrainingCheckpoint
+from keras_t5gemma.training.resume_weights import load_training_weights, training_weights
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 
