@@ -32,9 +32,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     to the batch after the last one trained on, and ends with the weights of a run that was never stopped: equal bit by
     bit on JAX and as equal as two runs are on TensorFlow and PyTorch. No example is skipped or comes twice. The first
     epoch after a restart is what was left of it; its metrics count all of it. Other callbacks see its batches numbered
-    from 0: put this one last, so that it saves after they have acted. `EarlyStopping`, `ReduceLROnPlateau` and
-    `ModelCheckpoint` get back what they know (best, epochs without improvement, best weights), so that the run stops
-    with the epoch it would have stopped with; other callbacks do not get their state back.
+    from 0: put this one last, so that it saves after they have acted. `EarlyStopping`, `ReduceLROnPlateau`,
+    `ModelCheckpoint` and `SwapEMAWeights` get back what they know (best, epochs without improvement, best weights), so
+    that the run stops with the epoch it would have stopped with; other callbacks do not get their state back.
 
     A run that `EarlyStopping` ended is over: started again it trains no more, says so, and has the weights that it
     ended with, the best ones under `restore_best_weights=True`. What lies in the folder is the last epoch. A run that
@@ -85,7 +85,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     Raises:
         ValueError: where an argument is out of range; in `fit`, where the data are not from `data`, or are other data;
-            if `EarlyStopping`, `ReduceLROnPlateau` or `ModelCheckpoint` comes after this one.
+            if one of the callbacks that get their state back comes after this one, or
+            `BackupAndRestore` is among them.
         CheckpointError: in `fit`, where the newest checkpoint is damaged or another model's, or the folder cannot be
             written to.
         FloatingPointError: in `fit`, where loss or weights are not finite; the message names the last good checkpoint.
@@ -169,7 +170,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._agreed = self._number  # the last checkpoint that all processes have
 
     def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
-        """Gives the callbacks that watch a metric their state back, which they have just reset."""
+        """Gives callbacks their state back, which they have just reset."""
         if self._restored is not None:
             path, content = self._restored
             described, anew = content.get("callbacks", []), self.continue_stopped and bool(content.get("ended_by"))
@@ -239,7 +240,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 ended_by = watchers.ended_by(self._watching, epoch) if model.stop_training else None
                 self._save(epoch + 1, 0, ended_by=ended_by)
             else:  # The epoch goes on, so what others make of its first part does not count.
-                self._save(epoch, self._batch, self._watched)
+                self._save(epoch, self._batch, watchers.states(self._watching, self._watched))
         self._epoch, self._offset, self._batch = epoch + 1, 0, 0
 
     def on_train_end(self, logs=None):  # noqa: ARG002

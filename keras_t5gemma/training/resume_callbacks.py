@@ -1,4 +1,4 @@
-"""What Keras's callbacks that watch a metric know of a run: saved with it, and given back when it goes on."""
+"""What Keras's callbacks know of a run: saved with it, and given back when it goes on."""
 
 import keras
 
@@ -10,12 +10,14 @@ _STATES = {
     keras.callbacks.EarlyStopping: ("wait", "stopped_epoch", "best", "best_epoch"),
     keras.callbacks.ReduceLROnPlateau: ("wait", "best", "cooldown_counter"),
     keras.callbacks.ModelCheckpoint: ("best",),
+    # Whether averages and weights have changed places.
+    keras.callbacks.SwapEMAWeights: ("_ema_weights_in_model",),
 }
 _BEST_WEIGHTS = "best_weights"
 
 
 def watching(checkpoint):
-    """The callbacks of a `fit` that watch a metric: `EarlyStopping`, `ReduceLROnPlateau` and `ModelCheckpoint`.
+    """The callbacks of a `fit` that have a state: those that watch a metric, and `SwapEMAWeights`.
 
     Args:
         checkpoint: a callback, while Keras calls its `set_params`.
@@ -24,9 +26,15 @@ def watching(checkpoint):
         A list of them, in their order.
 
     Raises:
-        ValueError: if one comes after `checkpoint`, which then would save what that one is still to change.
+        ValueError: if one comes after `checkpoint`, which then would save what that one is still to change; or if there
+            is a `BackupAndRestore`.
     """
     everyone = callbacks_of_the_same_fit(checkpoint)
+    if any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in everyone):
+        raise ValueError(
+            "`callbacks` must not have BackupAndRestore beside TrainingCheckpoint: each would put its own weights into "
+            "the model and begin with its own epoch. Leave one of them out."
+        )
     later = [callback for callback in everyone[everyone.index(checkpoint) :] if _names(callback)]
     if later:
         name = type(later[0]).__name__
@@ -37,16 +45,31 @@ def watching(checkpoint):
     return [callback for callback in everyone if _names(callback)]
 
 
-def states(callbacks):
-    """`(described, arrays)` of what `watching` gave: JSON-ready, and the best weights that they keep, by name."""
+def states(callbacks, earlier=None):
+    """What callbacks know now.
+
+    Args:
+        callbacks: what `watching` gave.
+        earlier: what this gave before, for all that is not about the weights as they are now; or None.
+
+    Returns:
+        `(described, arrays)`: JSON-ready, and the best weights that callbacks keep, by name.
+    """
     described, arrays = [], {}
     for index, callback in enumerate(callbacks):
         values = {name: getattr(callback, name) for name in _names(callback)}
-        values["best"] = None if values["best"] is None else float(values["best"])
-        described.append({"class": type(callback).__name__, "monitor": callback.monitor, "state": values})
+        if values.get("best") is not None:
+            values["best"] = float(values["best"])
+        described.append({**_key(callback), "state": values})
         # New arrays each time, which nobody changes: they need no copies.
-        for place, array in enumerate(getattr(callback, _BEST_WEIGHTS, None) or []):
+        for place, array in enumerate(getattr(callback, "best_weights", None) or []):
             arrays[f"{_BEST_WEIGHTS}/{index:03d}/{place:06d}"] = array
+    if earlier is not None:
+        now, (described, arrays) = described, earlier
+        described = [
+            new if isinstance(callback, keras.callbacks.SwapEMAWeights) else old
+            for callback, new, old in zip(callbacks, now, described, strict=True)
+        ]
     return described, arrays
 
 
@@ -61,8 +84,7 @@ def restore(callbacks, described, saved, anew=False):
     """
     left = list(enumerate(described))
     for callback in callbacks:
-        key = (type(callback).__name__, callback.monitor)
-        same = next((entry for entry in left if (entry[1]["class"], entry[1]["monitor"]) == key), None)
+        same = next((entry for entry in left if entry[1].items() >= _key(callback).items()), None)
         if same is None:
             continue
         left.remove(same)
@@ -83,12 +105,16 @@ def ended_by(callbacks, epoch):
     for callback in callbacks:
         # 0 stands for not yet: it never stops with the first epoch.
         if isinstance(callback, keras.callbacks.EarlyStopping) and callback.stopped_epoch == epoch > 0:
-            return {"class": type(callback).__name__, "monitor": callback.monitor, "epochs": epoch + 1}
+            return {**_key(callback), "epochs": epoch + 1}
     return None
 
 
+def _key(callback):
+    return {"class": type(callback).__name__, "monitor": getattr(callback, "monitor", None)}
+
+
 def _names(callback):
-    """The attributes that are a callback's state; empty for one that watches no metric."""
+    """The attributes that are a callback's state; empty for one that has none."""
     return next((names for kind, names in _STATES.items() if isinstance(callback, kind)), ())
 
 
