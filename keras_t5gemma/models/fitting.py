@@ -221,6 +221,8 @@ class _Feeding(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002
         self._done = 0
+        # Where `BackupAndRestore` had this `fit` begin, and Keras would have each later one begin, too.
+        self._model._initial_epoch = None
 
     def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002
         self._done = batch + 1

@@ -158,6 +158,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._number = self._saved = 0  # batches, of all epochs
         self._epoch, self._offset, self._batch = None, 0, 0  # offset: batches of the epoch trained on before a restart
         self._restored = self._random = None
+        self.model._initial_epoch = None  # an earlier `fit` with Keras's `BackupAndRestore` leaves its own
         self._data.endless = self._steps is not None
         if not self.model.optimizer.built:  # by Keras on TensorFlow in the first step only
             self.model.optimizer.build(self.model.trainable_variables)

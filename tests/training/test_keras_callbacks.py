@@ -145,6 +145,7 @@ def test_backup_and_restore_goes_on_with_the_epoch_after_the_last_one(lm, tmp_pa
     history = lm.fit(X, batch_size=2, epochs=3, verbose=0, callbacks=[keras.callbacks.BackupAndRestore(backup)])
     assert history.epoch == [1, 2]
     assert int(lm.optimizer.iterations) == steps + 2 * BATCHES
+    assert lm.fit(X, batch_size=2, epochs=2, verbose=0).epoch == [0, 1]
     with pytest.raises(ValueError, match=r"BackupAndRestore beside TrainingCheckpoint.*Leave one of them out"):
         fit(lm, tmp_path, keras.callbacks.BackupAndRestore(backup))
 
