@@ -1,5 +1,7 @@
 """What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32."""
 
+import sys
+
 import keras
 import numpy as np
 from keras import ops
@@ -30,6 +32,23 @@ def synchronize_training_state(model):
     synchronize = getattr(model, "jax_state_sync", None)  # of JAX's trainer alone
     if synchronize is not None:
         synchronize()
+
+
+def callbacks_of_the_same_fit(callback):
+    """All callbacks of the `fit` that calls this one's `set_model` or `set_params`, in their order, itself included.
+
+    Keras tells no callback of the others. The `CallbackList` that calls it has them all.
+
+    Args:
+        callback: a `keras.callbacks.Callback`, whose method is being called.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList) and callback in caller.callbacks:
+            return list(caller.callbacks)
+        frame = frame.f_back
+    return [callback]
 
 
 class RestoresTrainingState:

@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.layers.attend import soft_cap_of_own
+from keras_t5gemma.layers.copies import part_of_a_model
 from keras_t5gemma.layers.device import on_cpu
 from keras_t5gemma.layers.finite import finite
 from keras_t5gemma.layers.half_products import has_quick_kernel, table_product
@@ -33,6 +34,10 @@ class VocabularyProjection(keras.layers.Layer):
     def call(self, x):
         """Maps [B, T, D] to float32 logits [B, T, V]."""
         return soft_cap_of_own(ops.cast(finite(self._project(x)), "float32"), self.cap)
+
+    def get_config(self):
+        """Refused: a copy made by itself would not be tied to its embedding any more."""
+        raise part_of_a_model(self)
 
     @property
     def is_quantized(self):

@@ -149,6 +149,19 @@ class Fits(RestoresTrainingState):
                 **kwargs,
             )
 
+    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        """One training step, as `keras.Model.train_on_batch` does it; a batch as for `fit`."""
+        return self._on_batch("train_on_batch", x, y, sample_weight, **kwargs)
+
+    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        """The loss and the metrics of a batch, as `keras.Model.test_on_batch` gives them; a batch as for `fit`."""
+        return self._on_batch("test_on_batch", x, y, sample_weight, **kwargs)
+
+    def _on_batch(self, name, x, y, sample_weight, **kwargs):
+        # Not keras-hub's, which would make one tensor of labels that come with a teacher's view.
+        batch = self.preprocess_samples(x, y, sample_weight)
+        return self._by_keras(name, *map(_tensors, batch), **kwargs)
+
     def _by_keras(self, name, *args, **kwargs):
         """Keras's own method of that name, in its turn as in `Guarded`; keras-hub's would make other batches."""
         with changing(self, name):
@@ -208,6 +221,8 @@ class _Feeding(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002
         self._done = 0
+        # Where `BackupAndRestore` had this `fit` begin, and Keras would have each later one begin, too.
+        self._model._initial_epoch = None
 
     def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002
         self._done = batch + 1
@@ -220,6 +235,13 @@ class _Feeding(keras.callbacks.Callback):
                 stacklevel=2,
             )
             self._steps = None
+
+
+def _tensors(part):
+    """A part of a batch: None, an array or a list of numbers, or a mapping of such."""
+    if isinstance(part, Mapping):
+        return {name: _tensors(value) for name, value in part.items()}
+    return None if part is None else keras.ops.convert_to_tensor(part)
 
 
 def _begin(stream):

@@ -7,6 +7,7 @@ from keras_t5gemma.layers.attention import rotary_angles, write_at
 from keras_t5gemma.layers.attention_kernels import has_kernel
 from keras_t5gemma.layers.blocks import Block
 from keras_t5gemma.layers.cache import is_start, place, places, positions
+from keras_t5gemma.layers.copies import part_of_a_model
 from keras_t5gemma.layers.lookup import look_up
 from keras_t5gemma.layers.masks import attention_mask, visible_keys
 from keras_t5gemma.layers.norm import RMSNorm
@@ -41,6 +42,10 @@ class Stack(keras.layers.Layer):
             Block(config, encoder_dim, dtype=self.dtype_policy, name=f"layer_{i}") for i in range(config.num_layers)
         ]
         self.final_norm = RMSNorm(config.norm_epsilon, dtype=self.dtype_policy, name="final_norm")
+
+    def get_config(self):
+        """Refused: the model's config has that of its stacks."""
+        raise part_of_a_model(self)
 
     def build(self, input_shape=None):
         """Builds every layer; all sizes come from the config."""

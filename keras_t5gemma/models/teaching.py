@@ -1,8 +1,6 @@
 """How a model's steps get at a teacher that is no part of the model."""
 
 import contextlib
-from collections.abc import Mapping
-from functools import partial
 
 import keras
 
@@ -43,17 +41,15 @@ class Taught:
         with self._carrying_teacher():
             return super().evaluate(*args, **kwargs)
 
-    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
-        """As in Keras; keras-hub would make one tensor of a dict y."""
-        step = partial(keras.Model.train_on_batch, self) if isinstance(y, Mapping) else super().train_on_batch
+    def train_on_batch(self, *args, **kwargs):
+        """As in Keras."""
         with self._carrying_teacher():
-            return step(x, y, sample_weight, **kwargs)
+            return super().train_on_batch(*args, **kwargs)
 
-    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
-        """Likewise."""
-        step = partial(keras.Model.test_on_batch, self) if isinstance(y, Mapping) else super().test_on_batch
+    def test_on_batch(self, *args, **kwargs):
+        """As in Keras."""
         with self._carrying_teacher():
-            return step(x, y, sample_weight, **kwargs)
+            return super().test_on_batch(*args, **kwargs)
 
     def _teacher_variables(self):
         loss = getattr(self, "loss", None)

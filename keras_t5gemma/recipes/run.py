@@ -21,7 +21,8 @@ from keras_t5gemma.recipes.run_folder import MODEL_FOLDER, begin, locked
 from keras_t5gemma.training.callbacks import CrossAttentionWarmup
 from keras_t5gemma.training.logs import TrainingLog
 from keras_t5gemma.training.progress import ProgressBar, TokenRate, progress_display
-from keras_t5gemma.training.resume import TrainingCheckpoint, load_training_weights, training_weights
+from keras_t5gemma.training.resume import TrainingCheckpoint
+from keras_t5gemma.training.resume_weights import load_training_weights, training_weights
 from keras_t5gemma.training.run_log import HELD_OUT
 
 CHECKPOINTS_FOLDER = "checkpoints"

@@ -2,17 +2,21 @@
 
 import math
 import threading
+import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import keras
 
 from keras_t5gemma.checkpoints.processes import process_count, together
-from keras_t5gemma.checkpoints.tensors import CheckpointError
 from keras_t5gemma.checks import integer
+from keras_t5gemma.training import resume_callbacks as watchers
 from keras_t5gemma.training import resume_files as files
 from keras_t5gemma.training import resume_parts as parts
 from keras_t5gemma.training import resume_state as state
+from keras_t5gemma.training.resume_arrays import SavedArrays
 from keras_t5gemma.training.resume_data import NumberedBatches
+from keras_t5gemma.training.resume_rows import batches_of_rows
 
 # What ends an epoch, not the training: truthy, as `stop_training` must be for that, and nobody else's.
 _END_OF_EPOCH = "end of epoch"
@@ -28,7 +32,13 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     to the batch after the last one trained on, and ends with the weights of a run that was never stopped: equal bit by
     bit on JAX and as equal as two runs are on TensorFlow and PyTorch. No example is skipped or comes twice. The first
     epoch after a restart is what was left of it; its metrics count all of it. Other callbacks see its batches numbered
-    from 0 and do not get their own state back: put this one last, so that it saves after they have acted.
+    from 0: put this one last, so that it saves after they have acted. `EarlyStopping`, `ReduceLROnPlateau`,
+    `ModelCheckpoint` and `SwapEMAWeights` get back what they know (best, epochs without improvement, best weights), so
+    that the run stops with the epoch it would have stopped with; other callbacks do not get their state back.
+
+    A run that `EarlyStopping` ended is over: started again it trains no more, says so, and has the weights that it
+    ended with, the best ones under `restore_best_weights=True`. What lies in the folder is the last epoch. A run that
+    anything else stopped goes on where it stopped.
 
     A checkpoint is a folder `step_00000500`, named by the batches trained on (with gradient accumulation, more than the
     optimizer's steps). It holds weights, the optimizer's state, metrics, the state of dropout and of the global random
@@ -68,36 +78,55 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         folder: of the checkpoints; made where it does not exist. A new run needs a new one. The same on all processes.
         save_every: batches between two checkpoints; a multiple of `steps_per_execution`, or the next such is taken.
         keep: how many of the newest to keep; None for all. Several processes have one more between two saves.
+        continue_stopped: whether a run that `EarlyStopping` ended trains on; it then counts epochs without improvement
+            from 0.
         stop_on_nan: whether to stop at the batch whose logs have a `loss` that is NaN or infinite. With False the
             weights alone are checked, when they are saved: where a loss scale skips such batches, say.
 
     Raises:
-        ValueError: where an argument is out of range; in `fit`, where the data are not from `data`, or are other data.
+        ValueError: where an argument is out of range; in `fit`, where the data are not from `data`, or are other data;
+            if one of the callbacks that get their state back comes after this one, or
+            `BackupAndRestore` is among them.
         CheckpointError: in `fit`, where the newest checkpoint is damaged or another model's, or the folder cannot be
             written to.
         FloatingPointError: in `fit`, where loss or weights are not finite; the message names the last good checkpoint.
     """
 
-    def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True):
+    def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True, continue_stopped=False):
         super().__init__()
         self.save_every = integer(save_every, "save_every")
         self.keep = integer(keep, "keep", optional=True, none_means="for all")
-        self.folder, self.stop_on_nan = folder, stop_on_nan
+        self.folder, self.stop_on_nan, self.continue_stopped = folder, stop_on_nan, continue_stopped
         self._data, self._number = None, 0
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = None
 
-    def data(self, dataset):
+    def data(self, dataset, y=None, sample_weight=None, *, batch_size=32, seed=0):
         """The dataset to pass to `fit`, whose position is saved and restored.
+
+            checkpoint.data({"encoder_text": questions, "decoder_text": answers}, batch_size=8)
 
         It is endless where `fit` gets `steps_per_epoch`: what ends begins again.
 
         Args:
-            dataset: a Grain dataset of batches, e.g. a `pretraining_dataset`. Without `steps_per_epoch` it must end.
+            dataset: a Grain dataset of batches, e.g. a `pretraining_dataset`. Without `steps_per_epoch` it must end. Or
+                a dict of rows in memory, texts or token ids, as `fit` takes it.
+            y: labels, for a dict of token ids.
+            sample_weight: for a dict, as `fit` takes it.
+            batch_size: for a dict, rows a step.
+            seed: for a dict, of the order of the rows, another one in each epoch; None for the order they have.
 
         Returns:
             A `grain.IterDataset` of the same batches.
+
+        Raises:
+            ValueError: for a dataset whose position cannot be saved, such as a `tf.data.Dataset`; if the columns of a
+                dict have no rows or differ in their number.
         """
+        if isinstance(dataset, Mapping):
+            dataset = batches_of_rows(dataset, y, sample_weight, batch_size=batch_size, seed=seed)
+        elif y is not None or sample_weight is not None:
+            raise ValueError("`y` and `sample_weight` must be None beside a dataset, whose batches have their own.")
         self._data = NumberedBatches(dataset)
         return self._data
 
@@ -122,12 +151,14 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 "TrainingCheckpoint saves the position in the data, too: pass `checkpoint.data(dataset)` to `fit`, "
                 "before the callback is used."
             )
+        self._watching = watchers.watching(self)
         self._wait()
         self._thread = threading.current_thread()
         self._steps = params["steps"]  # a batch count an epoch; None where the data end epochs
         self._number = self._saved = 0  # batches, of all epochs
         self._epoch, self._offset, self._batch = None, 0, 0  # offset: batches of the epoch trained on before a restart
         self._restored = self._random = None
+        self.model._initial_epoch = None  # an earlier `fit` with Keras's `BackupAndRestore` leaves its own
         self._data.endless = self._steps is not None
         if not self.model.optimizer.built:  # by Keras on TensorFlow in the first step only
             self.model.optimizer.build(self.model.trainable_variables)
@@ -138,6 +169,13 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         else:
             together(lambda: self._restore(*found))
         self._agreed = self._number  # the last checkpoint that all processes have
+
+    def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
+        """Gives callbacks their state back, which they have just reset."""
+        if self._restored is not None:
+            path, content = self._restored
+            described, anew = content.get("callbacks", []), self.continue_stopped and bool(content.get("ended_by"))
+            watchers.restore(self._watching, described, SavedArrays(path, content), anew)
 
     def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002 Keras's signature
         """Restores the metrics of an epoch that was interrupted, and has the data go on."""
@@ -155,6 +193,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         elif self._steps is None:
             self._data.start(self._number)
         self._batch = self._offset
+        self._watched = watchers.states(self._watching)
 
     def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002
         """Restores the random states that reading data and beginning an epoch have changed since."""
@@ -198,7 +237,11 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         complete = self._is_last()
         due = self._number // self.save_every > self._saved // self.save_every
         if self._number > self._saved and (last or (complete and due)):
-            self._save(epoch + complete, 0 if complete else self._batch)
+            if complete:
+                ended_by = watchers.ended_by(self._watching, epoch) if model.stop_training else None
+                self._save(epoch + 1, 0, ended_by=ended_by)
+            else:  # The epoch goes on, so what others make of its first part does not count.
+                self._save(epoch, self._batch, watchers.states(self._watching, self._watched))
         self._epoch, self._offset, self._batch = epoch + 1, 0, 0
 
     def on_train_end(self, logs=None):  # noqa: ARG002
@@ -210,13 +253,16 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         """Whether the batch just trained on is the last of its epoch."""
         return self._number == self._data.ends if self._steps is None else self._batch >= self._steps
 
-    def _save(self, epoch, batch):
+    def _save(self, epoch, batch, watched=None, ended_by=None):
         self._wait()
         # Here and now: the next step changes all of it.
         described, arrays, model = state.host_copy(self.model)
+        callbacks, more = watched or watchers.states(self._watching)
         content = {
             "epoch": epoch,
             "batch": batch,
+            "ended_by": ended_by,
+            "callbacks": callbacks,
             "data": self._data.position(self._number),
             "random": state.random_state(),
             "run": self._run,
@@ -228,7 +274,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if process_count() > 1:
             content["agreed"] = self._agreed
         self._saved = self._number
-        self._pending = self._writer.submit(self._write, self._number, content, arrays, model)
+        self._pending = self._writer.submit(self._write, self._number, content, arrays | more, model)
 
     def _write(self, number, content, arrays, model):
         """In the thread."""
@@ -279,72 +325,13 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         state.set_random_state(self._random)
         self._number = self._saved = content["data"]["number"]
         self._epoch, self._offset = content["epoch"], content["batch"]
+        if (ended_by := content.get("ended_by")) and not self.continue_stopped:
+            warnings.warn(
+                f"The run in {self.folder} is over: {ended_by['class']} on {ended_by['monitor']} ended it after "
+                f"{ended_by['epochs']} epochs. Nothing is trained; `TrainingCheckpoint(..., continue_stopped=True)` "
+                f"trains on.",
+                stacklevel=2,
+            )
+            self._epoch = max(self._epoch, self.params["epochs"])
         # Keras's own way to begin later (`BackupAndRestore` does the same); it has no public one.
         self.model._initial_epoch = self._epoch
-
-
-def training_weights(folder, last=None):
-    """The weights that a run's checkpoints hold, for `average_checkpoints` and `from_preset`.
-
-    >>> average_checkpoints(training_weights("run", last=5), "averaged")
-
-    Args:
-        folder: of a `TrainingCheckpoint`, of a T5Gemma without LoRA and not quantized. Of a run of several processes it
-            holds the folders of all; this is called in one process, and writes what it puts together into the first's.
-        last: how many of the newest; all where None.
-
-    Returns:
-        A list of paths of Hugging Face folders, oldest first.
-
-    Raises:
-        CheckpointError: where there are fewer, one holds no such weights, or a part is missing or damaged.
-    """
-    steps = parts.readable_steps(folder)
-    if not steps or len(steps) < (last or 0):
-        raise CheckpointError(f"{folder} holds {len(steps)} training checkpoint(s). Expected {last or 'at least one'}.")
-    return [_model_folder(path) for path in (steps[-last:] if last else steps)]
-
-
-def _model_folder(path):
-    """The Hugging Face folder in a checkpoint; put together first, where the checkpoint is in parts."""
-    model = path / files.MODEL_FOLDER
-    if not model.is_dir() and parts.part_of(path) is not None:
-        content = files.verified(path)
-        if content["t5gemma"] is not None:
-            state.write_model(path, content)
-    if not model.is_dir():
-        raise CheckpointError(
-            f"{path} holds the weights of no plain T5Gemma, but e.g. of one with LoRA. Fill a model with "
-            f"`load_training_weights`, and export that."
-        )
-    return model
-
-
-def load_training_weights(model, folder, step=None, *, last=None):
-    """Fills a model with the weights of a training checkpoint, LoRA's included; to export it, say.
-
-    >>> lm.backbone.enable_lora(8)
-    >>> load_training_weights(lm, "run")
-    >>> lm.save_to_preset("answer")
-
-    Under a `keras.distribution`, each variable goes into its shards as they are read. A run of several processes fills
-    a model of any layout and number of processes, where all their folders are there; all processes call this.
-
-    Args:
-        model: a model like the one trained.
-        folder: of a `TrainingCheckpoint`.
-        step: the batches trained on; the newest checkpoint where None.
-        last: the mean of so many checkpoints up to that one instead, as float64 sums.
-
-    Raises:
-        CheckpointError: where there are none or too few, one is damaged, or another model's.
-    """
-    steps = parts.restorable_steps(folder)
-    chosen = [number for number in steps if step is None or number <= step][-(last or 1) :]
-    if len(chosen) < (last or 1) or (step is not None and step not in steps):
-        raise CheckpointError(
-            f"{folder} holds training checkpoints of steps {list(steps)}. Received: step={step}"
-            f"{'' if last is None else f', last={last}'}."
-        )
-    checkpoints = together(lambda: [(steps[number], files.verified(steps[number])) for number in chosen])
-    together(lambda: state.restore_weights(model, checkpoints))

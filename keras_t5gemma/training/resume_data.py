@@ -38,7 +38,9 @@ class NumberedBatches(grain.IterDataset):
         if not isinstance(dataset, (grain.MapDataset, grain.IterDataset)):
             raise ValueError(
                 f"`dataset` must be a Grain dataset of batches, such as `pretraining_dataset` and `supervised_dataset` "
-                f"make, for its position to be saved. Received: {type(dataset).__name__}."
+                f"make, or a dict of rows in memory, for its position to be saved: a `tf.data.Dataset`, a generator or "
+                f"a `DataLoader` has none that can be found again. Pass its rows as a dict, with `batch_size`, or as "
+                f"`grain.MapDataset.source(rows).batch(...)`. Received: {type(dataset).__name__}."
             )
         super().__init__()
         self.source, self.length = dataset, None
@@ -189,6 +191,7 @@ def _description(batch):
             continue
         array = np.asarray(leaf)
         described["/".join(map(str, path))] = f"{array.dtype} {list(array.shape)}"
-        # Strings, in arrays of objects, have no bytes of their own.
-        checksum.update(repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array))
+        # Strings have no bytes of their own.
+        is_text = array.dtype.kind in "OUS"
+        checksum.update(repr(array.tolist()).encode() if is_text else np.ascontiguousarray(array))
     return {**described, "checksum": checksum.hexdigest()}

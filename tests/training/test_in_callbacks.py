@@ -71,7 +71,7 @@ def trained(preprocessor, folder, kind, asks):
         checkpoint = kt.TrainingCheckpoint(folder / f"run_{asks}", save_every=STEPS_AT_ONCE)
         callbacks, data = (
             [kt.CrossAttentionWarmup(STEPS_AT_ONCE), *([asking] if asks else []), checkpoint],
-            checkpoint.data(data),
+            checkpoint.data(PAIRS, batch_size=2),
         )
     lm.compile(optimizer=keras.optimizers.Adam(1e-2), **options)
     validation = {name: texts[:2] for name, texts in PAIRS.items()} if kind == "plain" else None

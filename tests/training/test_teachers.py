@@ -57,6 +57,36 @@ def test_teacher_is_neither_counted_nor_saved_nor_a_constant(tmp_path):
         again.fit(batches(), verbose=0)
 
 
+def test_batches_with_a_teachers_view_are_checked_as_others_are():
+    lm = student(Distillation(bigrams))
+    x, y, weights = batches(1)[0]
+    for method in (lm.train_on_batch, lm.test_on_batch):
+        with pytest.raises(ValueError, match=r"`y` must be in \[0, 128\).*Received: 128 in row 0"):
+            method(x, {**y, "labels": np.full_like(y["labels"], 128)}, weights)
+        with pytest.raises(ValueError, match="`sample_weight` must have the shape of the labels"):
+            method(x, y, weights[:, :3])
+    loss = lm.test_on_batch(x, y, weights, return_dict=True)["loss"]
+    ignored = np.where(weights == 0, -100, y["labels"])
+    without_masks = {name: x[name] for name in ("encoder_token_ids", "decoder_token_ids")}
+    assert lm.test_on_batch(without_masks, {**y, "labels": ignored}, return_dict=True)["loss"] == pytest.approx(loss)
+    lm.train_on_batch(x, y, weights)
+    lm.backbone.enable_lora(2)
+    before = values(lm.backbone)
+    with pytest.warns(UserWarning, match="The weights to train changed"):
+        lm.train_on_batch(x, y, weights)
+    moved = [
+        weight.path
+        for weight, old in zip(lm.backbone.weights, before, strict=True)
+        if not np.array_equal(ops.convert_to_numpy(weight), old)
+    ]
+    assert moved
+    assert all("lora" in path for path in moved)
+
+
+def bigrams(inputs):
+    return ops.one_hot(inputs["token_ids"], 128, dtype="float32")
+
+
 def test_run_with_a_teacher_goes_on_from_its_checkpoint_which_holds_no_teacher(tmp_path):
     def run(folder, epochs):
         keras.utils.set_random_seed(0)
@@ -150,9 +180,7 @@ def test_argument_out_of_range_is_refused_by_name(arguments, message):
 
 def stored(folder, **kwargs):
     """Stored logits of a function, which is quicker to make than a Gemma."""
-    return store_teacher_logits(
-        batches(1), lambda inputs: ops.one_hot(inputs["token_ids"], 128, dtype="float32"), folder, **kwargs
-    )
+    return store_teacher_logits(batches(1), bigrams, folder, **kwargs)
 
 
 def test_stored_logits_keep_the_batches_and_the_largest_with_their_probabilities(tmp_path):
