@@ -1,10 +1,9 @@
-"""What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32."""
+"""What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32.
+
+Keras is imported where it is needed: what writes checkpoints goes without.
+"""
 
 import sys
-
-import keras
-import numpy as np
-from keras import ops
 
 
 def tensor_of(x):
@@ -12,6 +11,10 @@ def tensor_of(x):
 
     With a `floatx` of bfloat16, Keras on JAX makes float32 of whatever comes without a dtype, token ids too.
     """
+    import keras
+    import numpy as np
+    from keras import ops
+
     if ops.is_tensor(x) or isinstance(x, keras.Variable):
         return ops.convert_to_tensor(x)
     x = np.asarray(x)
@@ -42,6 +45,8 @@ def callbacks_of_the_same_fit(callback):
     Args:
         callback: a `keras.callbacks.Callback`, whose method is being called.
     """
+    import keras
+
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -87,6 +92,8 @@ class RestoresTrainingState:
 
 def track_loss_in_float32(model):
     """Sums a compiled model's losses up in float32, whatever `floatx` is: a sum in bfloat16 soon stays where it is."""
+    import keras
+
     if getattr(model, "_loss_tracker", None) is not None:
         # Past Keras's bookkeeping, which would list it twice.
         object.__setattr__(model, "_loss_tracker", keras.metrics.Mean(name="loss", dtype="float32"))
