@@ -9,7 +9,7 @@ import sys
 def tensor_of(x):
     """`ops.convert_to_tensor` in an array's own dtype, 64 bits as 32.
 
-    With a `floatx` of bfloat16, Keras on JAX makes float32 of whatever comes without a dtype, token ids too.
+    With a `floatx` of bfloat16, Keras on JAX turns arrays into float32 unless a dtype is given; token ids, too.
     """
     import keras
     import numpy as np
@@ -76,8 +76,8 @@ class RestoresTrainingState:
                     if variable._value is None and value is not None:
                         variable.assign(value)
 
-            # A function, since Keras takes variables in lists for the model's own. A step overwrites these arrays,
-            # whoever else holds them: they take no memory for longer.
+            # A function, since Keras takes variables in lists for the model's own. It holds these arrays to the end of
+            # the loop. A compiled step reuses their memory all the same.
             self._give_back = give_back
         return super()._get_jax_state(purge_model_variables=purge_model_variables, **groups)
 
@@ -90,8 +90,23 @@ class RestoresTrainingState:
             self._jax_state = None
 
 
+def begin_with_epoch(model, epoch):
+    """Has a model's next `fit` begin with an epoch; None takes that back. `BackupAndRestore` does it the same way."""
+    model._initial_epoch = epoch
+
+
+def global_seed_generator():
+    """Keras's generator for operations that are given no seed, or None if nothing has asked for it yet.
+
+    Asking the function that makes it would draw from Python's `random`.
+    """
+    import keras
+
+    return keras.src.backend.common.global_state.get_global_attribute("global_seed_generator")
+
+
 def track_loss_in_float32(model):
-    """Sums a compiled model's losses up in float32, whatever `floatx` is: a sum in bfloat16 soon stays where it is."""
+    """Has a compiled model sum its losses in float32. In a `floatx` of bfloat16 a sum soon stops growing."""
     import keras
 
     if getattr(model, "_loss_tracker", None) is not None:

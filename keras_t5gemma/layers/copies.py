@@ -4,8 +4,8 @@
 def part_of_a_model(layer):
     """The error of a layer that has no config of its own, because its model makes it.
 
-    `keras.models.clone_model` asks each layer of a functional model for its config, whatever the model's class, and
-    makes a `keras.Model` of the copies, without `generate`. It asks the model for nothing that could change this.
+    `keras.models.clone_model` asks each layer of a functional model for its config, and makes a `keras.Model` of the
+    copies, which has no `generate`. The model's own class has no say in it.
 
     Args:
         layer: a `keras.layers.Layer`.

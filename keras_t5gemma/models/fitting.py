@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from keras_t5gemma._keras_internals import RestoresTrainingState
+from keras_t5gemma._keras_internals import RestoresTrainingState, begin_with_epoch, tensor_of
 from keras_t5gemma.concurrency import changing
 from keras_t5gemma.layers.device import devices_of_a_batch
 from keras_t5gemma.models.batch_arrays import FORM, INPUT_NAMES, TEXT_NAMES, BatchArrays, described, renamed
@@ -222,7 +222,7 @@ class _Feeding(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002
         self._done = 0
         # Where `BackupAndRestore` had this `fit` begin, and Keras would have each later one begin, too.
-        self._model._initial_epoch = None
+        begin_with_epoch(self._model, None)
 
     def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002
         self._done = batch + 1
@@ -241,7 +241,7 @@ def _tensors(part):
     """A part of a batch: None, an array or a list of numbers, or a mapping of such."""
     if isinstance(part, Mapping):
         return {name: _tensors(value) for name, value in part.items()}
-    return None if part is None else keras.ops.convert_to_tensor(part)
+    return None if part is None else tensor_of(part)
 
 
 def _begin(stream):

@@ -228,24 +228,6 @@ def is_bfloat16(array):
     return keras.backend.standardize_dtype(array.dtype) == "bfloat16"
 
 
-def check_no_float16(variables):
-    """Raises for weights that no optimizer trains.
-
-    Args:
-        variables: the trainable `keras.Variable`s.
-
-    Raises:
-        ValueError: if one is float16; the message names the remedy.
-    """
-    for variable in variables:
-        if keras.backend.standardize_dtype(variable.dtype) == "float16":
-            raise ValueError(
-                f"float16 weights cannot be trained: most steps are smaller than what float16 can add to a weight, and "
-                f'gradients vanish. Make the model with `dtype="mixed_float16"` or "mixed_bfloat16", whose weights are '
-                f'float32, with "bfloat16", or add LoRA with `enable_lora`. Received: {variable.path}, float16.'
-            )
-
-
 def _value(variable):
     return variable.value if isinstance(variable, Float32Weight) else ops.cast(variable, "float32")
 

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.training.indexed_slices import is_distributed
-from keras_t5gemma.training.low_precision import LowPrecision, check_no_float16, is_bfloat16
+from keras_t5gemma.training.low_precision import LowPrecision, is_bfloat16
 
 # Steps of a trial, and the part of float32's way below which training would come to nothing.
 _STEPS = 20
@@ -30,7 +30,7 @@ def check_optimizer(optimizer, variables):
         ValueError: if a variable is float16, or if one is bfloat16 and the optimizer hardly moves such; the message
             names the optimizer, the dtype and what would work.
     """
-    check_no_float16(variables)
+    _check_no_float16(variables)
     optimizer = getattr(optimizer, "inner_optimizer", optimizer)
     if isinstance(optimizer, LowPrecision) or not any(is_bfloat16(variable) for variable in variables):
         return
@@ -41,6 +41,24 @@ def check_optimizer(optimizer, variables):
             f'`optimizer="auto"` or `keras_t5gemma.optimizer(...)`, which keep moments in float32 and round '
             f'stochastically, or make the model with `dtype="mixed_bfloat16"`, whose weights are float32.'
         ) from cause
+
+
+def _check_no_float16(variables):
+    """Raises for weights that no optimizer trains.
+
+    Args:
+        variables: the trainable `keras.Variable`s.
+
+    Raises:
+        ValueError: if one is float16; the message names the remedy.
+    """
+    for variable in variables:
+        if keras.backend.standardize_dtype(variable.dtype) == "float16":
+            raise ValueError(
+                f"float16 weights cannot be trained: most steps are smaller than what float16 can add to a weight, and "
+                f'gradients vanish. Make the model with `dtype="mixed_float16"` or "mixed_bfloat16", whose weights are '
+                f'float32, with "bfloat16", or add LoRA with `enable_lora`. Received: {variable.path}, float16.'
+            )
 
 
 def _finding(optimizer, count):

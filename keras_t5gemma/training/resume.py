@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import keras
 
+from keras_t5gemma._keras_internals import begin_with_epoch
 from keras_t5gemma.checkpoints.processes import process_count, together
 from keras_t5gemma.checks import integer
 from keras_t5gemma.training import resume_callbacks as watchers
@@ -158,7 +159,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._number = self._saved = 0  # batches, of all epochs
         self._epoch, self._offset, self._batch = None, 0, 0  # offset: batches of the epoch trained on before a restart
         self._restored = self._random = None
-        self.model._initial_epoch = None  # an earlier `fit` with Keras's `BackupAndRestore` leaves its own
+        begin_with_epoch(self.model, None)  # an earlier `fit` with Keras's `BackupAndRestore` leaves its own
         self._data.endless = self._steps is not None
         if not self.model.optimizer.built:  # by Keras on TensorFlow in the first step only
             self.model.optimizer.build(self.model.trainable_variables)
@@ -180,7 +181,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002 Keras's signature
         """Restores the metrics of an epoch that was interrupted, and has the data go on."""
         model = self.model
-        model._initial_epoch = None  # has been read; another `fit` has its own
+        begin_with_epoch(model, None)  # has been read; another `fit` has its own
         if self._epoch is None:
             self._epoch = epoch
         elif epoch != self._epoch:
@@ -246,7 +247,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):  # noqa: ARG002
         """Waits for the last checkpoint."""
-        self.model._initial_epoch = None
+        begin_with_epoch(self.model, None)
         self._wait()
 
     def _is_last(self):
@@ -333,5 +334,4 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 stacklevel=2,
             )
             self._epoch = max(self._epoch, self.params["epochs"])
-        # Keras's own way to begin later (`BackupAndRestore` does the same); it has no public one.
-        self.model._initial_epoch = self._epoch
+        begin_with_epoch(self.model, self._epoch)

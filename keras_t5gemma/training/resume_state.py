@@ -8,6 +8,7 @@ import re
 import keras
 import numpy as np
 
+from keras_t5gemma._keras_internals import global_seed_generator
 from keras_t5gemma.checkpoints.export import ModelTensors, write_checkpoint
 from keras_t5gemma.checkpoints.files import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
@@ -19,8 +20,6 @@ from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.training import resume_arrays as arrays
 from keras_t5gemma.training.resume_files import MODEL_FOLDER
 from keras_t5gemma.training.resume_parts import part_of
-
-_GLOBAL_SEED = "global_seed_generator"
 
 
 def host_copy(model):
@@ -168,7 +167,7 @@ def random_state():
     """The state of Python's `random`, and of numpy's, Keras's and PyTorch's global generators, JSON-ready."""
     version, numbers, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    generator = _global_seed_generator()
+    generator = global_seed_generator()
     return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, keys.tolist(), *rest],
@@ -181,7 +180,7 @@ def set_random_state(state):
     """Sets what `random_state` gave."""
     if state["keras"] is not None:
         keras.random.uniform(())  # makes the generator where there is none yet
-        generator = _global_seed_generator()
+        generator = global_seed_generator()
         generator.state.assign(np.array(state["keras"], generator.state.dtype))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
@@ -368,11 +367,3 @@ def _first_difference(found, expected, name=""):
                 return different
         return None
     return None if found == expected else (name, found, expected)
-
-
-def _global_seed_generator():
-    """Keras's generator for operations that are given no seed, or None where nothing has asked for it yet.
-
-    There is no public way to it. Asking the function that makes it would draw from Python's `random`.
-    """
-    return keras.src.backend.common.global_state.get_global_attribute(_GLOBAL_SEED)

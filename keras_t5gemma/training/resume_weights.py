@@ -61,7 +61,7 @@ def load_training_weights(model, folder, step=None, *, last=None):
         last: the mean of so many checkpoints up to that one instead, as float64 sums.
 
     Raises:
-        CheckpointError: where there are none or too few, one is damaged, or another model's.
+        CheckpointError: if there are fewer checkpoints than asked for, or one is damaged or of another model.
     """
     steps = parts.restorable_steps(folder)
     chosen = [number for number in steps if step is None or number <= step][-(last or 1) :]

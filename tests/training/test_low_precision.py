@@ -106,6 +106,20 @@ def test_float16_weights_are_refused_for_training_and_answer(preprocessor):
         ):
             lm.fit(PAIRS, batch_size=24, verbose=0)
     assert isinstance(lm.generate("1 plus 1", max_length=3), str)
+    assert np.isfinite(lm.evaluate(PAIRS, batch_size=72, verbose=0)).all()
+
+
+def test_lora_on_float16_weights_trains_in_float32_with_a_scaled_loss(preprocessor):
+    lm, weights = language_model(preprocessor, "float16")
+    lm.backbone.enable_lora(4)
+    lm.compile(optimizer=optimizer("adamw", learning_rate=1e-2, warmup_steps=0))
+    assert isinstance(lm.optimizer, keras.optimizers.LossScaleOptimizer)
+    history = lm.fit(PAIRS, batch_size=72, epochs=8, verbose=0).history["loss"]
+    assert history[-1] < history[0] - 0.1
+    assert {variable.dtype for variable in lm.trainable_variables} == {"float32"}
+    frozen = [variable for variable in lm.backbone.weights if "lora" not in variable.path]
+    for variable, before in zip(frozen, weights, strict=True):
+        np.testing.assert_array_equal(as_float32(variable), before)
 
 
 def test_default_optimizer_trains_by_a_rate_for_what_is_trained(preprocessor):
