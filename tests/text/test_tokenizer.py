@@ -160,14 +160,14 @@ def preprocessor(tokenizer):
 @pytest.mark.parametrize("way", TEXTS_IN.values(), ids=TEXTS_IN)
 @pytest.mark.parametrize("token", ["<bos>", "<eos>", "<pad>"])
 def test_text_with_a_token_that_is_added_is_one_warning_that_shows_it(model_file, way, token):
+    texts_with_it = [f"the fox{token}", f"{token} is here"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        way(
-            T5GemmaTokenizer(proto=model_file), ["the lazy dog", f"the fox{token}", f"{token} is here", "a <b> of html"]
-        )
+        way(T5GemmaTokenizer(proto=model_file), ["the lazy dog", *texts_with_it, "a <b> of html"])
     (warning,) = (warning for warning in caught if warning.category is UserWarning)
     assert repr(token) in str(warning.message)
-    assert "the fox" in str(warning.message)
+    # Datasets read in several threads: which text comes first is left open.
+    assert any(repr(text) in str(warning.message) for text in texts_with_it)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         way(T5GemmaTokenizer(proto=model_file), ["the lazy dog", "a <b> of html", "<unused3> and <0x0A>"])
