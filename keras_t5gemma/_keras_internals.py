@@ -50,6 +50,16 @@ class RestoresTrainingState:
             self._jax_state = None
 
 
+def variable_array(variable):
+    """A numpy array of a `keras.Variable` or a tensor.
+
+    `keras.ops.convert_to_numpy` of a variable goes through its `__array__`, whose signature numpy 2 has deprecated.
+    """
+    import keras
+
+    return keras.ops.convert_to_numpy(variable.value if isinstance(variable, keras.Variable) else variable)
+
+
 def flatten_layers(model):
     """A model's layers, nested ones included, the model itself first. Keras lists them in no public way."""
     return model._flatten_layers()
