@@ -12,8 +12,8 @@ NOT_OURS = {
     r"[IWE]0000 .* \d+ (cuda_platform|cudart_stub|port|cpu_feature_guard|cpu_utils)\.cc:\d+\] .*": "TensorFlow or JAX "
     "looks at the machine when it first computes",
     r"E0000 .* util\.cc:\d+\] oneDNN supports DT_INT32 only .*": "TensorFlow on some CPUs, in a product of integers",
-    r"\S*/keras/src/\S+: DeprecationWarning: __array__ implementation doesn't accept .*": "Keras's variables, of its own "
-    "accord when it saves and quantizes; Python hides it unless asked",
+    r"\S*/keras/src/\S+: DeprecationWarning: __array__ implementation doesn't accept .*": "Keras, of its own accord, "
+    "when it saves and quantizes; Python hides it unless asked",
     r"  return np\.array\(.*\)": "the line of that one",
 }
 

@@ -256,7 +256,7 @@ class T5GemmaSeq2SeqLM(
         }
 
     def compile_from_config(self, config):
-        """Compiles as `get_compile_config` says, and makes the optimizer's variables if there is a state to fill them."""
+        """Compiles as `get_compile_config` says, and makes the optimizer's variables for a saved state, if any."""
         config = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
         is_built = config.pop("optimizer_is_built", True)
         self.compile(**config)

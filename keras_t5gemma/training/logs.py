@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 
 import keras
-from keras import ops
 
 from keras_t5gemma._keras_internals import variable_array
 from keras_t5gemma.training.evaluation import mean_loss
