@@ -3,6 +3,7 @@
 python tests/quiet_use.py FOLDER NAME=FOLDER ...     an empty folder, and what `write_stand_ins` returned
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def main(folder):
     """What most users do, in the order in which they do it."""
     import keras
 
+    gc.freeze()  # Keras collects garbage once for each layer that it quantizes: not all that was imported
     tokenizer = kt.T5GemmaTokenizer.from_preset("gemma2_2b_en")
     tokenizer.detokenize(tokenizer(["Why is the sky blue?"])[0])
 
@@ -28,10 +30,10 @@ def main(folder):
     keras.models.load_model(folder / "new.keras")
 
     lm.backbone.enable_lora(2)
-    lm.fit(PAIRS, batch_size=2, validation_data=PAIRS, verbose=0)
-    lm.evaluate(PAIRS, verbose=0)
+    lm.fit(PAIRS, batch_size=2, verbose=0)
+    lm.evaluate(PAIRS, batch_size=2, verbose=0)
     lm.save(folder / "lora.keras")
-    keras.models.load_model(folder / "lora.keras").generate("Why?", max_length=8)
+    keras.models.load_model(folder / "lora.keras")
     kt.save_lora(lm, folder / "adapter")
     lm.save_to_preset(str(folder / "preset"))
     kt.T5GemmaSeq2SeqLM.from_preset(str(folder / "preset"))
@@ -50,8 +52,7 @@ def main(folder):
     adapted = kt.T5GemmaSeq2SeqLM(kt.adapt_gemma2("gemma2_9b_en", "gemma2_2b_en", dtype="bfloat16"))
     data = kt.pretraining_dataset(TEXTS, tokenizer, kt.UL2(16, 16), batch_size=2, seed=0)
     checkpoint = kt.TrainingCheckpoint(folder / "run", save_every=1)
-    callbacks = [checkpoint, kt.CrossAttentionWarmup(steps=1)]
-    adapted.fit(checkpoint.data(data), steps_per_epoch=2, verbose=0, callbacks=callbacks)
+    adapted.fit(checkpoint.data(data), steps_per_epoch=2, verbose=0, callbacks=[checkpoint])
 
 
 if __name__ == "__main__":
