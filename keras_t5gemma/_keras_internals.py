@@ -1,5 +1,7 @@
 """What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32."""
 
+import contextlib
+
 
 def synchronize_training_state(model):
     """Gives a model's variables their values back in the middle of a `fit`, an `evaluate` or a `predict` on JAX.
@@ -48,6 +50,33 @@ class RestoresTrainingState:
             self._give_back()
         if hasattr(self, "jax_state_sync"):
             self._jax_state = None
+
+
+class EvaluatesWithoutOptimizer:
+    """Mixed into a `keras.Model`: `evaluate` makes no state of an optimizer.
+
+    Keras's builds it: of AdamW for all weights in bfloat16 four times their memory, and float16 weights are refused.
+    """
+
+    _only_evaluates = False
+
+    @contextlib.contextmanager
+    def _only_evaluating(self):
+        before, self._only_evaluates = self._only_evaluates, True
+        try:
+            yield
+        finally:
+            self._only_evaluates = before
+
+    def _symbolic_build(self, *args, **kwargs):
+        optimizer = self.optimizer
+        if not self._only_evaluates or optimizer is None or optimizer.built:
+            return super()._symbolic_build(*args, **kwargs)
+        self.optimizer = None
+        try:
+            return super()._symbolic_build(*args, **kwargs)
+        finally:
+            self.optimizer = optimizer
 
 
 def variable_array(variable):

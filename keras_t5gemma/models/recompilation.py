@@ -8,11 +8,11 @@ import contextlib
 import warnings
 import weakref
 
-from keras_t5gemma._keras_internals import copy_weight_decay_exclusions, optimized_variables
+from keras_t5gemma._keras_internals import EvaluatesWithoutOptimizer, copy_weight_decay_exclusions, optimized_variables
 from keras_t5gemma.layers.lora import lora_layers
 
 
-class Recompiles:
+class Recompiles(EvaluatesWithoutOptimizer):
     """For a task model around a `T5GemmaBackbone`: compiled functions and the optimizer are made anew if need be."""
 
     _compiled_for = None
@@ -32,12 +32,14 @@ class Recompiles:
     def evaluate(self, *args, **kwargs):
         """As in Keras."""
         self._keep_up()
-        return super().evaluate(*args, **kwargs)
+        with self._only_evaluating():
+            return super().evaluate(*args, **kwargs)
 
     def test_on_batch(self, *args, **kwargs):
         """As in Keras."""
         self._keep_up()
-        return super().test_on_batch(*args, **kwargs)
+        with self._only_evaluating():
+            return super().test_on_batch(*args, **kwargs)
 
     def predict(self, *args, **kwargs):
         """As in Keras."""
