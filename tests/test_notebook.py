@@ -43,7 +43,7 @@ def trial(tmp_path):
     """The source of a cell that names tiny models and little work."""
     keras.utils.set_random_seed(0)
     folders = write_stand_ins(
-        tmp_path, [path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")], [GEMMA2], [PRESET]
+        tmp_path, [path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")], [GEMMA2], [PRESET], loudness=20
     )
     return TRIAL.format(folders[PRESET], folders[GEMMA2], *FORMS[keras.config.backend()])
 
