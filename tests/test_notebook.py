@@ -1,5 +1,7 @@
 """The quickstart notebook runs from its first cell to its last, with tiny models in place of the downloads."""
 
+import ast
+import re
 from pathlib import Path
 
 import keras
@@ -7,6 +9,10 @@ import nbclient
 import nbformat
 import pytest
 from stand_ins import write_stand_ins
+
+import keras_t5gemma as kt
+from keras_t5gemma.checkpoints.name_maps import parameter_count
+from keras_t5gemma.presets import PAIRS, STACKS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
@@ -63,6 +69,28 @@ def test_quickstart_with_tiny_models_runs_to_its_end(trial):
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}})
     client.execute()
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+def test_table_of_devices_has_the_largest_sizes_that_fit():
+    """In float16 or bfloat16, with a fifth of the memory to spare, as in docs/training.md."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (table,) = [cell.source for cell in notebook.cells if "| T4 |" in cell.source]
+    (cell,) = [cell.source for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    rows = re.findall(r"^\|[^|]+\| (\d+) GB \|[^|]+\| `(\w+)` \| `(\w+)` \| `(\w+)` \| (\w+)", table, re.MULTILINE)
+    assert len(rows) == 4
+    sizes = {
+        f"{encoder}_{decoder}": parameter_count(kt.T5GemmaConfig(STACKS[encoder], STACKS[decoder])) / 2**30
+        for encoder, decoder in PAIRS
+    }
+    chosen = ast.literal_eval(re.search(r"in (\(\(36,.*\)\)) if least", cell)[1])
+    for memory, here, to_ask, for_lora, adapted in rows:
+        room = 0.8 * float(memory)
+        assert to_ask == [name for name, size in sizes.items() if 2 * size <= room][-1]
+        assert for_lora == [name for name, size in sizes.items() if (2 + 0.16) * size <= room][-1]
+        assert adapted == ("all" if 4 * sizes["2b_2b"] <= room else "LoRA")
+        # Of a device's memory a tenth may be taken before anything runs.
+        assert here == next(name for least, name in chosen if least <= 0.9 * float(memory))
+        assert 2.16 * sizes[here] <= room
 
 
 def test_quickstart_is_committed_without_outputs():
