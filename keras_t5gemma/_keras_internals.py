@@ -112,10 +112,3 @@ def remove_variable(layer, name):
     """Removes a variable from a built layer. Keras's `del layer.name` collects garbage each time, some 0.3 s."""
     layer._untrack_variable(getattr(layer, name))
     object.__delattr__(layer, name)
-
-
-def is_in_safe_mode():
-    """Whether Keras is reading a model that may come from anyone, which must not name other files."""
-    from keras.src.saving import serialization_lib
-
-    return bool(serialization_lib.in_safe_mode())

@@ -10,7 +10,6 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_t5gemma._keras_internals import is_in_safe_mode
 from keras_t5gemma.checks import is_integer
 from keras_t5gemma.presets import PRESETS, is_hugging_face, kaggle_file, locate
 from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
@@ -67,9 +66,21 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         if isinstance(proto, os.PathLike):
             proto = os.fspath(proto)
         what = f"{len(proto)} bytes" if isinstance(proto, bytes) else repr(proto)
-        # keras-hub leaves the file open, and refuses paths within files that are not trusted.
-        if isinstance(proto, str) and os.path.isfile(proto) and not is_in_safe_mode():
+        # keras-hub would leave the file open.
+        if isinstance(proto, str) and os.path.isfile(proto):
             proto = Path(proto).read_bytes()
+        self._take(proto, what)
+
+    @classmethod
+    def from_config(cls, config):
+        """The inverse of `get_config`. Of a path keras-hub decides, which refuses those in files that anyone may write."""
+        config = dict(config)
+        proto = config.pop("proto", None)
+        tokenizer = cls(**config)
+        tokenizer._take(proto, f"{len(proto)} bytes" if isinstance(proto, bytes) else repr(proto))
+        return tokenizer
+
+    def _take(self, proto, what):
         kept, self.proto = self.proto, None  # see `_set_proto_tf`
         try:
             if proto == b"":
