@@ -3,6 +3,7 @@
 Keras is imported where it is needed: what writes checkpoints goes without.
 """
 
+import contextlib
 import sys
 
 
@@ -112,6 +113,43 @@ def track_loss_in_float32(model):
     if getattr(model, "_loss_tracker", None) is not None:
         # Past Keras's bookkeeping, which would list it twice.
         object.__setattr__(model, "_loss_tracker", keras.metrics.Mean(name="loss", dtype="float32"))
+
+
+class EvaluatesWithoutOptimizer:
+    """Mixed into a `keras.Model`: `evaluate` makes no state of an optimizer.
+
+    Keras's builds it: of AdamW for all weights in bfloat16 four times their memory, and float16 weights are refused.
+    """
+
+    _only_evaluates = False
+
+    @contextlib.contextmanager
+    def _only_evaluating(self):
+        before, self._only_evaluates = self._only_evaluates, True
+        try:
+            yield
+        finally:
+            self._only_evaluates = before
+
+    def _symbolic_build(self, *args, **kwargs):
+        optimizer = self.optimizer
+        if not self._only_evaluates or optimizer is None or optimizer.built:
+            return super()._symbolic_build(*args, **kwargs)
+        self.optimizer = None
+        try:
+            return super()._symbolic_build(*args, **kwargs)
+        finally:
+            self.optimizer = optimizer
+
+
+def variable_array(variable):
+    """A numpy array of a `keras.Variable` or a tensor.
+
+    `keras.ops.convert_to_numpy` of a variable goes through its `__array__`, whose signature numpy 2 has deprecated.
+    """
+    import keras
+
+    return keras.ops.convert_to_numpy(variable.value if isinstance(variable, keras.Variable) else variable)
 
 
 def flatten_layers(model):

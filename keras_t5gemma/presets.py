@@ -199,13 +199,26 @@ def preprocessor_options(folder, keras_file="preprocessor.json"):
         raise ValueError(f"{path} is not a preprocessor's config ({type(error).__name__}: {error}).") from error
 
 
+def kaggle_file(handle, path):
+    """One file of a Kaggle checkpoint, downloaded if it is not there yet.
+
+    Args:
+        handle: "kaggle://owner/model/framework/variation[/version]".
+        path: the file's, within the checkpoint.
+
+    Raises:
+        ConnectionError: as for `locate`.
+    """
+    return _download(handle, path=path)
+
+
 _LOGIN = {
     "hf": ("huggingface.co", "accept Gemma's licence there and log in with `hf auth login` or set HF_TOKEN"),
     "kaggle": ("kaggle.com", "accept Gemma's licence there and set KAGGLE_USERNAME and KAGGLE_KEY"),
 }
 
 
-def _download(handle, weights):
+def _download(handle, weights=True, path=None):
     scheme, _, name = handle.partition("://")
     try:
         if scheme == "hf":
@@ -216,7 +229,7 @@ def _download(handle, weights):
             return Path(snapshot_download(name, allow_patterns=patterns))
         from kagglehub import model_download
 
-        return Path(model_download(name))
+        return Path(model_download(name) if path is None else model_download(name, path))
     except Exception as error:
         site, remedy = _LOGIN[scheme]
         raise ConnectionError(

@@ -1,6 +1,9 @@
 """One backend a run, chosen by KERAS_BACKEND as for any Keras program; no network."""
 
+import gc
 import os
+
+import pytest
 
 # Before Keras is imported. JAX is the reference; `nox -s tests` runs all three.
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -25,6 +28,15 @@ _SLOW = (
     "test_notebook.py",
     "test_contract.py",
 )
+
+
+@pytest.fixture(scope="module")
+def quick_collections():
+    """Keras collects garbage once for each layer it quantizes: not all that the libraries have imported, here."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

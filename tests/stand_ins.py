@@ -14,7 +14,9 @@ _SIZES = {
 }
 
 
-def write_stand_ins(folder, texts, gemma2=("gemma2_9b_en", "gemma2_2b_en"), t5gemma=("t5gemma_2b_2b_prefixlm_it",)):
+def write_stand_ins(
+    folder, texts, gemma2=("gemma2_9b_en", "gemma2_2b_en"), t5gemma=("t5gemma_2b_2b_prefixlm_it",), loudness=1
+):
     """Writes tiny random models.
 
     Args:
@@ -22,19 +24,28 @@ def write_stand_ins(folder, texts, gemma2=("gemma2_9b_en", "gemma2_2b_en"), t5ge
         texts: what their vocabulary is made of.
         gemma2: names of keras-hub's Gemma 2.
         t5gemma: names of published T5Gemma.
+        loudness: what embeddings are multiplied by. With 20 logits are as large as a trained model's, so that what
+            happens before them, such as LoRA, can lower the loss.
 
     Returns:
         What `serve` takes.
     """
     proto = kt.train_tokenizer(texts, _VOCABULARY)
     for name in gemma2:
-        save_gemma2(build_gemma2(_SIZES[name.split("_")[1]], _VOCABULARY), proto, folder / name)
+        save_gemma2(_louder(build_gemma2(_SIZES[name.split("_")[1]], _VOCABULARY), loudness), proto, folder / name)
     for name in t5gemma:
         encoder, decoder = (_SIZES[size] for size in name.split("_")[1:3])
-        backbone = kt.T5GemmaBackbone(encoder, decoder, vocabulary_size=_VOCABULARY)
+        backbone = _louder(kt.T5GemmaBackbone(encoder, decoder, vocabulary_size=_VOCABULARY), loudness)
         tokenizer = kt.T5GemmaTokenizer(proto=proto)
         kt.export_to_hugging_face(backbone, folder / name, tokenizer=tokenizer, chat=name.endswith("_it"))
     return {name: str(folder / name) for name in (*gemma2, *t5gemma)}
+
+
+def _louder(backbone, loudness):
+    for weight in backbone.weights:
+        if weight.path.endswith("embeddings"):
+            weight.assign(loudness * weight.value)
+    return backbone
 
 
 def serve(folders, replace=setattr):

@@ -15,8 +15,10 @@ from safetensors.numpy import load_file
 from stand_ins import serve, write_stand_ins
 
 import keras_t5gemma as kt
+from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.presets import STACKS
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
 WEIGHTS = "model.safetensors"
 
 
@@ -46,6 +48,20 @@ def moved(lm):
     return [weight.path for weight in factors if np.any(keras.ops.convert_to_numpy(weight))]
 
 
+def as_float32(weight):
+    return keras.ops.convert_to_numpy(keras.ops.cast(weight, "float32"))
+
+
+def modes(lm):
+    """The forms in which weights are kept, by kind of layer."""
+    found = {"Dense": set(), "Embedding": set()}
+    for layer in flatten_layers(lm.backbone):
+        for name, of_kind in found.items():
+            if isinstance(layer, getattr(keras.layers, name)):
+                of_kind.add(layer.quantization_mode)
+    return found
+
+
 def is_text(value):
     return isinstance(value, str)
 
@@ -63,12 +79,21 @@ def readme(histories):
         assert trained_lora_alone(names, histories)
 
     def adapted(names):
+        # Ten steps at a learning rate for real models.
+        fresh = kt.adapt_gemma2("gemma2_9b_en", "gemma2_2b_en", dtype="bfloat16")  # what it was before `fit`
+        pairs = list(zip(fresh.weights, names["backbone"].weights, strict=True))
+        changed = [np.ravel(as_float32(before) != as_float32(after)) for before, after in pairs]
+        assert np.concatenate(changed).mean() > 0.5
+        losses = [
+            lm.evaluate(names["data"], steps=4, verbose=0, return_dict=True)["loss"]
+            for lm in (kt.T5GemmaSeq2SeqLM(fresh), names["lm"])
+        ]
+        assert losses[1] < losses[0] - 0.01, losses
         assert names["lm"].backbone.config.encoder.hidden_dim > names["lm"].backbone.config.decoder.hidden_dim
         assert np.isfinite(histories[-1].history["loss"]).all()
         again = kt.T5GemmaSeq2SeqLM.from_preset("my-t5gemma")
         for weight, loaded in zip(names["backbone"].weights, again.backbone.weights, strict=True):
-            values = (keras.ops.convert_to_numpy(keras.ops.cast(x, "float32")) for x in (weight, loaded))
-            assert np.array_equal(*values), weight.path
+            assert np.array_equal(as_float32(weight), as_float32(loaded)), weight.path
 
     def own(names):
         config = names["backbone"].config
@@ -129,8 +154,25 @@ def generation(_):
         assert names["vectors"].shape == names["last"].shape == (2, width)
         assert not np.allclose(names["vectors"], names["last"])
 
+    def in_fewer_bytes(names):
+        lm, prompts = names["lm"], names["prompts"]
+        assert modes(lm) == {"Dense": {"int8"}, "Embedding": {"int8"}}
+        assert modes(names["smaller"]) == {"Dense": {"int4"}, "Embedding": {"int4"}}
+        for other in (names["saved"], names["loaded"]):
+            for weight, found in zip(lm.backbone.weights, other.backbone.weights, strict=True):
+                assert np.array_equal(as_float32(weight), as_float32(found)), weight.path
+        # Of the same answers as before, in nats, about a hundred in all.
+        likelihoods = lm.score(prompts, ["Air scatters blue light.", "Nile, Rhine, Don."])["log_likelihood"]
+        np.testing.assert_allclose(likelihoods, names["best"], rtol=0.01)
+
+    def in_two_forms(names):
+        assert modes(names["mixed"]) == {"Dense": {"int4"}, "Embedding": {"int8"}}
+        assert all(map(is_text, names["mixed"].generate(names["prompts"], max_length=16)))
+
     return {
         "answers =": answered,
+        'lm.save_to_preset("int8")': in_fewer_bytes,
+        "mixed.quantize": in_two_forms,
         "kt.BeamSampler": sampled,
         "kt.ForcedTokens": controlled,
         "num_samples=3": several,

@@ -99,8 +99,9 @@ class Program:
             outputs, values = run(self, values, arguments)
         else:
             shapes = tuple((x.shape, str(x.dtype)) for x in tree.flatten(arguments))
-            with contextlib.nullcontext() if shapes in self._known_shapes else _COMPILING:
-                outputs, values = run(self, values, arguments)
+            is_new = shapes not in self._known_shapes
+            with _COMPILING if is_new else contextlib.nullcontext():
+                outputs, values = run(self, values, arguments, is_new)
             self._known_shapes.add(shapes)
         return outputs if seeds is None else (outputs, values)
 
@@ -118,7 +119,7 @@ class Program:
         with torch.no_grad():
             return self._function_with_seeds(seeds, arguments)
 
-    def _run_tensorflow(self, seeds, arguments):
+    def _run_tensorflow(self, seeds, arguments, is_new=False):
         import tensorflow as tf
 
         if self._model.run_eagerly:
@@ -134,12 +135,16 @@ class Program:
                 self._compiled_for = [weakref.ref(variable, self._forget) for variable in variables]
                 self._known_shapes.clear()
             compiled = self._compiled
+        if is_new:
+            # A program of its own per shape is meant. Traced by the call, it would count as one too many, and
+            # TensorFlow would warn of that.
+            compiled.get_concrete_function(seeds, arguments)
         return compiled(seeds, arguments)
 
     def _forget(self, _):
         self._compiled = None
 
-    def _run_jax(self, seeds, arguments):
+    def _run_jax(self, seeds, arguments, is_new=False):  # noqa: ARG002 for TensorFlow's
         if self._model.run_eagerly:
             return self._function_with_seeds(seeds, arguments)
         if self._compiled is None:

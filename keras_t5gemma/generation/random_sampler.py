@@ -8,6 +8,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_t5gemma._keras_internals import variable_array
 from keras_t5gemma.checks import integer
 
 
@@ -133,7 +134,7 @@ class Draws:
         return np.array([start, 0], keras.backend.standardize_dtype(variable.dtype))
 
     def _read(self):
-        return [ops.convert_to_numpy(variable).tolist() for variable in self._variables]
+        return [variable_array(variable).tolist() for variable in self._variables]
 
     def _assign(self, values):
         for variable, value in zip(self._variables, values, strict=True):

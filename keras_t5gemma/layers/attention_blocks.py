@@ -97,7 +97,10 @@ def _tensorflow(block, count, query, segments, key, value):
     def loop(body, *sums):
         def step(i, blocks, *sums):
             of_block, *parts = body(i)
-            return i + 1, blocks.write(i, of_block), *(total + part for total, part in zip(sums, parts, strict=True))
+            added = [total + part for total, part in zip(sums, parts, strict=True)]
+            for total, new in zip(sums, added, strict=True):
+                new.set_shape(total.shape)  # not known of a slice's gradient: with K = 1 the loop would be refused
+            return i + 1, blocks.write(i, of_block), *added
 
         blocks = tf.TensorArray(query.dtype, size=count, element_shape=query.shape[1:])
         _, blocks, *sums = tf.while_loop(

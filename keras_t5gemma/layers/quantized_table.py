@@ -9,6 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma._keras_internals import variable_array
 from keras_t5gemma.layers.device import on_cpu
 from keras_t5gemma.layers.saved_variables import SavedAsItIs
 
@@ -50,7 +51,7 @@ class Embedding(SavedAsItIs, keras.layers.ReversibleEmbedding):
         part.build()
         part.embeddings.assign(rows)
         part.quantize(mode, config=config)
-        return part.dtype_policy, [ops.convert_to_numpy(variable) for variable in _quantized_variables(part)]
+        return part.dtype_policy, [variable_array(variable) for variable in _quantized_variables(part)]
 
 
 def _quantized_variables(embedding):

@@ -139,6 +139,7 @@ class T5GemmaSeq2SeqLM(
                 with the loss, or a teacher's vocabulary not the model's.
         """
         sampler = resolve_sampler(sampler)
+        self._replaced = None
         if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = default_optimizer(warmup_steps=0)
         loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
@@ -238,7 +239,8 @@ class T5GemmaSeq2SeqLM(
 
     def get_config(self):
         """The constructor's arguments."""
-        return {**super().get_config(), "buckets": keras.saving.serialize_keras_object(self.buckets)}
+        config = {**super().get_config(), "buckets": keras.saving.serialize_keras_object(self.buckets)}
+        return config if self.compiled else {**config, "compile": False}
 
     @classmethod
     def from_config(cls, config):
@@ -247,7 +249,9 @@ class T5GemmaSeq2SeqLM(
         return super().from_config({**config, "buckets": buckets})
 
     def get_compile_config(self):
-        """What `compile` was called with, the sampler included, JSON-ready."""
+        """What `compile` was called with, the sampler included, JSON-ready; None if it was not called."""
+        if not self.compiled:
+            return None
         return {
             **super().get_compile_config(),
             # Given as None to Keras, which has nothing to do with it.
@@ -259,9 +263,12 @@ class T5GemmaSeq2SeqLM(
         }
 
     def compile_from_config(self, config):
-        """Compiles as `get_compile_config` says, and makes the optimizer's variables for a saved state to fill."""
-        self.compile(**{name: keras.saving.deserialize_keras_object(value) for name, value in config.items()})
-        self.optimizer.build(self.trainable_variables)
+        """Compiles as `get_compile_config` says, and makes the optimizer's variables for a saved state, if any."""
+        config = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
+        is_built = config.pop("optimizer_is_built", True)
+        self.compile(**config)
+        if is_built:
+            self.optimizer.build(self.trainable_variables)
 
 
 # keras-hub finds a backbone's tokenizer and preprocessor by this; their modules rank below and cannot name it.

@@ -11,11 +11,13 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import is_integer
-from keras_t5gemma.presets import PRESETS, is_hugging_face, locate
+from keras_t5gemma.presets import PRESETS, is_hugging_face, kaggle_file, locate
 from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
 
 HUGGING_FACE_FILE = "tokenizer.model"
 KERAS_CONFIG_FILE = "tokenizer.json"
+# Where keras-hub's saver puts it, whichever class saved it.
+_KERAS_FILE = "assets/{}/vocabulary.spm"
 # What the preprocessor adds, and text never stands for.
 _ADDED_TOKENS = ("<bos>", "<eos>", "<pad>")
 
@@ -63,17 +65,45 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         """
         if isinstance(proto, os.PathLike):
             proto = os.fspath(proto)
+        what = f"{len(proto)} bytes" if isinstance(proto, bytes) else repr(proto)
+        # keras-hub would leave the file open.
+        if isinstance(proto, str) and os.path.isfile(proto):
+            proto = Path(proto).read_bytes()
+        self._take(proto, what)
+
+    @classmethod
+    def from_config(cls, config):
+        """The inverse of `get_config`. keras-hub refuses paths in files that anyone may write."""
+        config = dict(config)
+        proto = config.pop("proto", None)
+        tokenizer = super().from_config(config)
+        tokenizer._take(proto, f"{len(proto)} bytes" if isinstance(proto, bytes) else repr(proto))
+        return tokenizer
+
+    def _take(self, proto, what):
+        kept, self.proto = self.proto, None  # see `_set_proto_tf`
         try:
+            if proto == b"":
+                raise EOFError("it is empty")  # SentencePiece would take it
             super().set_proto(proto)
         except (ValueError, ImportError):
+            self.proto = kept
             raise
         # The operating system, SentencePiece and TensorFlow (where installed) each raise their own.
         except Exception as error:
-            what = f"{len(proto)} bytes" if isinstance(proto, bytes) else repr(proto)
+            self.proto = kept
             raise ValueError(
                 f"`proto` must be a SentencePiece model (Gemma's `tokenizer.model`), its path or its bytes. Received "
                 f"{what}, which cannot be read: {type(error).__name__}: {error}"
             ) from error
+
+    def _set_proto_tf(self, proto):
+        # TensorFlow's own tokenizer writes to the terminal when it is made, and takes a vocabulary's time and memory
+        # again. `_maybe_initialized_tf` makes it where it is used; but not within a `tf.data` pipeline.
+        if self.sequence_length or self.proto is not None:
+            super()._set_proto_tf(proto)
+        else:
+            self._sentence_piece = None
 
     def tokenize(self, inputs):
         """Ids of a string, or of a list or tensor of strings [B], ragged; in a traced `tf.data` pipeline, too."""
@@ -139,14 +169,15 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
                 for and where.
             ConnectionError: where a download failed.
         """
-        if str(preset) not in PRESETS and str(preset) in keras_hub.models.GemmaTokenizer.presets:
-            return cls(proto=keras_hub.models.GemmaTokenizer.from_preset(str(preset)).proto, **kwargs)
+        gemma = keras_hub.models.GemmaTokenizer.presets
+        if str(preset) not in PRESETS and str(preset) in gemma:
+            handle = gemma[str(preset)]["kaggle_handle"]
+            return cls(proto=kaggle_file(handle, _KERAS_FILE.format("tokenizer")).read_bytes(), **kwargs)
         folder, hugging_face = open_preset(preset, config_file)
         if hugging_face:
             return cls(proto=_read_model(folder, HUGGING_FACE_FILE), **kwargs)
         options = keras_options(folder, config_file)
-        # Where keras-hub's saver puts it, whichever class saved it.
-        model = f"assets/{Path(config_file).stem}/vocabulary.spm"
+        model = _KERAS_FILE.format(Path(config_file).stem)
         return cls.from_config({**options, **kwargs, "proto": _read_model(folder, model)})
 
 

@@ -6,6 +6,7 @@ import functools
 import keras
 from keras import ops
 
+from keras_t5gemma._keras_internals import variable_array
 from keras_t5gemma.checks import integer
 
 # In the path of the four kernels and of the two norms around them, LoRA's factors included.
@@ -54,7 +55,7 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
         model = self.model
         # Mixed precision wraps the optimiser that applies the gradients in one that scales the loss.
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-        if int(ops.convert_to_numpy(optimizer.iterations)) < self.steps:
+        if int(variable_array(optimizer.iterations)) < self.steps:
             frozen = [variable for variable in model.trainable_variables if _CROSS_ATTENTION not in variable.path]
             if len(frozen) == len(model.trainable_variables):
                 raise ValueError(
@@ -120,7 +121,7 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
 
     def _look_at_the_count(self):
         # On JAX, reading `self.model` writes the running state back into the variables: not for every step.
-        iterations = int(ops.convert_to_numpy(self.model.optimizer.iterations))
+        iterations = int(variable_array(self.model.optimizer.iterations))
         if iterations >= self.steps:
             self._release()
         # Where loss scaling skipped a step, or some had been accumulated before, this is asked more than once.

@@ -5,8 +5,8 @@ import time
 from pathlib import Path
 
 import keras
-from keras import ops
 
+from keras_t5gemma._keras_internals import variable_array
 from keras_t5gemma.training.evaluation import mean_loss
 from keras_t5gemma.training.run_log import HELD_OUT, LOG_FILE, LogTable
 
@@ -76,7 +76,7 @@ class TrainingLog(keras.callbacks.Callback):
         """Writes a row."""
         row = {"step": (epoch + 1) * self.params["steps"], "loss": math.nan}  # first, whatever order Keras has them in
         row |= {name: float(value) for name, value in (logs or {}).items()}
-        row["learning_rate"] = float(ops.convert_to_numpy(self.model.optimizer.learning_rate))
+        row["learning_rate"] = float(variable_array(self.model.optimizer.learning_rate))
         if self.tokens is not None:
             row["tokens_per_second"] = math.nan if self.tokens.per_second is None else self.tokens.per_second
         if self.held_out:

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_t5gemma._keras_internals import variable_array
 from keras_t5gemma.training.indexed_slices import is_distributed
 from keras_t5gemma.training.low_precision import LowPrecision, is_bfloat16
 
@@ -93,7 +94,7 @@ def _largest_rate(optimizer):
     """Of the first steps and of later ones: a schedule may begin with a warm-up."""
     schedule = optimizer._learning_rate
     if not isinstance(schedule, keras.optimizers.schedules.LearningRateSchedule):
-        return float(ops.convert_to_numpy(optimizer.learning_rate))
+        return float(variable_array(optimizer.learning_rate))
     return max(float(ops.convert_to_numpy(schedule(step))) for step in (0, *(10**power for power in range(6))))
 
 

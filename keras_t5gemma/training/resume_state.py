@@ -8,7 +8,7 @@ import re
 import keras
 import numpy as np
 
-from keras_t5gemma._keras_internals import global_seed_generator
+from keras_t5gemma._keras_internals import global_seed_generator, variable_array
 from keras_t5gemma.checkpoints.export import ModelTensors, write_checkpoint
 from keras_t5gemma.checkpoints.files import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
@@ -326,7 +326,7 @@ def _named(model, backbone, groups=("model", "optimizer", "metrics")):
 
 
 def _copy(variable):
-    array = np.asarray(keras.ops.convert_to_numpy(variable))
+    array = np.asarray(variable_array(variable))
     # Contiguous, owned, and of the variable's dtype, where the backend gave bfloat16 as float32.
     return np.array(array, dtype=DTYPES["BF16"] if str(variable.dtype) == "bfloat16" else array.dtype, order="C")
 

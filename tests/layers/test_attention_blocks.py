@@ -2,6 +2,7 @@
 
 import contextlib
 
+import attention_cases
 import keras
 import numpy as np
 import pytest
@@ -79,6 +80,14 @@ def test_output_and_gradients_of_unknown_lengths_are_those_of_the_plain_one(name
     for got, value, tolerance in zip(found, expected, [rounding] + 3 * [3 * rounding], strict=True):
         assert np.abs(value).max() > 0
         np.testing.assert_allclose(got, value, rtol=tolerance, atol=tolerance * np.abs(value).max())
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="only TensorFlow traces without knowing lengths")
+def test_gradients_of_a_single_kv_head_and_unknown_lengths_are_those_of_the_plain_one(monkeypatch):
+    monkeypatch.setattr(attention_cases, "KV_HEADS", 1)
+    test_output_and_gradients_of_unknown_lengths_are_those_of_the_plain_one(
+        "a window shorter than a block", 5, monkeypatch
+    )
 
 
 def no_gradients():

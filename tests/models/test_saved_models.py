@@ -4,7 +4,6 @@
 `save_weights`, `export_to_hugging_face`, `save_lora`}, here and from another backend's files.
 """
 
-import gc
 import os
 import subprocess
 import sys
@@ -19,17 +18,9 @@ from saved_models import DTYPES, LORA, QUANTIZATIONS, WRITE, logits, new_model, 
 
 import keras_t5gemma as kt
 
+pytestmark = pytest.mark.usefixtures("quick_collections")
 # Each backend reads the files of the next.
 WRITERS = {"jax": "tensorflow", "tensorflow": "torch", "torch": "jax"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Keras collects garbage once for each layer it quantizes: not all that the libraries have imported, here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -96,13 +96,14 @@ def test_from_preset_reads_what_keras_hub_saved(tokenizer, model_file, tmp_path,
 def test_from_preset_takes_keras_hubs_gemma_names(tokenizer, model_file, monkeypatch):
     asked = []
 
-    def stand_in(preset):
-        asked.append(preset)
-        return keras_hub.models.GemmaTokenizer(proto=str(model_file))
+    def stand_in(handle, path):
+        asked.append((handle.rpartition("/")[0], path))
+        return str(model_file)
 
-    monkeypatch.setattr(keras_hub.models.GemmaTokenizer, "from_preset", stand_in)
+    monkeypatch.setattr("kagglehub.model_download", stand_in)
     assert T5GemmaTokenizer.from_preset("gemma2_2b_en").proto == tokenizer.proto
-    assert asked == ["gemma2_2b_en"]
+    # The vocabulary alone: the weights stay where they are.
+    assert asked == [("keras/gemma2/keras/gemma2_2b_en", "assets/tokenizer/vocabulary.spm")]
 
 
 def test_from_preset_without_tokenizer_model_says_what_it_looked_for(hugging_face_folder):

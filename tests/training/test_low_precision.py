@@ -122,6 +122,14 @@ def test_lora_on_float16_weights_trains_in_float32_with_a_scaled_loss(preprocess
         np.testing.assert_array_equal(as_float32(variable), before)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_evaluation_makes_no_state_of_an_optimizer(dtype, preprocessor):
+    lm, _ = language_model(preprocessor, dtype)
+    assert np.isfinite(lm.evaluate(PAIRS, batch_size=72, verbose=0)).all()
+    assert np.isfinite(lm.test_on_batch(*preprocessor({name: column[:24] for name, column in PAIRS.items()}))).all()
+    assert not lm.optimizer.built
+
+
 def test_default_optimizer_trains_by_a_rate_for_what_is_trained(preprocessor):
     lm, weights = language_model(preprocessor, "bfloat16")
     history = lm.fit(PAIRS, batch_size=72, epochs=3, verbose=0).history["loss"]  # compiled by the constructor
