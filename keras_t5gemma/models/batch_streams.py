@@ -97,10 +97,10 @@ class _GrainIterator(grain.DatasetIterator):
         return next(self._batches)
 
     def get_state(self):
-        raise NotImplementedError("The position in an iterable cannot be saved. Use a Grain dataset.")
+        raise TypeError("The position in an iterable cannot be saved. Use a Grain dataset.")
 
     def set_state(self, state):
-        raise NotImplementedError("The position in an iterable cannot be restored. Use a Grain dataset.")
+        raise TypeError("The position in an iterable cannot be restored. Use a Grain dataset.")
 
 
 def tensorflow_dataset(stream):
