@@ -3,6 +3,8 @@
 import math
 import numbers
 
+import numpy as np
+
 
 def is_integer(value):
     """Whether a value is an integer, Python's or numpy's. Booleans are not, though Python counts them as integers."""
@@ -73,3 +75,14 @@ def check_integer_fields(instance, **least):
     """
     for name, smallest in least.items():
         object.__setattr__(instance, name, integer(getattr(instance, name), name, least=smallest))
+
+
+def check_finite(weights):
+    """Refuses weights that would make the loss and all that is trained NaN.
+
+    Raises:
+        ValueError: if one is infinite or not a number.
+    """
+    if not np.isfinite(weights).all():
+        row = np.argwhere(~np.isfinite(weights))[0][0]
+        raise ValueError(f"`sample_weight` must hold finite numbers. Received: {weights[row]} in row {row}.")

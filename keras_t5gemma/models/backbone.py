@@ -65,6 +65,8 @@ class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
         dtype=None,
         **kwargs,
     ):
+        if unknown := sorted(set(kwargs) - {"name", "trainable"}):  # Keras would take them without a word
+            raise TypeError(f"T5GemmaBackbone got an unexpected keyword argument {unknown[0]!r}.")
         config = T5GemmaConfig(
             encoder=presets.stack(encoder),
             decoder=presets.stack(encoder if decoder is None else decoder),

@@ -1,11 +1,13 @@
 """One batch of token ids, as users and libraries write it, to the arrays that the model takes."""
 
+import re
 import sys
 from collections.abc import Mapping
 
 import keras
 import numpy as np
 
+from keras_t5gemma.checks import check_finite
 from keras_t5gemma.models.inputs import START_TOKEN_ID
 from keras_t5gemma.training.labels import IGNORED_LABEL
 
@@ -107,7 +109,15 @@ class BatchArrays:
             ValueError: if a key is unknown, a shape does not fit, or an id is outside the vocabulary. The message names
                 argument, value or shape, and what would fit.
         """
-        x = renamed(x)
+        try:
+            return self._arrays(renamed(x), y, sample_weight)
+        except ValueError as error:
+            if not isinstance(x, Mapping) or "input_ids" not in x:
+                raise
+            theirs = {ours: name for name, ours in HUGGING_FACE_NAMES.items()} | ({"y": LABELS} if LABELS in x else {})
+            raise ValueError(re.sub(r"`(\w+)`", lambda name: f"`{theirs.get(name[1], name[1])}`", str(error))) from None
+
+    def _arrays(self, x, y, sample_weight):
         given, rest = x.pop(LABELS, None), None
         if given is not None and y is not None:
             raise ValueError('Labels are given twice, as y and as x["labels"]: pass one of them.')
@@ -131,6 +141,7 @@ class BatchArrays:
                     f"x={described(x)}."
                 )
             ids = np.where(labels == IGNORED_LABEL, _PAD_ID, labels)
+            check_range(LABELS, ids, self.vocabulary_size, ", or -100")
             x = {**x, "decoder_token_ids": np.concatenate([np.full_like(ids[:, :1], START_TOKEN_ID), ids[:, :-1]], 1)}
         inputs = {}
         for side in ("encoder", "decoder"):
@@ -165,6 +176,7 @@ class BatchArrays:
             weights = usual.astype("float32")
         else:
             weights = to_rows("sample_weight", weights, 0, "float32")
+            check_finite(weights)
             if weights.shape in ((len(ids),), (len(ids), 1)):
                 weights = np.reshape(weights, (-1, 1)) * usual
             elif weights.shape == ids.shape:

@@ -31,6 +31,8 @@ from keras_t5gemma.training.labels import IGNORED_LABEL
 _READ_AHEAD = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 # Grain looks through all that is read ahead at each step: few for data that have no end.
 _READ_AHEAD_ENDLESS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+# Batches: more than anyone has. Grain repeats to `sys.maxsize` rows, and batches are a part of that.
+_ENDLESS = 2**40
 
 
 @dataclasses.dataclass
@@ -150,7 +152,8 @@ def _is_batches(data):
 def never_ends(data):
     """Whether a dataset is known to have no end."""
     if isinstance(data, grain.MapDataset):
-        return len(data) == sys.maxsize
+        length = _length(data)
+        return length is None or length >= _ENDLESS
     if isinstance(data, grain.IterDataset):
         if hasattr(data, "_num_epochs"):  # Grain's own `repeat`
             return data._num_epochs is None
@@ -180,7 +183,7 @@ def _length(data):
         return None
     try:
         return len(data)
-    except TypeError:
+    except (TypeError, OverflowError):  # none, or Grain's of what it repeats for ever and batches
         return None
 
 
@@ -219,8 +222,8 @@ def _refuse_beside(data, **arguments):
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` must be left out beside a {type(data).__name__}, which has everything. {FORM} Received: "
-                f"{name}={described(value)}."
+                f"`{name}` must be left out: a {type(data).__name__} gives whole batches, with labels and weights if "
+                f"there are any. {FORM} Received: {name}={value if isinstance(value, int) else described(value)}."
             )
 
 

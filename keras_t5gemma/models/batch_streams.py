@@ -99,7 +99,7 @@ class _GrainIterator(grain.DatasetIterator):
     def get_state(self):
         raise TypeError("The position in an iterable cannot be saved. Use a Grain dataset.")
 
-    def set_state(self, state):
+    def set_state(self, state):  # noqa: ARG002 Grain's
         raise TypeError("The position in an iterable cannot be restored. Use a Grain dataset.")
 
 

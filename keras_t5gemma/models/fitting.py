@@ -191,6 +191,8 @@ class Fits(RestoresTrainingState):
                     renamed(x)  # an error that shows the form
                 if not (isinstance(x, Mapping) and set(TEXT_NAMES) & set(x)):
                     raise ValueError(f"{FORM} Received: x={described(x)}.")
+                if alone := [name for name in TEXT_NAMES if name in x and _is_one_text(x[name])]:
+                    raise ValueError(f"`{alone[0]}` is a single text, and must be a batch of them. {FORM}")
                 x, y, sample_weight = preprocessor.call(_texts(x), y=y, sample_weight=sample_weight)
                 if multiple == 1:
                     return x, y, sample_weight
@@ -309,6 +311,10 @@ def _texts(x):
         return column
 
     return {name: text(column) for name, column in x.items()}
+
+
+def _is_one_text(column):
+    return isinstance(column, (str, bytes)) or tuple(getattr(column, "shape", (1,))) == ()
 
 
 def _on_a_device(x):

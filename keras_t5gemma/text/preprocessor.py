@@ -7,7 +7,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_t5gemma.checks import integer
+from keras_t5gemma.checks import check_finite, integer
 from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, preprocessor_options, wants_turns
 from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.packing import Packer, pad_rows
@@ -122,7 +122,10 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             )
         prompts, answers = _texts(x)
         if answers is None:
-            raise ValueError('Training needs x={"encoder_text": ..., "decoder_text": ...}; it has no "decoder_text".')
+            raise ValueError(
+                'x must hold "encoder_text" and "decoder_text", what to read and what to say. It has no '
+                '"decoder_text". To have prompts answered, call `generate`.'
+            )
         encoder_length = self._encoder_length(encoder_sequence_length)
         decoder_length = self._decoder_length(decoder_sequence_length, sequence_length)
         arrays = _run(
@@ -278,6 +281,8 @@ def _weighted(weights, given):
     tf = sys.modules.get("tensorflow")
     is_tensorflow = tf is not None and tf.is_tensor(given)
     given = tf.cast(given, "float32") if is_tensorflow else _to_numpy(given).astype("float32")
+    if not is_tensorflow:
+        check_finite(given)
     return weights * (given[..., None] if by_row else given)
 
 

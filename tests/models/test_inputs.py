@@ -327,3 +327,19 @@ def test_an_ordinary_run_prints_and_warns_nothing(lm, arrays, capfd, caplog):
     assert [str(warning.message) for warning in caught] == []
     assert [record.getMessage() for record in caplog.records if record.levelname != "DEBUG"] == []
     assert "".join(capfd.readouterr()) == ""
+
+
+def test_faults_of_a_users_data_are_errors_that_name_them(lm):
+    ids = {"encoder_token_ids": np.full((2, 4), 5), "decoder_token_ids": np.full((2, 3), 6)}
+    with pytest.raises(ValueError, match=r"`sample_weight` must hold finite numbers.*row 1"):
+        lm.evaluate(ids, sample_weight=[1.0, np.nan], verbose=0)
+    collator = {"input_ids": ids["encoder_token_ids"], "labels": np.array([[-5, 6, 7]] * 2)}
+    with pytest.raises(ValueError, match=r"`labels` must be.*Received: -5 in row 0, position 0"):
+        lm.evaluate(collator, verbose=0)
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape of `input_ids`"):
+        lm.evaluate({**collator, "labels": ids["decoder_token_ids"], "attention_mask": np.ones((2, 3), int)}, verbose=0)
+    endless = grain.MapDataset.source([ids]).repeat().batch(1)
+    with pytest.raises(ValueError, match="never end"):
+        lm.fit(endless, verbose=0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'dtyp'"):
+        kt.T5GemmaBackbone("s", dtyp="bfloat16")
