@@ -1,23 +1,26 @@
 """The command line: help without Keras, errors in a line, and the verbs on a tiny checkpoint."""
 
+import importlib.metadata
 import json
 import os
 import resource
 import subprocess
 import sys
 
+import keras
 import pytest
 import typer
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+import keras_t5gemma as kt
 from keras_t5gemma.cli import app
 from keras_t5gemma.cli.inspection import size_name
 from keras_t5gemma.cli.session import first_free, one_line_errors
 from keras_t5gemma.presets import PRESETS, STACKS
 from keras_t5gemma.recipes.reading import recipe_path
 
-VERBS = ("demo", "adapt", "export", "average", "inspect", "verify", "train", "plot", "generate", "presets")
+VERBS = ("demo", "adapt", "export", "average", "inspect", "verify", "train", "plot", "generate", "env", "presets")
 BACKENDS = ("keras", "keras_hub", "jax", "tensorflow", "torch")
 
 
@@ -55,6 +58,64 @@ def test_help_takes_under_a_second_of_processor_time():
     before = spent()
     in_new_python("--help")
     assert spent() - before < 1
+
+
+def test_version_is_told_without_importing_a_backend():
+    assert in_new_python("--version") == (0, f"keras-t5gemma {kt.__version__}", "", "[]")
+
+
+def test_env_names_versions_backend_and_devices():
+    result = run("env")
+    facts = dict(line.split(": ", 1) for line in result.output.splitlines())
+    assert result.exit_code == 0
+    assert facts["keras"] == importlib.metadata.version("keras")
+    assert facts["backend"] == keras.backend.backend()
+    assert "cpu" in facts["devices"].lower()
+
+
+def test_env_says_what_is_wrong_with_a_backend_that_does_not_import(tmp_path, monkeypatch):
+    name = keras.backend.backend()
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("raise RuntimeError('no such driver')", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=":")
+    result = run("env")
+    facts = dict(line.split(": ", 1) for line in result.output.splitlines())
+    assert result.exit_code == 0
+    assert facts["backend"] == "does not work (exit status 1): RuntimeError: no such driver"
+    assert facts["numpy"] == importlib.metadata.version("numpy")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("generate", "nothing", "hi", "--sampler", "gredy"), "Did you mean 'greedy'?"),
+        (("generate", "nothing", "hi", "--top-p", "0"), "--top-p"),
+        (("generate", "nothing", "hi", "--out", "no_such_folder/a.jsonl"), "no_such_folder"),
+        (("generate", "google/t5gemma-2b-2b-ul2", "hi"), "Did you mean 't5gemma_2b_2b_ul2'?"),
+        (("adapt", "nothing", "out", "--cross-attention", "self_attention"), "Did you mean 'self-attention'?"),
+        (("adapt", "nothing", "out", "--max-shard-size", "5 apples"), "5 apples"),
+        (("export", "nothing", "out", "--max-shard-size", "5 apples"), "5 apples"),
+        (("average", "one", "out"), "two checkpoints"),
+    ],
+)
+def test_option_that_cannot_be_is_told_before_any_backend_is_imported(arguments, named):
+    code, output, errors, imported = in_new_python(*arguments)
+    assert (code, output) == (1, "")
+    assert named in errors
+    assert imported == "[]"
+
+
+def test_plot_of_several_runs_has_a_name_of_its_own_that_is_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text("step,loss\n1,3.0\n2,2.0\n", encoding="utf-8")
+    for runs, picture in ((("a",), "a/log.png"), (("a", "b"), "runs.png"), (("a", "b"), "runs_2.png")):
+        before = (tmp_path / "a" / "log.png").stat().st_mtime_ns if picture != "a/log.png" else None
+        result = run("plot", *runs)
+        assert (result.exit_code, result.output) == (0, f"Wrote {picture}.\n")
+        assert (tmp_path / picture).is_file()
+        assert before is None or (tmp_path / "a" / "log.png").stat().st_mtime_ns == before
 
 
 def test_verbs_are_these_and_no_others():

@@ -10,8 +10,12 @@ from tiny import loud_backbone
 from tiny_tokenizer import TEXTS, train_tiny_tokenizer
 from typer.testing import CliRunner
 
+import keras_t5gemma as kt
 from keras_t5gemma.cli import app
-from keras_t5gemma.cli.generation import read_prompts, sampler_of, write_answers
+from keras_t5gemma.cli.generation import sampler_of
+from keras_t5gemma.cli.options import InferenceDtype, Truncate
+from keras_t5gemma.cli.prompts import read_prompts, write_answers
+from keras_t5gemma.cli.session import inference_dtype, load_for_inference
 
 SHORT = ("--max-length", "6")
 
@@ -48,6 +52,10 @@ class Echo:
         return [f"{prompt} in {max_length}" for prompt in prompts]
 
 
+def prompts(texts):
+    return [{"prompt": text} for text in texts]
+
+
 def test_prompts_come_from_arguments_stdin_and_files_in_this_order(tmp_path, monkeypatch):
     (tmp_path / "more.txt").write_text("three\n\n  \nfour \r\n", encoding="utf-8")
     conversation = [{"role": "user", "content": "Knock knock.\nWho\u2028is there?"}]
@@ -56,7 +64,8 @@ def test_prompts_come_from_arguments_stdin_and_files_in_this_order(tmp_path, mon
     (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     got = read_prompts(["zero\nstill zero", "-"], [tmp_path / "more.txt", tmp_path / "rows.jsonl"])
-    assert got == ["zero\nstill zero", "one", "two", "three", "four ", "five", conversation]
+    texts = ["zero\nstill zero", "one", "two", "three", "", "  ", "four "]
+    assert got == [*({"prompt": text} for text in texts), *rows]
 
 
 def test_no_prompt_at_all_is_refused(tmp_path):
@@ -67,25 +76,36 @@ def test_no_prompt_at_all_is_refused(tmp_path):
         read_prompts([], [tmp_path / "empty.txt"])
 
 
-@pytest.mark.parametrize("line", ["{", "3", '{"text": "a"}'])
-def test_line_that_holds_no_prompt_is_named(line, tmp_path):
-    (tmp_path / "rows.jsonl").write_text(line)
-    with pytest.raises(ValueError, match=r"rows\.jsonl: a line is not"):
+@pytest.mark.parametrize("line", ["{", "3", "", '{"text": "a"}', '{"prompt": 3}', '{"prompt": "a", "answer": "b"}'])
+def test_line_that_holds_no_prompt_or_has_an_answer_is_named(line, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "good"}}\n{line}\n{{"prompt": "good"}}\n\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 2: "):
         read_prompts([], [tmp_path / "rows.jsonl"])
 
 
 def test_answers_are_written_a_batch_at_a_time_in_order_and_the_last_batch_is_as_large(tmp_path):
     lm, out = Echo(), tmp_path / "answers.jsonl"
-    write_answers(lm, list("abcde"), out, 7, 2)
+    write_answers(lm, prompts("abcde"), out, 7, 2)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows == [{"prompt": prompt, "answer": f"{prompt} in 7"} for prompt in "abcde"]
     assert lm.batches == [["a", "b"], ["c", "d"], ["e", "e"]]
 
 
+def test_fields_of_a_row_go_with_its_answer_and_a_prompt_without_text_keeps_its_place(tmp_path):
+    lm, out = Echo(), tmp_path / "answers.jsonl"
+    rows = [{"id": 3, "prompt": "a"}, {"prompt": " "}, {"prompt": ""}, {"prompt": "", "id": 4}, {"prompt": "e"}]
+    write_answers(lm, rows, out, 7, 2)
+    answers = ["a in 7", "", "", "", "e in 7"]
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert written == [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
+    assert list(written[0]) == ["id", "prompt", "answer"]
+    assert lm.batches == [["a", "a"], ["e", "e"]]
+
+
 def test_broken_run_leaves_the_whole_lines_of_the_batches_before(tmp_path):
     out = tmp_path / "answers.jsonl"
     with pytest.raises(MemoryError):
-        write_answers(Echo(breaks_at="d"), ["é", "b", "c", "d"], out, 7, 2)
+        write_answers(Echo(breaks_at="d"), prompts("ébcd"), out, 7, 2)
     content = out.read_text(encoding="utf-8")
     assert content.endswith("\n")
     assert [json.loads(line)["prompt"] for line in content.splitlines()] == ["é", "b"]
@@ -116,9 +136,57 @@ def test_options_for_different_ways_to_choose_exclude_each_other(options):
 def test_single_answer_is_streamed_and_the_same_as_among_others(model):
     alone = run(model, TEXTS[0][:20], *SHORT)
     assert alone.exit_code == 0, alone.output
-    together = run(model, "-", *SHORT, text=f"{TEXTS[0][:20]}\n{TEXTS[0][:20]}")
+    together = run(model, "-", *SHORT, "--temperature", 0, "--seed", 3, text=f"{TEXTS[0][:20]}\n{TEXTS[0][:20]}")
     assert together.stdout == 2 * alone.stdout
     assert len(alone.stdout) > 1
+
+
+def test_empty_lines_of_stdin_are_empty_lines_of_the_answers(model):
+    alone = run(model, TEXTS[0][:20], *SHORT)
+    spaced = run(model, "-", *SHORT, text=f"\n{TEXTS[0][:20]}\n\n")
+    assert spaced.stdout == f"\n{alone.stdout}\n"
+
+
+def test_temperature_of_zero_is_greedy_and_below_zero_none():
+    assert sampler_of(None, None, 0.0, 40, 0.9, 5) == "greedy"
+    assert run("no_such_model", "hi", "--temperature", "-1").exit_code == 2
+
+
+def test_prompt_that_is_too_long_is_an_error_or_cut_as_asked(model):
+    long = TEXTS[0] + TEXTS[1]
+    refused = run(model, long, *SHORT)
+    assert (refused.exit_code, 'truncate="left"' in refused.output) == (1, True)
+    loaded = load_for_inference(str(model), None, None, Truncate.left)
+    assert loaded.backbone.dtype_policy.name == "float32"  # on a CPU
+    result = run(model, long, *SHORT, "--truncate", "left")
+    assert result.stdout == f"{loaded.generate(long, max_length=6)}\n"
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "asked", "dtype"),
+    [
+        (True, None, "float32"),
+        (False, None, "bfloat16"),
+        (True, InferenceDtype.float16, "float16"),
+        (True, InferenceDtype.int8, "int8_from_float32"),
+        (False, InferenceDtype.int4, "int4_from_bfloat16"),
+    ],
+)
+def test_dtype_is_what_is_asked_for_or_suits_the_hardware(on_cpu, asked, dtype, model, monkeypatch):
+    monkeypatch.setattr("keras_t5gemma.layers.device.on_cpu", lambda x: on_cpu)
+    assert inference_dtype(asked, model) == dtype
+
+
+def test_model_answers_in_int8(model):
+    result = run(model, TEXTS[0][:20], *SHORT, "--dtype", "int8")
+    assert result.exit_code == 0, result.output
+    loaded = kt.T5GemmaSeq2SeqLM.from_preset(str(model), dtype="int8_from_float32")
+    assert result.stdout == f"{loaded.generate(TEXTS[0][:20], max_length=6)}\n"
+
+
+def test_preset_that_was_saved_quantized_keeps_its_dtype(model, tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {"dtype": "int8_from_bfloat16"}}')
+    assert inference_dtype(None, tmp_path) is None
 
 
 def test_answers_drawn_with_a_seed_go_to_a_file(model, tmp_path):

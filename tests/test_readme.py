@@ -47,6 +47,15 @@ def test_command_line_examples_name_verbs_that_exist():
     assert used == set(typer.main.get_command(app).commands)
 
 
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
+def test_options_in_command_lines_are_those_of_their_verbs(page):
+    commands = typer.main.get_command(app).commands
+    lines = re.findall(r"keras-t5gemma ([a-z]+)([^`\n]*)", (ROOT / page).read_text(encoding="utf-8"))
+    for verb, rest in lines:
+        known = {name for parameter in commands[verb].params for name in parameter.opts} | {"--help"}
+        assert set(re.findall(r"--[a-z][a-z0-9-]*", rest)) <= known, f"keras-t5gemma {verb}{rest}"
+
+
 def test_ci_runs_the_test_command():
     (command,) = [block for block in blocks("bash") if "nox" in block]
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8")

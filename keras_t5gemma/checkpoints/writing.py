@@ -37,7 +37,7 @@ def write_tensors(folder, source, max_shard_size="5GB", *, allow_non_finite=Fals
         ValueError: where `max_shard_size` is neither.
     """
     folder = Path(folder)
-    shards = _shards(source, _byte_count(max_shard_size))
+    shards = _shards(source, byte_count(max_shard_size))
     total = sum(map(source.nbytes, source.names()))
     check_space(folder, total)
     files = [WEIGHTS_FILE]
@@ -129,7 +129,12 @@ def _header(source, names, checksums):
     return struct.pack("<Q", len(text)) + text
 
 
-def _byte_count(size):
+def byte_count(size):
+    """The bytes that a size says: an int, or a text such as "5GB" or "500MiB".
+
+    Raises:
+        ValueError: if it is neither.
+    """
     if is_integer(size) and size > 0:
         return int(size)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size) if isinstance(size, str) else None

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from keras_t5gemma import __version__
 from keras_t5gemma.cli.checkpoint_verbs import add_checkpoint_verbs
 from keras_t5gemma.cli.generation import generate
 from keras_t5gemma.cli.options import BackendOption
@@ -18,7 +19,6 @@ from keras_t5gemma.cli.session import (
 from keras_t5gemma.cli.training_verbs import add_training_verbs
 
 app = typer.Typer(
-    help="T5Gemma for Keras 3: turn Gemma 2 into an encoder-decoder, train it, generate.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,6 +26,30 @@ app = typer.Typer(
 add_checkpoint_verbs(app)
 add_training_verbs(app)
 app.command()(generate)
+
+
+def _show_version(wanted):
+    if wanted:
+        typer.echo(f"keras-t5gemma {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and stop.")
+    ] = False,
+):
+    """T5Gemma for Keras 3: turn Gemma 2 into an encoder-decoder, train it, generate."""
+
+
+@app.command()
+def env(backend: BackendOption = None):
+    """Show versions, backend and devices, to copy into a report of a fault; works if a library does not."""
+    from keras_t5gemma.cli.environment import environment
+
+    for name, text in environment(backend and str(backend)):
+        typer.echo(f"{name}: {text}")
 
 
 @app.command()

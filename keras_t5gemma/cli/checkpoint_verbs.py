@@ -6,6 +6,7 @@ import typer
 
 from keras_t5gemma.cli.options import (
     BackendOption,
+    Dtype,
     DtypeOption,
     Format,
     FormatOption,
@@ -23,6 +24,8 @@ from keras_t5gemma.cli.session import (
     use_backend,
     wide_console,
 )
+from keras_t5gemma.config import ENCODER_ATTENTIONS
+from keras_t5gemma.suggestions import check_choice
 
 
 def add_checkpoint_verbs(app):
@@ -51,6 +54,15 @@ def adapt(
         raise typer.BadParameter(f"expected ENCODER [DECODER] OUT, got {len(gemma2) + 1} arguments.")
     with one_line_errors():
         check_free(out)
+        _check_size(max_shard_size)
+        from keras_t5gemma.checkpoints.adapt import CROSS_ATTENTIONS, ENCODER_HEADS
+
+        for option, value, choices in (
+            ("--cross-attention", cross_attention, CROSS_ATTENTIONS),
+            ("--encoder-attention", encoder_attention, ENCODER_ATTENTIONS),
+            ("--encoder-heads", encoder_heads, ENCODER_HEADS),
+        ):
+            check_choice(value, option, choices)
         import keras_t5gemma as kt
 
         remove_empty(out)
@@ -73,7 +85,13 @@ def export(
     model: Model,
     out: Out,
     format: FormatOption = Format.hf,
-    dtype: DtypeOption = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Dtype of the weights that are written, rounded to the nearest. Default: the source's, bit for bit; "
+            "with --format keras float32."
+        ),
+    ] = None,
     max_shard_size: ShardOption = "5GB",
     allow_non_finite: NonFiniteOption = False,
     backend: BackendOption = None,
@@ -81,6 +99,7 @@ def export(
     """Write a checkpoint in another format, or in another dtype."""
     with one_line_errors():
         check_free(out)
+        _check_size(max_shard_size)
         if format == Format.keras:
             save_model(load_model(model, dtype, backend), out, keras_format=True)
             return
@@ -106,6 +125,11 @@ def average(
     """Write the mean of several checkpoints, such as the last five of a run."""
     with one_line_errors():
         check_free(out)
+        _check_size(max_shard_size)
+        if len(checkpoints) < 2:
+            raise ValueError(
+                f"A mean takes two checkpoints or more, and OUT. Received: {', '.join(checkpoints)}; {out}."
+            )
         import keras_t5gemma as kt
 
         try:
@@ -175,6 +199,13 @@ def verify(
         if any(difference.largest > tolerance * difference.scale for difference in differences):
             typer.secho(f"They differ by more than {tolerance:g} of the largest value.", fg="red", err=True)
             raise typer.Exit(1)
+
+
+def _check_size(text):
+    """Reads --max-shard-size before a checkpoint is opened, which may be a download."""
+    from keras_t5gemma.checkpoints.writing import byte_count
+
+    byte_count(text)
 
 
 def _print_differences(differences, most=20):

@@ -63,9 +63,10 @@ def check_free(out):
         raise ValueError(f"{out} exists already and is not empty. Choose another folder, or remove it first.")
 
 
-def first_free(folder):
-    """The folder itself if nothing has its name yet, else the first of folder_2, folder_3, ... that is free."""
-    names = itertools.chain([folder], (folder.with_name(f"{folder.name}_{i}") for i in itertools.count(2)))
+def first_free(path):
+    """The path itself if nothing has its name yet, else the first of name_2, name_3, ... that is free."""
+    numbered = (path.with_name(f"{path.stem}_{i}{path.suffix}") for i in itertools.count(2))
+    names = itertools.chain([path], numbered)
     return next(name for name in names if not name.exists())
 
 
@@ -109,6 +110,51 @@ def load_model(model, dtype, backend):
     import keras_t5gemma as kt
 
     return kt.T5GemmaSeq2SeqLM.from_preset(model, **({"dtype": str(dtype)} if dtype else {}))
+
+
+def load_for_inference(model, dtype, backend, truncate=None):
+    """The model of a preset, in the dtype that suits the hardware unless one is asked for.
+
+    Args:
+        model: what `from_preset` takes.
+        dtype: an `InferenceDtype`, or None.
+        backend: a `Backend`, or None.
+        truncate: "left" or "right", or None for what the preset says.
+
+    Returns:
+        A `T5GemmaSeq2SeqLM`.
+
+    Raises:
+        ValueError: as `from_preset`, and for `truncate` without a preprocessor.
+    """
+    from keras_t5gemma.checkpoints.sources import locate_t5gemma
+
+    folder = locate_t5gemma(model)
+    use_backend(backend)
+    lm = load_model(model, inference_dtype(dtype, folder), backend)
+    if truncate is not None:
+        if lm.preprocessor is None:
+            raise ValueError(f"--truncate cuts texts, and {model} has no preprocessor.")
+        lm.preprocessor.truncate = str(truncate)
+    return lm
+
+
+def inference_dtype(dtype, folder):
+    """What `from_preset` is to be told for an `InferenceDtype`, or None, on this hardware; None for what was saved."""
+    import keras
+
+    from keras_t5gemma.layers.device import on_cpu
+
+    plain = "float32" if on_cpu(keras.ops.zeros(())) else "bfloat16"
+    if dtype is None:
+        return None if _is_quantized(folder) else plain
+    return f"{dtype}_from_{plain}" if dtype.startswith("int") else str(dtype)
+
+
+def _is_quantized(folder):
+    """Whether a preset was saved with quantized weights, which its config says."""
+    config = folder / "config.json"
+    return config.is_file() and any(mode in config.read_text(encoding="utf-8") for mode in ('"int8', '"int4'))
 
 
 def remove_empty(out):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from keras_t5gemma.cli.options import BackendOption
-from keras_t5gemma.cli.session import one_line_errors, use_backend
+from keras_t5gemma.cli.session import first_free, one_line_errors, use_backend
 
 
 def add_training_verbs(app):
@@ -20,7 +20,14 @@ def train(
         str, typer.Argument(metavar="RECIPE", help="A .toml file, or the name of one that comes with the package.")
     ],
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: the recipe's.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps in all. Default: the recipe's.")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Optimiser steps in all. Default: the recipe's. A run that is over goes on with more of them, at the "
+            "learning rate that it ended with.",
+        ),
+    ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Print the recipe, to copy and change, and do nothing else.")
     ] = False,
@@ -29,7 +36,7 @@ def train(
     """Train as a recipe says, and go on where its run was stopped: the same command does both."""
     with one_line_errors():
         from keras_t5gemma.recipes.reading import read_recipe, recipe_path
-        from keras_t5gemma.recipes.run_folder import check_run
+        from keras_t5gemma.recipes.run_folder import check_run, with_more_steps
 
         if show:
             typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
@@ -42,6 +49,8 @@ def train(
             if value is not None
         }
         checked = read_recipe(recipe, **overrides)
+        if steps is not None:
+            checked = with_more_steps(checked, recipe)
         # What is wrong with the folder and the texts is told before Keras is imported, too.
         check_run(Path(checked.output.folder), checked)
         from keras_t5gemma.objectives.sources import text_source
@@ -57,12 +66,20 @@ def train(
 
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, drawn over each other.")],
-    out: Annotated[Path | None, typer.Option(help="The picture, .png, .pdf or .svg. Default: RUN/log.png.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The picture, .png, .pdf or .svg. Default: RUN/log.png; of several runs runs.png, or runs_2.png, ... "
+            "if that exists."
+        ),
+    ] = None,
 ):
     """Draw loss, held-out loss by denoiser, learning rate and tokens a second of training runs."""
     with one_line_errors():
         from keras_t5gemma.training.plots import plot_runs
 
-        out = out or runs[0] / "log.png"
+        if out is None and len(runs) == 1:
+            out = runs[0] / "log.png" if runs[0].is_dir() else runs[0].with_suffix(".png")
+        out = out or first_free(Path("runs.png"))
         plot_runs(runs, out)
         typer.echo(f"Wrote {out}.")

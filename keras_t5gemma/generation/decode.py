@@ -7,6 +7,7 @@ from collections.abc import Callable
 import keras_hub
 from keras import ops, tree
 
+from keras_t5gemma.generation import SAMPLERS
 from keras_t5gemma.generation.beam_sampler import BeamSampler
 from keras_t5gemma.generation.processors import Sequences, in_order
 from keras_t5gemma.generation.random_sampler import with_own_loop
@@ -29,9 +30,6 @@ class Control:
     processors: tuple[Callable, ...] = ()
     num_samples: int = 1
     log_probs: bool = False
-
-
-SAMPLERS = ("greedy", "beam", "top_k", "top_p", "random", "contrastive")  # the names that `compile` takes
 
 
 def resolve_sampler(sampler):

@@ -9,6 +9,7 @@ import types
 import typing
 from pathlib import Path
 
+from keras_t5gemma.recipes.no_effect import keys_without_effect
 from keras_t5gemma.recipes.objectives import check_objective
 from keras_t5gemma.recipes.schema import Recipe
 from keras_t5gemma.suggestions import did_you_mean
@@ -69,12 +70,7 @@ def read_recipe(recipe, **overrides):
             or out of range.
     """
     path = recipe_path(recipe)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"{path} is not TOML: {error}") from error
+    values = _values(path)
     for section, keys in overrides.items():
         table = values.setdefault(section, {})
         if isinstance(table, dict):
@@ -85,6 +81,12 @@ def read_recipe(recipe, **overrides):
         made = dataclasses.replace(made, optimizer=optimizer)
     _check_together(made, path)
     return made
+
+
+def stated_keys(recipe):
+    """The keys that a recipe's file states, as `section.key`; `recipe` as for `read_recipe`."""
+    tables = _values(recipe_path(recipe)).items()
+    return {f"{section}.{key}" for section, table in tables if isinstance(table, dict) for key in table}
 
 
 def to_toml(recipe):
@@ -99,6 +101,15 @@ def flat(recipe):
     """A recipe as one dict, `section.key` -> value."""
     sections = dataclasses.asdict(recipe).items()
     return {f"{section}.{key}": value for section, table in sections for key, value in table.items()}
+
+
+def _values(path):
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{path} is not TOML: {error}") from error
 
 
 def _toml(value):
@@ -193,7 +204,6 @@ def _check_together(recipe, path):
     rows = math.lcm(devices * training.accumulation_steps if hardware.mesh else 1, hardware.processes)
     for good, message in (
         (bool(model.preset) != bool(model.adapt), "[model]: needs `preset` or `adapt`, and not both."),
-        (not model.tokenizer or model.adapt, "[model] tokenizer: goes with `adapt`; a preset has its own."),
         (
             training.steps % training.log_every == 0,
             f"[training] steps: expected a multiple of log_every={training.log_every}. Received: {training.steps}.",
@@ -273,3 +283,5 @@ def _check_together(recipe, path):
         check_objective(recipe.objective)
     except ValueError as error:
         raise RecipeError(f"{path}, [objective]: {error}") from error
+    for place, value, why in keys_without_effect(recipe):
+        raise RecipeError(f"{path}, {place}: {why} Leave it out. Received: {value!r:.80}.")

@@ -114,7 +114,13 @@ def _reporters(recipe, folder, checkpoint, held_out, display):
     def show(row):
         display.console.print(_line(row, bar.time_left()), soft_wrap=True)
 
-    return [tokens, bar, log(folder, checkpoint, tensorboard=recipe.output.tensorboard, on_row=show)]
+    def say_from_where(logs=None):  # noqa: ARG001 Keras's signature
+        if checkpoint.batches:
+            begun = f"Going on from step {checkpoint.batches:,} of {training.steps:,}."
+            display.console.print(begun, soft_wrap=True)
+
+    resumed = keras.callbacks.LambdaCallback(on_train_begin=say_from_where)
+    return [tokens, resumed, bar, log(folder, checkpoint, tensorboard=recipe.output.tensorboard, on_row=show)]
 
 
 def _line(row, time_left):

@@ -1,10 +1,12 @@
 """The folder of a run: whose it is, which recipe it was begun with; no Keras here."""
 
 import contextlib
+import dataclasses
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from keras_t5gemma.recipes.reading import RecipeError, flat, read_recipe, to_toml
+from keras_t5gemma.recipes.reading import RecipeError, flat, read_recipe, stated_keys, to_toml
 
 RECIPE_FILE, MODEL_FOLDER = "recipe.toml", "model"
 # What a run may go on with another value of: none of it changes what a step computes from which data. More steps are
@@ -77,6 +79,30 @@ def begin(folder, recipe):
     return not more
 
 
+def with_more_steps(recipe, path):
+    """A recipe whose steps were raised, with the cosine of the run in its folder.
+
+    The cosine ends with the steps if the file does not say where, so that more steps would be another schedule from the
+    first step on, and another run. The run's own has its end behind it; what follows has the rate that it ended with.
+
+    Args:
+        recipe: a `Recipe`.
+        path: what `read_recipe` made it of.
+
+    Returns:
+        A `Recipe`.
+    """
+    begun_with = Path(recipe.output.folder) / RECIPE_FILE
+    if not begun_with.is_file() or _DECAY in stated_keys(path):
+        return recipe
+    begun = read_recipe(begun_with)
+    if begun.training.steps > recipe.training.steps:
+        return recipe
+    return dataclasses.replace(
+        recipe, optimizer=dataclasses.replace(recipe.optimizer, decay_steps=begun.optimizer.decay_steps)
+    )
+
+
 def check_run(folder, recipe):
     """Compares a recipe with the one the run in a folder was begun with.
 
@@ -102,7 +128,11 @@ def check_run(folder, recipe):
     before, now = flat(begun), flat(recipe)
     if fixed := [key for key in now if now[key] != before[key] and key not in MAY_CHANGE]:
         changes = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in fixed)
-        hint = " The cosine ends with training.steps, unless decay_steps is stated." if _DECAY in fixed else ""
+        hint = (
+            " The cosine ends with training.steps, unless decay_steps is stated; `train --steps` keeps it."
+            if _DECAY in fixed
+            else ""
+        )
         raise RecipeError(
             f"{folder} holds a run of another recipe: {changes}.{hint} Put that back to go on with it, or choose "
             f"another folder. What may change: {', '.join(MAY_CHANGE)}."

@@ -6,6 +6,7 @@ import typing
 
 import pytest
 
+from keras_t5gemma.recipes.no_effect import RULES
 from keras_t5gemma.recipes.objectives import make_objective
 from keras_t5gemma.recipes.reading import RecipeError, flat, read_recipe, recipe_names, to_toml
 from keras_t5gemma.recipes.run_folder import MAY_CHANGE, begin, check_run, locked
@@ -88,6 +89,44 @@ def test_fault_in_a_recipe_is_told_with_file_key_what_came_and_what_would_work(n
         read_recipe(written(tmp_path, text))
     for word in ("my.toml", *named):
         assert word in str(error.value)
+
+
+DATA = '"corpus.txt"\n[objective]\nname = "ul2"'
+# What stands in the file's place, and the key that then says nothing.
+WITHOUT_EFFECT = {
+    "[model] tokenizer": ("[model]", '[model]\ntokenizer = "here"'),
+    "[model] cross_attention": ("[model]", '[model]\ncross_attention = "random"'),
+    "[model] encoder_attention": ("[model]", '[model]\nencoder_attention = "causal"'),
+    "[model] encoder_heads": ("[model]", '[model]\nencoder_heads = "multi"'),
+    "[data] pair_fields": ("[data]", '[data]\npair_fields = ["q", "a"]'),
+    "[data] answers": ("[data]", '[data]\nanswers = "all"'),
+    "[data] field": (DATA, '"a"\nfield = "b"\n[objective]\nname = "supervised"'),
+    "[data] documents": (DATA, '"a"\ndocuments = "whole"\n[objective]\nname = "supervised"'),
+    "[data] pack_buffer": ("[data]", "[data]\npack_buffer = 8"),
+    "[objective] sentinels": ('name = "ul2"', 'name = "prefixlm"\nsentinels = [8, 9]'),
+    "[objective] too_few_sentinels": ('name = "ul2"', 'name = "prefixlm"\ntoo_few_sentinels = "merge"'),
+    "[objective] mode_tokens": ('name = "ul2"', 'name = "supervised"\nmode_tokens = { R = 7 }'),
+    "[training] evaluate_batches": ("steps = 100", "steps = 100\nevaluate_batches = 3"),
+    "[distillation] dtype": ("[output]", '[distillation]\ndtype = "float32"\n[output]'),
+    "[distillation] temperature": ("[output]", "[distillation]\ntemperature = 2\n[output]"),
+    "[distillation] hard_weight": ("[output]", "[distillation]\nhard_weight = 0.5\n[output]"),
+    "[hardware] fully_sharded": ("[output]", "[hardware]\nfully_sharded = false\n[output]"),
+}
+
+
+@pytest.mark.parametrize("key", WITHOUT_EFFECT)
+def test_key_that_says_nothing_beside_the_others_is_refused(key, tmp_path):
+    old, new = WITHOUT_EFFECT[key]
+    assert old in MINIMAL
+    with pytest.raises(RecipeError) as error:
+        read_recipe(written(tmp_path, MINIMAL.replace(old, new)))
+    assert f"my.toml, {key}: " in str(error.value)
+    assert "Leave it out. Received: " in str(error.value)
+
+
+def test_every_rule_for_keys_without_effect_is_tried():
+    keys = {f"[{section}] {key}" for section, keys, _, _ in RULES for key in keys}
+    assert set(WITHOUT_EFFECT) == keys
 
 
 def test_recipe_that_is_no_text_says_so(tmp_path):

@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 import keras_t5gemma as kt
 from keras_t5gemma.cli import app
-from keras_t5gemma.recipes.reading import read_recipe
+from keras_t5gemma.recipes.reading import read_recipe, recipe_path
 from keras_t5gemma.training.evaluation import mean_loss
 from keras_t5gemma.training.run_log import read_log
 
@@ -43,9 +44,17 @@ def stopped(whole, here):
     (folder / "log.csv").write_text(log[:-20], encoding="utf-8")
     code, output = train("tiny", "--out", "stopped")
     assert code == 0, output
+    assert "Going on from step 8 of 12." in output
     assert "step 8," not in output
     assert "step 10," in output
     return folder
+
+
+def changed_recipe(old, new):
+    text = recipe_path("tiny").read_text(encoding="utf-8")
+    assert old in text
+    Path("changed.toml").write_text(text.replace(old, new), encoding="utf-8")
+    return "changed.toml"
 
 
 def rows(folder):
@@ -56,6 +65,7 @@ def rows(folder):
 def test_run_writes_recipe_log_checkpoints_and_the_mean_of_the_last_ones(whole):
     folder, output = whole
     assert "Wrote tiny_run/model." in output
+    assert "Going on" not in output
     assert read_recipe(folder / "recipe.toml") == read_recipe("tiny")
     steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert steps == ["step_00000004", "step_00000008", "step_00000012"]
@@ -113,8 +123,21 @@ def test_run_that_is_over_says_so_and_changes_nothing(whole):
 
 
 def test_run_of_another_recipe_is_refused(whole):
-    code, output = train("tiny", "--steps", "20")
-    assert (code, "optimizer.decay_steps was 12, is 20" in output) == (1, True)
+    code, output = train(changed_recipe("learning_rate = 1e-2", "learning_rate = 1e-3"))
+    assert (code, "optimizer.learning_rate was 0.01, is 0.001" in output) == (1, True)
+
+
+def test_run_that_is_over_goes_on_with_more_steps_at_the_rate_it_ended_with(whole, here):
+    folder = here / "longer"
+    shutil.copytree(whole[0], folder)
+    code, output = train("tiny", "--out", "longer", "--steps", "16")
+    assert code == 0, output
+    assert "Going on from step 12 of 16." in output
+    found = rows(folder)
+    assert [int(row["step"]) for row in found] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert [float(row["learning_rate"]) for row in found[-2:]] == pytest.approx([1e-3, 1e-3])
+    assert (folder / "model").is_dir()
+    assert (folder / "model_00000012").is_dir()
 
 
 def test_plot_draws_runs_over_each_other(whole, stopped, here):

@@ -1,0 +1,76 @@
+"""Keys that say nothing in the company of others: what a recipe states and a run would not look at."""
+
+import dataclasses
+
+from keras_t5gemma.recipes.objectives import SUPERVISED
+
+# Keys of a section, whether a recipe looks at them, and if not why.
+RULES = (
+    (
+        "model",
+        ("tokenizer", "cross_attention", "encoder_attention", "encoder_heads"),
+        lambda recipe: recipe.model.adapt,
+        "it goes with `adapt`; a preset has its own.",
+    ),
+    (
+        "data",
+        ("pair_fields", "answers"),
+        lambda recipe: recipe.objective.name == SUPERVISED,
+        'it is for the objective "supervised".',
+    ),
+    (
+        "data",
+        ("field", "documents"),
+        lambda recipe: recipe.objective.name != SUPERVISED,
+        'it is for raw text; the objective "supervised" has `pair_fields`, and each row for itself.',
+    ),
+    ("data", ("pack_buffer",), lambda recipe: recipe.data.pack, "it is for packed rows, and `pack` is false."),
+    (
+        "objective",
+        ("sentinels", "too_few_sentinels"),
+        lambda recipe: _denoises(recipe.objective),
+        "it is for denoisers, and the objective has none.",
+    ),
+    (
+        "objective",
+        ("mode_tokens",),
+        lambda recipe: recipe.objective.name != SUPERVISED,
+        'the objective "supervised" has no modes.',
+    ),
+    ("training", ("evaluate_batches",), lambda recipe: recipe.data.validation, "there is no [data] validation."),
+    (
+        "distillation",
+        ("dtype", "temperature", "hard_weight"),
+        lambda recipe: recipe.distillation.teacher,
+        "there is no `teacher`.",
+    ),
+    ("hardware", ("fully_sharded",), lambda recipe: recipe.hardware.mesh, "there is no `mesh`."),
+)
+
+
+def keys_without_effect(recipe):
+    """Keys that were given a value of their own, for nothing.
+
+    The default may be stated, as the recipe in the folder of a run states every key.
+
+    Args:
+        recipe: a `Recipe`, whose objective is good.
+
+    Yields:
+        `(place, value, why)`, such as `("[model] tokenizer", "folder", "it goes with `adapt`; a preset has its own.")`.
+    """
+    for section, keys, is_looked_at, why in RULES:
+        table = getattr(recipe, section)
+        defaults = {
+            field.name: {} if field.default is dataclasses.MISSING else field.default
+            for field in dataclasses.fields(table)
+        }
+        for key in keys:
+            value = getattr(table, key)
+            if value != defaults[key] and not is_looked_at(recipe):
+                yield f"[{section}] {key}", value, why
+
+
+def _denoises(objective):
+    names = [objective.name] if objective.name else [part.name for part in objective.mixture]
+    return bool(objective.denoisers) or any(name not in ("prefixlm", SUPERVISED) for name in names)
