@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_t5gemma.training.learning_rates import DefaultLearningRate
 from keras_t5gemma.training.low_precision import Float32Weight, LowPrecision
+from keras_t5gemma.training.no_decay import SavesExclusions
 
 
 class _Factored(keras.optimizers.Adafactor):
@@ -49,7 +50,7 @@ class _Factored(keras.optimizers.Adafactor):
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Adafactor(LowPrecision, DefaultLearningRate, _Factored):
+class Adafactor(SavesExclusions, LowPrecision, DefaultLearningRate, _Factored):
     """`keras.optimizers.Adafactor` (arXiv 1804.04235), with the same numbers in less memory; see `LowPrecision`.
 
     A step is the learning rate, at most one over the root of the steps so far, times the root mean square of a weight.

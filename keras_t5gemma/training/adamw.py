@@ -13,10 +13,11 @@ from keras_t5gemma.training import adamw_tensorflow, adamw_torch
 from keras_t5gemma.training.indexed_slices import is_distributed, without_duplicates
 from keras_t5gemma.training.learning_rates import DefaultLearningRate
 from keras_t5gemma.training.low_precision import LowPrecision, is_bfloat16
+from keras_t5gemma.training.no_decay import SavesExclusions
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class AdamW(LowPrecision, DefaultLearningRate, keras.optimizers.AdamW):
+class AdamW(SavesExclusions, LowPrecision, DefaultLearningRate, keras.optimizers.AdamW):
     """`keras.optimizers.AdamW` (arXiv 1711.05101), with the same numbers, arguments and saved state, in less memory.
 
     It trains bfloat16 weights, too, with float32 moments; see `LowPrecision` for what it takes besides.

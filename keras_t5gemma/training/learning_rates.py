@@ -1,6 +1,7 @@
 """Learning rates: one recommendation an optimizer, a schedule, and a rate that callbacks may set."""
 
 import math
+import warnings
 
 import keras
 from keras import ops
@@ -67,8 +68,9 @@ class DefaultLearningRate:
     """A mix-in before a Keras optimizer: a rate by default, and one that can be set though it follows a schedule.
 
     Keras's `LearningRateScheduler` and `ReduceLROnPlateau` set `optimizer.learning_rate`, which Keras refuses for a
-    schedule. Here the rate is from then on what was set. That is part of the optimizer's state: a run that goes on from
-    a checkpoint keeps it.
+    schedule. Here the rate is from then on what was set, unless it is what the schedule has at this step. That is part
+    of the optimizer's state: a run that goes on from a checkpoint keeps it. In the warm-up, where a part of a rate that
+    is still small would be kept to the end of the run, a warning says so.
 
     Args:
         learning_rate: a float, a schedule or a function, as for Keras; None for `recommended_learning_rate`, which is
@@ -110,10 +112,26 @@ class DefaultLearningRate:
     @learning_rate.setter
     def learning_rate(self, value):
         is_schedule = callable(value) and not isinstance(value, keras.Variable)
+        if self._set_rate is not None and not is_schedule:
+            follows = float(ops.convert_to_numpy(self._set_rate.value)) < 0
+            if follows and float(value) == float(ops.convert_to_numpy(self.learning_rate)):
+                return
+            self._warn_of_warm_up(float(value))
         if self._set_rate is not None:
             self._set_rate.assign(-1.0 if is_schedule else value)
         if self._set_rate is None or is_schedule:
             keras.optimizers.Optimizer.learning_rate.fset(self, value)
+
+    def _warn_of_warm_up(self, value):
+        steps = getattr(self._learning_rate, "warmup_steps", 0)
+        step = int(ops.convert_to_numpy(self.iterations.value))
+        if step < steps:
+            warnings.warn(
+                f"The learning rate was set to {value:g} at step {step}, within the warm-up of {steps} steps. This ends "
+                f"the schedule: the rate stays {value:g} until it is set again. Beside callbacks that set the rate, use "
+                f"`kt.optimizer(..., warmup_steps=0)`.",
+                stacklevel=4,
+            )
 
     def _get_current_learning_rate(self):
         rate = super()._get_current_learning_rate()

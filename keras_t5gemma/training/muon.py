@@ -4,10 +4,11 @@ import keras
 
 from keras_t5gemma.training.learning_rates import DefaultLearningRate
 from keras_t5gemma.training.low_precision import LowPrecision
+from keras_t5gemma.training.no_decay import SavesExclusions
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class Muon(LowPrecision, DefaultLearningRate, keras.optimizers.Muon):
+class Muon(SavesExclusions, LowPrecision, DefaultLearningRate, keras.optimizers.Muon):
     """`keras.optimizers.Muon` (arXiv 2502.16982), with the same numbers for float32 weights; see `LowPrecision`.
 
     Matrices go through Newton-Schulz steps, and embeddings, norms and what is no matrix through AdamW.

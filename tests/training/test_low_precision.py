@@ -162,3 +162,13 @@ def test_callbacks_set_the_rate_of_an_optimizer_with_a_schedule(callback, prepro
     assert ways[0] > 1e-3
     assert ways[2] < 1e-6
     assert float(lm.optimizer.learning_rate) < 1e-10
+
+
+def test_callback_that_sets_the_rate_in_the_warm_up_is_a_warning_and_one_that_leaves_it_changes_nothing(preprocessor):
+    lm, _ = language_model(preprocessor, "float32")
+    lm.compile(optimizer=optimizer(learning_rate=1e-2, warmup_steps=12))
+    as_it_is = keras.callbacks.LearningRateScheduler(lambda _, rate: rate)
+    lm.fit(PAIRS, batch_size=72, epochs=2, verbose=0, callbacks=[as_it_is])  # 2 steps an epoch
+    assert float(lm.optimizer.learning_rate) == pytest.approx(1e-2 * 4 / 12)
+    with pytest.warns(UserWarning, match="within the warm-up of 12 steps.*warmup_steps=0"):
+        lm.fit(PAIRS, epochs=1, verbose=0, callbacks=[keras.callbacks.LearningRateScheduler(lambda _, rate: rate / 2)])

@@ -60,3 +60,15 @@ def test_gradients_are_clipped_at_their_global_norm():
 def test_argument_out_of_range_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         optimizer(**{"learning_rate": 0.1, "steps": 10, "warmup_steps": 2, **changes})
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_copy_from_the_config_decays_no_other_weights(name):
+    made = optimizer(name)
+    copied = type(made).from_config(
+        keras.saving.deserialize_keras_object(keras.saving.serialize_keras_object(made)).get_config()
+    )
+    weights = [keras.Variable(np.ones((2, 2)), name=name) for name in ("kernel", "embeddings", "scale")]
+    for known in (made, copied):
+        known.build(weights)
+        assert [known._use_weight_decay(weight) for weight in weights] == [True, False, False]
