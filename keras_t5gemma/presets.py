@@ -117,6 +117,9 @@ def locate(preset, weights=True, *, config=True):
         folder = _download(text, weights)
     elif Path(text).is_dir():
         folder = Path(text)
+    elif Path(text).is_file():
+        remedy = f" Use `keras.models.load_model({text!r})`." if text.endswith(".keras") else ""
+        raise ValueError(f"`preset` must be a name or a folder. Received: {text!r}, a file.{remedy}")
     else:
         raise ValueError(
             f"Unknown preset {text!r}: it is no folder here and none of the {len(PRESETS)} built-in names "

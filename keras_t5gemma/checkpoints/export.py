@@ -42,11 +42,14 @@ def export_to_hugging_face(
         allow_non_finite: whether weights may be infinities and NaNs; else they are named and refused.
 
     Raises:
+        TypeError: where the folder comes first.
         ValueError: where the model is quantized, or an argument is none of these.
         CheckpointError: where the folder exists, a `query_scalar` is no whole number, which `transformers` could not
             read, or a weight does not fit in float16 or is not finite.
         RuntimeError: if another thread trains the model.
     """
+    if isinstance(model, (str, Path)):
+        raise TypeError(f"`model` comes before `folder`: export_to_hugging_face(model, folder). Received: {model!r}.")
     backbone = getattr(model, "backbone", model)
     preprocessor = getattr(model, "preprocessor", None)
     tokenizer = getattr(preprocessor, "tokenizer", None) if tokenizer is None else tokenizer

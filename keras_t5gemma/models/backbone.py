@@ -15,7 +15,7 @@ from keras_t5gemma.layers import lora
 from keras_t5gemma.layers.weights import weights_from
 from keras_t5gemma.models.distribution import layout_map
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.quantization import quantize, unquantized
+from keras_t5gemma.models.quantization import Quantizes, quantize, unquantized
 from keras_t5gemma.models.saved_state import backbone_from_config, state_config
 from keras_t5gemma.models.stacks import Decoder, Encoder
 
@@ -23,7 +23,7 @@ INPUT_NAMES = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids",
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
+class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
     """T5Gemma without a head: two Gemma 2 stacks joined by cross-attention.
 
     Inputs, a dict of int32 tensors: `encoder_token_ids` and `encoder_padding_mask` [B, S], `decoder_token_ids` and
@@ -212,14 +212,14 @@ class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
         """Quantizes the matrices and the tables of embeddings, as `keras.Model.quantize` does.
 
         Args:
-            mode: "int8" or "int4"; may be left out with a config.
+            mode: "int8", "int4", or "int4/32" and the like for blocks of 32 numbers; may be left out with a config.
             config: a `keras.quantizers.QuantizationConfig`.
             filters: which of them: a regular expression that is searched for in a layer's name, a list of such, or a
                 function of a layer.
             **kwargs: what `keras.Model.quantize` takes besides.
 
         Raises:
-            ValueError: if `filters` matches none of them.
+            ValueError: for another mode, or if `filters` matches none of them.
         """
         quantize(self, super().quantize, mode, config, filters, **kwargs)
 
@@ -259,7 +259,8 @@ class T5GemmaBackbone(Guarded, keras_hub.models.Backbone):
                 in Keras or Hugging Face format. keras-hub's own T5Gemma presets are read too. A model that was saved
                 quantized, with LoRA or frozen in part comes back so.
             load_weights: False for the architecture with random weights.
-            **kwargs: `dtype`, or what the class takes. "int8_from_bfloat16" and the like, Keras's names for a quantized
+            **kwargs: `dtype`, Keras's policy (`keras.config.dtype_policy()`) if left out, whatever the weights are
+                stored in; or what the class takes. "int8_from_bfloat16" and the like, Keras's names for a quantized
                 policy, load in bfloat16 and quantize then, as `quantize("int8")` does; "int4/32_from_bfloat16" as
                 `quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=32))` does.
 

@@ -233,6 +233,8 @@ def to_rows(name, value, fill, dtype="int32", width=0):
         ValueError: if it is none of these, or has another number type or rank.
     """
     array = _array(value, fill, dtype, width)
+    if array is not None and array.dtype.kind == "f" and name.endswith("_mask") and (array == np.rint(array)).all():
+        array = array.astype("int32")  # such as `torch.ones` makes
     kinds, ranks, wanted = "iub", (2,), "integers [B, L]"
     if dtype != "int32":
         kinds, ranks, wanted = "iubf", (1, 2), "numbers [B, L], or [B]"

@@ -17,6 +17,9 @@ from keras_t5gemma.models.batch_sources import BatchSource
 from keras_t5gemma.models.inputs import check_token_ids, split_rows
 from keras_t5gemma.training.losses import VocabularyCrossEntropy
 
+# The second of the scales of int8, in a training step.
+_UNSAID = ("Your input ran out of data", "The use of `x.T` on tensors of dimension other than 2")
+
 
 class Fits(RestoresTrainingState):
     """Mixed into a keras-hub task that has a T5Gemma `backbone` and perhaps a `preprocessor`.
@@ -81,6 +84,7 @@ class Fits(RestoresTrainingState):
                 "`class_weight` must be None: a label is a token here. Use `sample_weight`, [B] or [B, T]."
             )
         _check_whole(self, x)
+        _check_counted(x, callbacks)
         if validation_split and validation_data is None:
             if not isinstance(x, Mapping):
                 raise ValueError(
@@ -101,7 +105,7 @@ class Fits(RestoresTrainingState):
             held_out = held_out.batches(to_arrays, steps=validation_steps, passes=epochs)
             validation_data, feeding.validation_stream = held_out.dataset, held_out.stream
             validation_steps = _fewest(validation_steps, held_out.steps, held_out.stream)
-        with _ran_out_of_data_unsaid():
+        with _keras_unsaid():
             return self._by_keras(
                 "fit",
                 batches.dataset,
@@ -127,7 +131,7 @@ class Fits(RestoresTrainingState):
         batches = BatchSource(x, y, sample_weight, batch_size=batch_size).batches(
             self._to_arrays(for_devices=True), steps=steps
         )
-        with _ran_out_of_data_unsaid():
+        with _keras_unsaid():
             return self._by_keras(
                 "evaluate",
                 batches.dataset,
@@ -140,7 +144,7 @@ class Fits(RestoresTrainingState):
         """The logits [B, T, V], as `keras.Model.predict` gives them; x as for `fit`."""
         _check_whole(self, x)
         batches = BatchSource(x, batch_size=batch_size).batches(self._to_arrays(), steps=steps)
-        with _ran_out_of_data_unsaid():
+        with _keras_unsaid():
             return self._by_keras(
                 "predict",
                 batches.dataset,
@@ -252,17 +256,19 @@ def _begin(stream):
 
 
 @contextlib.contextmanager
-def _ran_out_of_data_unsaid():
-    """Without Keras's warning at the end of each dataset whose length it does not know."""
+def _keras_unsaid():
+    """Without Keras's warning at the end of each dataset whose length it does not know, and what it has PyTorch say."""
     filters = list(warnings.filters)
-    warnings.filterwarnings("ignore", message="Your input ran out of data")
-    (ours,) = [entry for entry in warnings.filters if entry not in filters] or [None]
+    for message in _UNSAID:
+        warnings.filterwarnings("ignore", message=message)
+    ours = [entry for entry in warnings.filters if entry not in filters]
     try:
         yield
     finally:
-        # Only that one: callbacks may have set others meanwhile.
-        if ours in warnings.filters:
-            warnings.filters.remove(ours)
+        # Only those: callbacks may have set others meanwhile.
+        for entry in ours:
+            if entry in warnings.filters:
+                warnings.filters.remove(entry)
 
 
 def _with(callbacks, feeding):
@@ -272,6 +278,15 @@ def _with(callbacks, feeding):
         return callbacks
     callbacks = [] if callbacks is None else callbacks
     return [*(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]), feeding]
+
+
+def _check_counted(x, callbacks):
+    """Refuses the data of a `TrainingCheckpoint` that would save nothing."""
+    counts = getattr(x, "callback", None)
+    if counts is not None and counts not in getattr(callbacks, "callbacks", _with(callbacks, None)):
+        raise ValueError(
+            "`callbacks` must have the TrainingCheckpoint that these data are from: without it nothing is saved."
+        )
 
 
 def _fewest(asked, known, stream):

@@ -14,13 +14,13 @@ from keras_t5gemma.models.embedding import Embeds
 from keras_t5gemma.models.fitting import Fits
 from keras_t5gemma.models.generation import Generates
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.quantization import quantize
+from keras_t5gemma.models.quantization import Quantizes, quantize
 from keras_t5gemma.models.recompilation import Recompiles
 from keras_t5gemma.models.scoring import Scores
 from keras_t5gemma.models.shapes import Buckets
 from keras_t5gemma.models.streaming import Streams
 from keras_t5gemma.models.teaching import Taught
-from keras_t5gemma.presets import PRESETS, is_hugging_face
+from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, is_hugging_face
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
@@ -33,7 +33,7 @@ from keras_t5gemma.training.optimizers import optimizer as default_optimizer
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class T5GemmaSeq2SeqLM(
-    Taught, Recompiles, Fits, Generates, Scores, Streams, Embeds, Guarded, keras_hub.models.Seq2SeqLM
+    Taught, Recompiles, Fits, Generates, Scores, Streams, Embeds, Guarded, Quantizes, keras_hub.models.Seq2SeqLM
 ):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
@@ -41,9 +41,10 @@ class T5GemmaSeq2SeqLM(
         backbone: a `T5GemmaBackbone`.
         preprocessor: a `T5GemmaSeq2SeqLMPreprocessor`, or None for token ids in and out.
         buckets: a `Buckets`, the shapes that `generate` and the like are compiled for; the attribute may be changed.
-        **kwargs: `name`, and `compile=False` to leave the model uncompiled.
+        **kwargs: `name`, `trainable`, and `compile=False` to leave the model uncompiled.
 
     Raises:
+        TypeError: for another keyword.
         ValueError: where the tokenizer's vocabulary is larger than the backbone's.
 
     Example:
@@ -58,6 +59,7 @@ class T5GemmaSeq2SeqLM(
     presets = PRESETS
 
     def __init__(self, backbone, preprocessor=None, *, buckets=None, **kwargs):
+        _check_keywords(kwargs)
         self.backbone = backbone
         self.buckets = Buckets() if buckets is None else buckets
         self.preprocessor = preprocessor
@@ -88,13 +90,16 @@ class T5GemmaSeq2SeqLM(
             preset: a built-in name (`keras-t5gemma presets` lists them), "hf://owner/name", "kaggle://...", or a folder
                 in Keras or Hugging Face format.
             load_weights: False for the architecture with random weights.
-            **kwargs: `dtype`; `preprocessor`, None to do without; or what the class takes, such as `buckets`.
+            **kwargs: `dtype`, Keras's policy (`keras.config.dtype_policy()`) if left out, whatever the weights are
+                stored in; `preprocessor`, None to do without; or what the class takes, such as `buckets`.
 
         Raises:
+            TypeError: for a keyword that is none of these.
             ValueError: where the preset is unknown, or is no T5Gemma.
             ConnectionError: where a download failed.
             CheckpointError: where the folder's tensors are not those of its config.
         """
+        _check_keywords(kwargs, ("dtype", "preprocessor", "buckets"))  # before anything is read
         folder = locate_t5gemma(preset)
         backbone_kwargs = {name: kwargs.pop(name) for name in ("dtype",) if name in kwargs}
         backbone = cls.backbone_cls.from_preset(folder, load_weights=load_weights, **backbone_kwargs)
@@ -269,6 +274,25 @@ class T5GemmaSeq2SeqLM(
         self.compile(**config)
         if is_built:
             self.optimizer.build(self.trainable_variables)
+
+
+def _check_keywords(kwargs, more=()):
+    """Refuses keywords that Keras would take without a word.
+
+    Args:
+        kwargs: a dict.
+        more: names that are known besides the constructor's.
+
+    Raises:
+        TypeError: if one is unknown; the message says where a preprocessor's belong.
+    """
+    unknown = sorted(set(kwargs) - {"name", "trainable", "compile", *more})
+    if not unknown:
+        return
+    hint = f" Known are {', '.join([*more, 'name', 'trainable', 'compile'])}."
+    if unknown[0] in PREPROCESSOR_OPTIONS:
+        hint = f" It is the preprocessor's: pass `preprocessor=T5GemmaSeq2SeqLMPreprocessor(..., {unknown[0]}=...)`."
+    raise TypeError(f"T5GemmaSeq2SeqLM got an unexpected keyword argument {unknown[0]!r}.{hint}")
 
 
 # keras-hub finds a backbone's tokenizer and preprocessor by this; their modules rank below and cannot name it.

@@ -100,14 +100,18 @@ def _loss(recipe):
 
 def _source(recipe, paths, index):
     data = recipe.data
-    return text_source(
-        list(paths),
-        field=data.field if recipe.objective.name != SUPERVISED else None,
-        format=data.format,
-        sample_by=data.sample_by,
-        shard_index=index,
-        shard_count=recipe.hardware.processes,
-    )
+    try:
+        return text_source(
+            list(paths),
+            field=data.field if recipe.objective.name != SUPERVISED else None,
+            format=data.format,
+            sample_by=data.sample_by,
+            shard_index=index,
+            shard_count=recipe.hardware.processes,
+        )
+    except (ValueError, OSError) as error:
+        key = "sources" if paths is data.sources else "validation"
+        raise ValueError(f"[data] {key}: {error}") from error
 
 
 def _dataset(recipe, paths, preprocessor, objective, index, **options):

@@ -224,8 +224,8 @@ def _check_together(recipe, path):
         ),
         (
             recipe.optimizer.warmup_steps <= recipe.optimizer.decay_steps,
-            f"[optimizer] warmup_steps: expected at most decay_steps={recipe.optimizer.decay_steps}. Received: "
-            f"{recipe.optimizer.warmup_steps}.",
+            f"[optimizer] warmup_steps: expected at most decay_steps={recipe.optimizer.decay_steps}, which is "
+            f"[training] steps unless stated. Received: {recipe.optimizer.warmup_steps}.",
         ),
         (
             recipe.optimizer.name == "adamw" or recipe.optimizer.beta_1 is recipe.optimizer.beta_2 is None,

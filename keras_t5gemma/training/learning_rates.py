@@ -127,8 +127,8 @@ class DefaultLearningRate:
         step = int(ops.convert_to_numpy(self.iterations.value))
         if step < steps:
             warnings.warn(
-                f"The learning rate was set to {value:g} at step {step}, within the warm-up of {steps} steps. This ends "
-                f"the schedule: the rate stays {value:g} until it is set again. Beside callbacks that set the rate, use "
+                f"The learning rate was set to {value:g} at step {step}, within the warm-up of {steps} steps. It ends "
+                f"the schedule: the rate stays {value:g} until it is set again. With callbacks that set the rate, use "
                 f"`kt.optimizer(..., warmup_steps=0)`.",
                 stacklevel=4,
             )

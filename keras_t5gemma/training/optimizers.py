@@ -1,6 +1,6 @@
 """The optimiser of an adaptation run: schedule, clipping and weight decay as in the papers."""
 
-from keras_t5gemma.checks import integer
+from keras_t5gemma.checks import integer, is_number
 from keras_t5gemma.suggestions import check_choice
 from keras_t5gemma.training.adafactor import Adafactor
 from keras_t5gemma.training.adamw import AdamW
@@ -67,9 +67,12 @@ def optimizer(
     warmup_steps = integer(warmup_steps, "warmup_steps", least=0)
     if steps is not None and warmup_steps > steps:
         raise ValueError(f"`warmup_steps` must be at most steps={steps}. Received: warmup_steps={warmup_steps}.")
-    if learning_rate is not None and not learning_rate > 0:
-        raise ValueError(f"`learning_rate` must be positive. Received: learning_rate={learning_rate!r}.")
-    if not 0 <= final_fraction <= 1:
+    if learning_rate is not None and not (is_number(learning_rate) and learning_rate > 0):
+        raise ValueError(
+            f"`learning_rate` must be positive, the peak of a schedule. Received: learning_rate={learning_rate!r}. For "
+            f"a schedule of your own, set the attribute: `made = optimizer(...); made.learning_rate = schedule`."
+        )
+    if not (is_number(final_fraction) and 0 <= final_fraction <= 1):
         raise ValueError(f"`final_fraction` must be in [0, 1]. Received: final_fraction={final_fraction!r}.")
     if name == "muon":
         kwargs = {"adam_weight_decay": weight_decay or None, **kwargs}  # of what goes through its AdamW

@@ -129,6 +129,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         elif y is not None or sample_weight is not None:
             raise ValueError("`y` and `sample_weight` must be None beside a dataset, whose batches have their own.")
         self._data = NumberedBatches(dataset)
+        self._data.callback = self
         return self._data
 
     @property

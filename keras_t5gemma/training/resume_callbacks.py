@@ -40,7 +40,7 @@ def watching(checkpoint):
         name = type(later[0]).__name__
         raise ValueError(
             f"`callbacks` must have TrainingCheckpoint after {name}: it saves what {name} decides at the end of an "
-            f"epoch. Received: {[type(callback).__name__ for callback in everyone]}."
+            f"epoch. Received: {_given(everyone)}."
         )
     return [callback for callback in everyone if _names(callback)]
 
@@ -107,6 +107,12 @@ def ended_by(callbacks, epoch):
         if isinstance(callback, keras.callbacks.EarlyStopping) and callback.stopped_epoch == epoch > 0:
             return {**_key(callback), "epochs": epoch + 1}
     return None
+
+
+def _given(callbacks):
+    """Names of classes, without those that `fit` adds by itself."""
+    names = [type(callback).__name__ for callback in callbacks]
+    return [name for name in names if not name.startswith("_") and name not in ("History", "ProgbarLogger")]
 
 
 def _key(callback):

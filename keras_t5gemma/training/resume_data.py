@@ -43,6 +43,7 @@ class NumberedBatches(grain.IterDataset):
                 f"`grain.MapDataset.source(rows).batch(...)`. Received: {type(dataset).__name__}."
             )
         super().__init__()
+        self.callback = None  # the one that counts what is trained on
         self.source, self.length = dataset, None
         if isinstance(dataset, grain.MapDataset) and len(dataset) < _ENDLESS:
             self.source, self.length = dataset.repeat(), len(dataset)
@@ -108,7 +109,7 @@ class NumberedBatches(grain.IterDataset):
             name = next((name for name in different if name != "checksum"), "checksum")
             raise ValueError(
                 f"Batch {number} of the dataset is not the one the run was trained on: {name} is "
-                f"{found.get(name)}, and was {expected.get(name)}. {advice}."
+                f"{found.get(name, 'missing')}, and was {expected.get(name, 'missing')}. {advice}."
             )
         self._ready = iterator
         return batch

@@ -343,3 +343,14 @@ def test_faults_of_a_users_data_are_errors_that_name_them(lm):
         lm.fit(endless, verbose=0)
     with pytest.raises(TypeError, match="unexpected keyword argument 'dtyp'"):
         kt.T5GemmaBackbone("s", dtyp="bfloat16")
+
+
+def test_mask_of_floats_is_one_of_integers(lm):
+    ids = np.array([[5, 6, 7, 8]] * 2)
+    mask = np.array([[1.0, 1.0, 1.0, 0.0]] * 2, "float32")
+    asked = {"input_ids": ids, "attention_mask": mask, "labels": np.full((2, 3), 6)}
+    whole = {**asked, "attention_mask": mask.astype("int32")}
+    unmasked = {name: value for name, value in asked.items() if name != "attention_mask"}
+    assert lm.evaluate(asked, verbose=0) == lm.evaluate(whole, verbose=0) != lm.evaluate(unmasked, verbose=0)
+    with pytest.raises(ValueError, match="must hold integers"):
+        lm.evaluate(asked | {"attention_mask": mask / 2}, verbose=0)
