@@ -30,13 +30,11 @@ _SLOW = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def quick_collections():
-    """Keras collects garbage once for each layer it quantizes: not all that the libraries have imported, here."""
+    """Collecting garbage, as Keras does for each layer it quantizes, looks at what a file makes, not at all imports."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -18,7 +18,6 @@ import keras_t5gemma as kt
 from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.presets import STACKS
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
 WEIGHTS = "model.safetensors"
 
 

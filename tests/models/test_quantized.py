@@ -1,6 +1,5 @@
 """Quantized weights: the memory they promise, logits near the unquantized ones, the same by either way there."""
 
-import gc
 import math
 
 import keras
@@ -33,16 +32,6 @@ def nbytes(variables):
     return sum(math.prod(v.shape) * np.dtype(keras.backend.standardize_dtype(v.dtype)).itemsize for v in variables)
 
 
-@pytest.fixture
-def quick_collections():
-    """Keras collects garbage once for each layer it quantizes: not all that the libraries have imported, here."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("mode", ["int8", "int4"])
 def test_quantized_model_takes_its_memory_stays_near_and_decodes_and_loads_the_same(mode, tmp_path):
     lm = T5GemmaSeq2SeqLM(loud_backbone(CONFIG))
@@ -74,7 +63,6 @@ def test_quantized_model_takes_its_memory_stays_near_and_decodes_and_loads_the_s
     assert half.compute_dtype == "bfloat16"
 
 
-@pytest.mark.usefixtures("quick_collections")
 def test_int4_with_its_size_of_blocks_in_the_dtype_loads_as_quantized_so(tmp_path):
     backbone = loud_backbone(CONFIG)
     backbone.save_to_preset(str(tmp_path / "preset"))
@@ -92,7 +80,6 @@ def test_int4_with_its_size_of_blocks_in_the_dtype_loads_as_quantized_so(tmp_pat
         np.testing.assert_array_equal(ops.convert_to_numpy(variable), expected, err_msg=variable.path)
 
 
-@pytest.mark.usefixtures("quick_collections")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [None, Int8(), Int8(AbsMax(axis=-1)), Int4(block_size=4), Int4(block_size=-1)])
 def test_table_quantized_some_rows_at_a_time_is_as_keras_makes_it(config, dtype, monkeypatch):

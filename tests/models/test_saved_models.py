@@ -18,7 +18,6 @@ from saved_models import DTYPES, LORA, QUANTIZATIONS, WRITE, logits, new_model, 
 
 import keras_t5gemma as kt
 
-pytestmark = pytest.mark.usefixtures("quick_collections")
 # Each backend reads the files of the next.
 WRITERS = {"jax": "tensorflow", "tensorflow": "torch", "torch": "jax"}
 
