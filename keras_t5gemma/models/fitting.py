@@ -282,8 +282,9 @@ def _with(callbacks, feeding):
 
 def _check_counted(x, callbacks):
     """Refuses the data of a `TrainingCheckpoint` that would save nothing."""
-    counts = getattr(x, "callback", None)
-    if counts is not None and counts not in getattr(callbacks, "callbacks", _with(callbacks, None)):
+    callback = getattr(x, "callback", None)
+    listed = getattr(callbacks, "callbacks", callbacks) or []  # of a `CallbackList`
+    if callback is not None and callback() not in (listed if isinstance(listed, (list, tuple)) else [listed]):
         raise ValueError(
             "`callbacks` must have the TrainingCheckpoint that these data are from: without it nothing is saved."
         )

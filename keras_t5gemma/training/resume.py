@@ -3,6 +3,7 @@
 import math
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
@@ -129,7 +130,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         elif y is not None or sample_weight is not None:
             raise ValueError("`y` and `sample_weight` must be None beside a dataset, whose batches have their own.")
         self._data = NumberedBatches(dataset)
-        self._data.callback = self
+        self._data.callback = weakref.ref(self)
         return self._data
 
     @property

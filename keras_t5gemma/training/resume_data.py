@@ -43,7 +43,7 @@ class NumberedBatches(grain.IterDataset):
                 f"`grain.MapDataset.source(rows).batch(...)`. Received: {type(dataset).__name__}."
             )
         super().__init__()
-        self.callback = None  # the one that counts what is trained on
+        self.callback = None  # a weak reference to the one that counts what is trained on
         self.source, self.length = dataset, None
         if isinstance(dataset, grain.MapDataset) and len(dataset) < _ENDLESS:
             self.source, self.length = dataset.repeat(), len(dataset)
