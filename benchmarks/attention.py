@@ -25,9 +25,9 @@ KINDS = {"global": {}, "causal": {"causal": True}, "sliding": {"window": WINDOW}
 
 def ways(backend):
     """By name: `(query, key, value, mask, cap) -> output`."""
-    from keras_t5gemma.layers import attention_kernels as kernels
+    from keras_t5gemma.kernels.attention import accelerators as kernels
+    from keras_t5gemma.kernels.attention.blocks import in_blocks
     from keras_t5gemma.layers.attention import attend_to
-    from keras_t5gemma.layers.attention_blocks import in_blocks
 
     def plain(query, key, value, mask, cap):
         return attend_to(query, key, value, whole(mask), cap=cap, dtype="bfloat16")
@@ -64,7 +64,7 @@ def tokamax(implementation, query, key, value, mask, cap):
 
 
 def whole(mask):
-    from keras_t5gemma.layers.masks import attention_mask
+    from keras_t5gemma.kernels.attention.masks import attention_mask
 
     return attention_mask(mask.query_segments, mask.key_segments, causal=mask.causal, window=mask.window)
 
@@ -118,8 +118,8 @@ def main():
     import numpy as np
     from keras import ops
 
-    from keras_t5gemma.layers.attend import attend
-    from keras_t5gemma.layers.masks import BLOCK_BYTES, BlockMask
+    from keras_t5gemma.kernels.attention.masks import BLOCK_BYTES, BlockMask
+    from keras_t5gemma.kernels.attention.reference import attend
 
     table = Table(title=f"Attention, {arguments.backend}")
     for heading in ("tokens", "kind", "way", "forward, ms", "with gradients, ms", "error"):

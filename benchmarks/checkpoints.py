@@ -22,11 +22,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from keras_t5gemma.checkpoints.hf_config import Gemma2Config, write_t5gemma_config
-from keras_t5gemma.checkpoints.name_maps import tensors
-from keras_t5gemma.checkpoints.new_folder import new_folder
-from keras_t5gemma.checkpoints.tensors import CHUNK_BYTES, DTYPES, TensorSource
-from keras_t5gemma.checkpoints.writing import write_json, write_tensors
+from keras_t5gemma.checkpoints.atomic_folder import new_folder
+from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, write_t5gemma_config
+from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
+from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, TensorSource
+from keras_t5gemma.checkpoints.tensor_table import tensors
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.presets import STACKS
 

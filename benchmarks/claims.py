@@ -28,8 +28,8 @@ from keras_t5gemma.demo.corpus import standard_library_corpus
 from keras_t5gemma.demo.fitting import optimizer
 from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
 from keras_t5gemma.demo.settings import FULL
+from keras_t5gemma.training.callbacks.progress_bar import ProgressBar, progress_display
 from keras_t5gemma.training.evaluation import mean_loss
-from keras_t5gemma.training.progress import ProgressBar, progress_display
 
 
 @dataclasses.dataclass(frozen=True)

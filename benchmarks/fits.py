@@ -80,8 +80,8 @@ def compiled(lm, length, batch, place):
     """A training step on a batch of `length` + `length` tokens."""
     import jax
 
-    from keras_t5gemma.objectives import teacher_view
-    from keras_t5gemma.training.distillation import Distillation
+    from keras_t5gemma.data.pipelines import teacher_view
+    from keras_t5gemma.training.losses.distillation import Distillation
 
     def array(many, dtype="int32"):
         return jax.ShapeDtypeStruct((batch, many), dtype, sharding=place())
@@ -123,7 +123,7 @@ def of_arguments(arguments):
     """A model of the pair asked for, compiled."""
     import keras_t5gemma as kt
     from keras_t5gemma import presets
-    from keras_t5gemma.training.adamw import AdamW
+    from keras_t5gemma.training.optimizers.adamw import AdamW
 
     stacks = [with_layers(presets.stack(size), arguments.layers) for size in arguments.pair]
     lm = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone(*stacks, dtype=arguments.dtype))
@@ -139,7 +139,7 @@ def of_recipe(recipe, layers):
     import keras_t5gemma as kt
     from keras_t5gemma import presets
     from keras_t5gemma.demo.pretraining import build_gemma2
-    from keras_t5gemma.recipes import building
+    from keras_t5gemma.recipes import components as building
 
     def stack(preset):
         return with_layers(presets.stack(preset.split("_")[1]), layers)  # "gemma2_9b_en"

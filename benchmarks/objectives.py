@@ -15,9 +15,9 @@ import warnings
 import grain
 import numpy as np
 
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.mixture import Mixture
-from keras_t5gemma.objectives.recipes import RECIPES, objective
+from keras_t5gemma.data.objectives.by_name import RECIPES, objective
+from keras_t5gemma.data.objectives.mixture import Mixture
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 
 # Wide enough for any denoiser at any length here: how sentinels run out is not what is measured.
 SENTINELS = range(7, 4_000)

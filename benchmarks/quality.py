@@ -60,7 +60,7 @@ def train(folder, pretraining_steps, steps):
     from keras_t5gemma.demo.fitting import optimizer
     from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
     from keras_t5gemma.demo.settings import FULL
-    from keras_t5gemma.training.progress import ProgressBar, progress_display
+    from keras_t5gemma.training.callbacks.progress_bar import ProgressBar, progress_display
 
     keras.utils.set_random_seed(0)
     corpus = standard_library_corpus()

@@ -66,7 +66,7 @@ else:
         model = keras_hub.models.T5GemmaSeq2SeqLM(backbone=backbone, preprocessor=None)
     # keras-hub's "auto" brings another optimizer: AdamW for both, each with its default loss and accuracy.
     if program == "keras-t5gemma":
-        from keras_t5gemma.training.adamw import AdamW
+        from keras_t5gemma.training.optimizers.adamw import AdamW
     else:
         AdamW = keras.optimizers.AdamW
     model.compile(optimizer=AdamW(1e-4))

@@ -6,7 +6,7 @@ Computed from configurations, not measured. Weights, gradients and the optimizer
 card; the rest is for activations, which `rematerialize` and `accumulation_steps` make small, and for the program.
 """
 
-from keras_t5gemma.checkpoints.name_maps import parameter_count
+from keras_t5gemma.checkpoints.tensor_table import parameter_count
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.presets import PAIRS, STACKS
 

@@ -217,7 +217,7 @@ def main():
     # PyTorch's allocator would keep what one size of a batch has left in pieces from the next.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     import keras_t5gemma as kt
-    from keras_t5gemma.training.adamw import AdamW
+    from keras_t5gemma.training.optimizers.adamw import AdamW
 
     reached = matmul_rate(arguments.backend)
     lm = kt.T5GemmaSeq2SeqLM(kt.T5GemmaBackbone(*arguments.pair, dtype="bfloat16"))

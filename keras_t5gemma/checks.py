@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -86,3 +87,24 @@ def check_finite(weights):
     if not np.isfinite(weights).all():
         row = np.argwhere(~np.isfinite(weights))[0][0]
         raise ValueError(f"`sample_weight` must hold finite numbers. Received: {weights[row]} in row {row}.")
+
+
+def check_token_ids(x, vocabulary_size):
+    """Checks the token ids among model inputs that are numpy arrays; anything else passes.
+
+    Raises:
+        ValueError: where an id is not in `[0, vocabulary_size)`; the message names the input.
+    """
+    if not isinstance(x, Mapping):
+        return
+    for name in ("encoder_token_ids", "decoder_token_ids"):
+        ids = x.get(name)
+        if not isinstance(ids, np.ndarray) or not ids.size:
+            continue
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"`{name}` must hold integers. Received: dtype={ids.dtype}.")
+        if ids.min() < 0 or ids.max() >= vocabulary_size:
+            raise ValueError(
+                f"`{name}` must be in [0, {vocabulary_size}), the backbone's vocabulary. Received ids from {ids.min()} "
+                f"to {ids.max()}."
+            )

@@ -8,6 +8,8 @@ from keras_t5gemma.suggestions import check_choice, did_you_mean
 
 ATTENTION_KINDS = ("sliding", "global")
 ENCODER_ATTENTIONS = ("bidirectional", "causal")
+# The special pieces of Gemma's vocabulary. A decoder's first token is <bos>.
+PAD_ID, EOS_ID, BOS_ID, UNKNOWN_ID = 0, 1, 2, 3
 
 
 @dataclasses.dataclass(frozen=True)

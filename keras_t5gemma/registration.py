@@ -14,19 +14,19 @@ import threading
 PACKAGE = __name__.rpartition(".")[0]
 # The modules that have a class with `keras.saving.register_keras_serializable`.
 REGISTERING = (
-    "generation.beam_sampler",
-    "generation.random_sampler",
+    "inference.samplers.beam",
+    "inference.samplers.top_k_top_p",
     "models.backbone",
     "models.seq2seq_lm",
-    "models.shapes",
+    "inference.buckets",
     "text.preprocessor",
     "text.tokenizer",
-    "training.adafactor",
-    "training.adamw",
-    "training.distillation",
-    "training.learning_rates",
-    "training.losses",
-    "training.muon",
+    "training.optimizers.adafactor",
+    "training.optimizers.adamw",
+    "training.losses.distillation",
+    "training.optimizers.learning_rates",
+    "training.losses.cross_entropy",
+    "training.optimizers.muon",
 )
 
 

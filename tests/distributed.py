@@ -17,10 +17,11 @@ from tiny import backbone_of
 
 import keras_t5gemma as kt
 from keras_t5gemma.demo.pretraining import build_gemma2
-from keras_t5gemma.layers import attention_kernels, masks
-from keras_t5gemma.layers.attend import attend
-from keras_t5gemma.layers.weights import weights_from
-from keras_t5gemma.training import losses
+from keras_t5gemma.kernels.attention import accelerators as attention_kernels
+from keras_t5gemma.kernels.attention import masks
+from keras_t5gemma.kernels.attention.reference import attend
+from keras_t5gemma.kernels.cross_entropy.chunks import CHUNK_BYTES
+from keras_t5gemma.layers.initialization import weights_from
 
 # 8 and 4 heads, 4 and 2 key and value heads.
 CONFIG = tiny_config(balanced=False, num_layers=1)
@@ -101,7 +102,7 @@ def distilled():
 
 def sharded(name):
     """Steps on eight devices of JAX, with and without a teacher, and what of each weight lies on the first."""
-    losses.CHUNK_BYTES = 4 * CONFIG.vocabulary_size  # a target position a chunk
+    CHUNK_BYTES[keras.config.backend()] = 4 * CONFIG.vocabulary_size  # a target position a chunk
     distribution = model_parallel(name)
     with distribution.scope():
         lm, found = step()

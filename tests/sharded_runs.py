@@ -23,9 +23,9 @@ from tiny_tokenizer import TEXTS
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.processes import gather
-from keras_t5gemma.checkpoints.tensors import CheckpointError
-from keras_t5gemma.layers.weights import weights_from
-from keras_t5gemma.training import resume_files
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
+from keras_t5gemma.layers.initialization import weights_from
+from keras_t5gemma.training.checkpointing import step_folder as resume_files
 
 CONFIG = tiny_config(balanced=False, num_layers=1, vocabulary_size=512)
 # Two devices a process; matrices are cut by rows, and over the other mesh most of them by columns.

@@ -8,7 +8,7 @@ from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
 import keras_t5gemma as kt
-from keras_t5gemma.objectives.mixture import Mixture
+from keras_t5gemma.data.objectives.mixture import Mixture
 
 CONFIG = tiny_config(num_layers=1)
 PROMPTS = {name: x for name, x in loud_inputs(CONFIG, batch=1).items() if name.startswith("encoder")}

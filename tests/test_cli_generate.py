@@ -173,7 +173,7 @@ def test_prompt_that_is_too_long_is_an_error_or_cut_as_asked(model):
     ],
 )
 def test_dtype_is_what_is_asked_for_or_suits_the_hardware(on_cpu, asked, dtype, model, monkeypatch):
-    monkeypatch.setattr("keras_t5gemma.layers.device.on_cpu", lambda x: on_cpu)
+    monkeypatch.setattr("keras_t5gemma.kernels.device.on_cpu", lambda x: on_cpu)
     assert inference_dtype(asked, model) == dtype
 
 

@@ -16,7 +16,7 @@ from peers import hf_gemma2, tiny_gemma_stack
 from tiny import loud_backbone
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints.name_maps import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensors
 
 BACKEND = keras.config.backend()
 on_jax = BACKEND == "jax"

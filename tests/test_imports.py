@@ -19,17 +19,18 @@ RANKS = {
     "concurrency": 1,
     "config": 1,
     "presets": 2,
-    "layers": 2,
+    "kernels": 2,
+    "layers": 3,
     "text": 3,
-    "objectives": 3,
-    "generation": 3,
-    "checkpoints": 3,
-    # Above checkpoints, in whose format a run's weights are saved; below models, which may take their loss from here.
-    "training": 4,
-    "models": 5,
-    "recipes": 6,
-    "demo": 6,
-    "cli": 7,
+    "data": 3,
+    "checkpoints": 4,
+    # Above checkpoints, in whose format a run's weights are saved; below models, whose face joins these two.
+    "training": 5,
+    "inference": 5,
+    "models": 6,
+    "recipes": 7,
+    "demo": 7,
+    "cli": 8,
 }
 # What these import at module level must not need Keras: they answer in a fraction of a second, or run in workers.
 WITHOUT_KERAS = (
@@ -37,11 +38,11 @@ WITHOUT_KERAS = (
     "config",
     "presets",
     "cli",
-    "checkpoints.files",
-    "checkpoints.name_maps",
-    "objectives",
+    "checkpoints.hugging_face.reader",
+    "checkpoints.tensor_table",
+    "data",
     "recipes.reading",
-    "training.plots",
+    "training.callbacks.plots",
 )
 BACKENDS = ("keras", "keras_hub", "jax", "tensorflow", "torch")
 

@@ -11,7 +11,7 @@ import pytest
 from stand_ins import write_stand_ins
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints.name_maps import parameter_count
+from keras_t5gemma.checkpoints.tensor_table import parameter_count
 from keras_t5gemma.presets import PAIRS, STACKS
 
 ROOT = Path(__file__).parent.parent

@@ -7,9 +7,9 @@ import pytest
 from keras import ops
 
 from keras_t5gemma import presets
-from keras_t5gemma.checkpoints.name_maps import parameter_count
+from keras_t5gemma.checkpoints.tensor_table import parameter_count
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
-from keras_t5gemma.layers.weights import weights_from
+from keras_t5gemma.layers.initialization import weights_from
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.presets import PAIRS, PRESETS, STACKS, is_hugging_face, locate, stack
 

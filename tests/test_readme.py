@@ -11,10 +11,10 @@ import pytest
 import typer
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints.name_maps import parameter_count
+from keras_t5gemma.checkpoints.tensor_table import parameter_count
 from keras_t5gemma.cli import app
 from keras_t5gemma.presets import PAIRS, STACKS
-from keras_t5gemma.training.learning_rates import LEARNING_RATES
+from keras_t5gemma.training.optimizers.learning_rates import LEARNING_RATES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -61,7 +61,7 @@ def test_saved_models_load_in_a_new_process_before_any_class_is_named(folder):
     [
         "import keras, keras_t5gemma",
         # Brings Keras in while a module of this package is still being imported.
-        "from keras_t5gemma.models.shapes import Buckets; import keras",
+        "from keras_t5gemma.inference.buckets import Buckets; import keras",
     ],
     ids=["after Keras", "by a module"],
 )

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from tiny_recipe import write_tiny_recipe
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints.name_maps import tensors
-from keras_t5gemma.checkpoints.tensors import CheckpointError
-from keras_t5gemma.training import resume_files
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
+from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.training.checkpointing import step_folder as resume_files
 
 CONFIG = sharded_runs.CONFIG
 LAST_STEP = f"step_{sharded_runs.LAST:08d}"

@@ -4,7 +4,7 @@ import numpy as np
 from peers import hf_t5gemma
 
 from keras_t5gemma.checkpoints.load import load_into
-from keras_t5gemma.checkpoints.tensors import TensorSource
+from keras_t5gemma.checkpoints.tensor_source import TensorSource
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 
 

@@ -9,8 +9,8 @@ import hashlib
 
 import numpy as np
 
-from keras_t5gemma.checkpoints.name_maps import TABLE, tensors
-from keras_t5gemma.checkpoints.tensors import CheckpointError, TensorSource
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
+from keras_t5gemma.checkpoints.tensor_table import TABLE, tensors
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.suggestions import check_choice
 

@@ -1,7 +1,7 @@
 """Whether a source's tensors are those of its config, without reading any data."""
 
-from keras_t5gemma.checkpoints.name_maps import tensors
-from keras_t5gemma.checkpoints.tensors import DTYPES, CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError
+from keras_t5gemma.checkpoints.tensor_table import tensors
 
 
 def check_source(config, source):

@@ -2,16 +2,17 @@
 
 from pathlib import Path
 
-from keras_t5gemma.checkpoints.hf_config import BOS_ID, write_t5gemma_config
-from keras_t5gemma.checkpoints.model_card import model_card
-from keras_t5gemma.checkpoints.name_maps import tensors
-from keras_t5gemma.checkpoints.new_folder import new_folder
+from keras_t5gemma.checkpoints.atomic_folder import new_folder
+from keras_t5gemma.checkpoints.hugging_face.config import write_t5gemma_config
+from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
+from keras_t5gemma.checkpoints.hugging_face.tokenizer import stop_ids, write_tokenizer
+from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
 from keras_t5gemma.checkpoints.processes import whole, write_on_first
-from keras_t5gemma.checkpoints.tensors import DTYPES, TensorSource
-from keras_t5gemma.checkpoints.tokenizer_files import stop_ids, write_tokenizer
+from keras_t5gemma.checkpoints.tensor_source import DTYPES, TensorSource
+from keras_t5gemma.checkpoints.tensor_table import tensors
 from keras_t5gemma.checkpoints.transforms import cast_tensors
-from keras_t5gemma.checkpoints.writing import write_json, write_tensors
 from keras_t5gemma.concurrency import reading
+from keras_t5gemma.config import BOS_ID
 from keras_t5gemma.presets import PREPROCESSOR_FILE, PREPROCESSOR_OPTIONS
 
 

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 
 from keras_t5gemma.checkpoints.checks import check_source
-from keras_t5gemma.checkpoints.name_maps import tensors
-from keras_t5gemma.checkpoints.tensors import DTYPES, check_finite
-from keras_t5gemma.layers.weights import weights_from
+from keras_t5gemma.checkpoints.tensor_source import DTYPES, check_finite
+from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.layers.initialization import weights_from
 
 
 def load(make, config, source, *, allow_non_finite=False):

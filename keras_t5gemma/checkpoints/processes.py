@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_t5gemma.checkpoints.tensors import CheckpointError, TensorSource
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
 
 # Bytes of an error's message that the other processes are told.
 _MESSAGE_BYTES = 2_000

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.checks import check_depth, check_source, check_tensors
-from keras_t5gemma.checkpoints.files import CheckpointFolder, read_json
-from keras_t5gemma.checkpoints.hf_config import Gemma2Config, read_gemma2_config, read_t5gemma_config
-from keras_t5gemma.checkpoints.keras_layouts import GEMMA2, KERAS_HUB_T5GEMMA, OWN
-from keras_t5gemma.checkpoints.keras_presets import KerasPreset
-from keras_t5gemma.checkpoints.orbax import read_orbax_t5gemma
-from keras_t5gemma.checkpoints.orbax_files import is_orbax
-from keras_t5gemma.checkpoints.tensors import CheckpointError, TensorSource
+from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, read_gemma2_config, read_t5gemma_config
+from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder, read_json
+from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2, KERAS_HUB_T5GEMMA, OWN
+from keras_t5gemma.checkpoints.keras_formats.presets import KerasPreset
+from keras_t5gemma.checkpoints.orbax.files import is_orbax
+from keras_t5gemma.checkpoints.orbax.parameters import read_orbax_t5gemma
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.suggestions import did_you_mean
 
@@ -46,7 +46,7 @@ def t5gemma_source(origin):
         CheckpointError: where it is another architecture, damaged or incomplete.
     """
     if not isinstance(origin, (str, Path)):
-        from keras_t5gemma.checkpoints.keras_models import read_t5gemma
+        from keras_t5gemma.checkpoints.keras_formats.models import read_t5gemma
 
         source = Source(*read_t5gemma(origin))
     else:
@@ -79,7 +79,7 @@ def gemma2_source(origin):
         CheckpointError: where it is another architecture (Gemma 1 and 3 included), damaged or incomplete.
     """
     if not isinstance(origin, (str, Path)):
-        from keras_t5gemma.checkpoints.keras_models import read_gemma2
+        from keras_t5gemma.checkpoints.keras_formats.models import read_gemma2
 
         source = Source(*read_gemma2(origin))
     else:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from keras_t5gemma.checkpoints.tensors import CHUNK_BYTES, DTYPES, CheckpointError, TensorSource
+from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, CheckpointError, TensorSource
 from keras_t5gemma.suggestions import check_choice
 
 

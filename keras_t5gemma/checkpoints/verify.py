@@ -4,11 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from keras_t5gemma.checkpoints.files import CheckpointFolder
-from keras_t5gemma.checkpoints.name_maps import tensors
+from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.progress import byte_progress
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
-from keras_t5gemma.checkpoints.tensors import CheckpointError, check_finite
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError, check_finite
+from keras_t5gemma.checkpoints.tensor_table import tensors
 from keras_t5gemma.checkpoints.transforms import equal_pieces
 
 
@@ -148,11 +148,11 @@ def _hidden_states(config, source, names, x):
     """
     from keras import ops
 
+    from keras_t5gemma.kernels.attention.masks import attention_mask
     from keras_t5gemma.layers.attention import rotary_angles
-    from keras_t5gemma.layers.blocks import Block
-    from keras_t5gemma.layers.masks import attention_mask
+    from keras_t5gemma.layers.block import Block
+    from keras_t5gemma.layers.initialization import weights_from
     from keras_t5gemma.layers.norm import RMSNorm
-    from keras_t5gemma.layers.weights import weights_from
 
     def read(path, shape, dtype):
         tensor, name = names[path]

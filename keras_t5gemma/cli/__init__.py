@@ -77,7 +77,7 @@ def presets():
     """List the published checkpoints, their sizes and where they lie."""
     from rich.table import Table
 
-    from keras_t5gemma.checkpoints.name_maps import parameter_count
+    from keras_t5gemma.checkpoints.tensor_table import parameter_count
     from keras_t5gemma.config import T5GemmaConfig
     from keras_t5gemma.presets import PRESETS, STACKS
 

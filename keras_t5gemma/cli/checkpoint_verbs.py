@@ -203,7 +203,7 @@ def verify(
 
 def _check_size(text):
     """Reads --max-shard-size before a checkpoint is opened, which may be a download."""
-    from keras_t5gemma.checkpoints.writing import byte_count
+    from keras_t5gemma.checkpoints.hugging_face.writer import byte_count
 
     byte_count(text)
 

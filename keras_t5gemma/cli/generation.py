@@ -8,7 +8,7 @@ import typer
 from keras_t5gemma.cli.options import BackendOption, InferenceDtype, Model, Truncate
 from keras_t5gemma.cli.prompts import answers_of, read_prompts, write_answers
 from keras_t5gemma.cli.session import load_for_inference, one_line_errors
-from keras_t5gemma.generation import SAMPLERS
+from keras_t5gemma.inference.samplers import SAMPLERS
 from keras_t5gemma.suggestions import check_choice
 
 # Their first token stands only with the last.

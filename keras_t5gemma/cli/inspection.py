@@ -6,9 +6,9 @@ import math
 from rich.table import Table
 
 from keras_t5gemma import presets
-from keras_t5gemma.checkpoints.files import read_json
-from keras_t5gemma.checkpoints.hf_config import Gemma2Config
-from keras_t5gemma.checkpoints.keras_layouts import GEMMA2
+from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
+from keras_t5gemma.checkpoints.hugging_face.reader import read_json
+from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2
 from keras_t5gemma.checkpoints.sources import gemma2_source, locate_gemma2, locate_t5gemma, t5gemma_source
 from keras_t5gemma.config import StackConfig
 

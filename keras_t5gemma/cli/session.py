@@ -143,7 +143,7 @@ def inference_dtype(dtype, folder):
     """What `from_preset` is to be told for an `InferenceDtype`, or None, on this hardware; None for what was saved."""
     import keras
 
-    from keras_t5gemma.layers.device import on_cpu
+    from keras_t5gemma.kernels.device import on_cpu
 
     plain = "float32" if on_cpu(keras.ops.zeros(())) else "bfloat16"
     if dtype is None:
@@ -166,7 +166,7 @@ def remove_empty(out):
 def save_model(lm, out, keras_format):
     """Writes a model as a Keras preset or in Hugging Face's format; the folder appears when it is complete."""
     import keras_t5gemma as kt
-    from keras_t5gemma.checkpoints.new_folder import new_folder
+    from keras_t5gemma.checkpoints.atomic_folder import new_folder
 
     remove_empty(out)
     if keras_format:

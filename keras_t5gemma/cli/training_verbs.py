@@ -53,7 +53,7 @@ def train(
             checked = with_more_steps(checked, recipe)
         # What is wrong with the folder and the texts is told before Keras is imported, too.
         check_run(Path(checked.output.folder), checked)
-        from keras_t5gemma.objectives.sources import text_source
+        from keras_t5gemma.data.sources.open import text_source
 
         for paths in (checked.data.sources, checked.data.validation):
             if paths:
@@ -76,7 +76,7 @@ def plot(
 ):
     """Draw loss, held-out loss by denoiser, learning rate and tokens a second of training runs."""
     with one_line_errors():
-        from keras_t5gemma.training.plots import plot_runs
+        from keras_t5gemma.training.callbacks.plots import plot_runs
 
         if out is None and len(runs) == 1:
             out = runs[0] / "log.png" if runs[0].is_dir() else runs[0].with_suffix(".png")

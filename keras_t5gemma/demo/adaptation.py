@@ -6,8 +6,8 @@ import keras
 
 import keras_t5gemma as kt
 from keras_t5gemma.demo.fitting import optimizer
+from keras_t5gemma.training.callbacks.progress_bar import StepLosses
 from keras_t5gemma.training.evaluation import mean_loss
-from keras_t5gemma.training.progress import StepLosses
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import dataclasses
 import keras_t5gemma as kt
 from keras_t5gemma.demo.dates import date_pairs, split_dates
 from keras_t5gemma.demo.fitting import optimizer
-from keras_t5gemma.training.progress import StepLosses
+from keras_t5gemma.training.callbacks.progress_bar import StepLosses
 
 ANSWER_LENGTH = 12  # ten characters of ISO 8601, each a piece at most, `<bos>` and `<eos>`
 

@@ -6,8 +6,8 @@ import keras_hub
 import numpy as np
 import sentencepiece
 
+from keras_t5gemma.data.pipelines.streams import READ_OPTIONS
 from keras_t5gemma.demo.fitting import optimizer
-from keras_t5gemma.objectives.streams import READ_OPTIONS
 from keras_t5gemma.training.evaluation import mean_loss
 
 # Gemma 2's, arXiv 2408.00118 table 1; no part of a stack's config.

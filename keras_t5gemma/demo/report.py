@@ -10,7 +10,7 @@ from importlib.metadata import version
 from rich.table import Table
 from rich.text import Text
 
-from keras_t5gemma.training.plots import LOSS_LABEL, picture
+from keras_t5gemma.training.callbacks.plots import LOSS_LABEL, picture
 
 VERSIONS_OF = ("keras-t5gemma", "keras", "keras-hub", "numpy")
 

@@ -16,7 +16,7 @@ from keras_t5gemma.demo.corpus import standard_library_corpus
 from keras_t5gemma.demo.finetuning import fine_tune
 from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
 from keras_t5gemma.demo.settings import FULL
-from keras_t5gemma.training.progress import ProgressBar, progress_display
+from keras_t5gemma.training.callbacks.progress_bar import ProgressBar, progress_display
 
 
 def run_demo(out, settings=FULL, console=None):

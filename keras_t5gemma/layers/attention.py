@@ -4,12 +4,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.layers.attend import attend
-from keras_t5gemma.layers.attention_blocks import in_blocks
-from keras_t5gemma.layers.attention_kernels import has_kernel, kernel
-from keras_t5gemma.layers.finite import finite
-from keras_t5gemma.layers.masks import BlockMask
-from keras_t5gemma.layers.weights import as_rows, dense
+from keras_t5gemma.kernels.attention.accelerators import has_kernel, kernel
+from keras_t5gemma.kernels.attention.blocks import in_blocks
+from keras_t5gemma.kernels.attention.masks import BlockMask
+from keras_t5gemma.kernels.attention.reference import attend
+from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.layers.initialization import as_rows, dense
 
 
 def rotary_angles(length, start, head_dim, wavelength):
@@ -58,7 +58,7 @@ def attend_to(query, key, value, visible, *, cap, dtype):
     """`attend` to what is visible, bool or a `BlockMask`: at once, by a kernel, or in blocks."""
     if not isinstance(visible, BlockMask):
         if keras.config.backend() == "jax":
-            from keras_t5gemma.layers import attention_jax
+            from keras_t5gemma.kernels.attention import jax as attention_jax
 
             return attention_jax.attend(query, key, value, visible, cap=cap, dtype=dtype)
         return attend(query, key, value, visible, cap=cap, dtype=dtype)

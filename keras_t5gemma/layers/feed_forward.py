@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.finite import finite
-from keras_t5gemma.layers.rematerialization import fused
-from keras_t5gemma.layers.weights import as_rows, dense
+from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.rematerialization import fused
+from keras_t5gemma.layers.initialization import as_rows, dense
 
 
 class FeedForward(keras.layers.Layer):

@@ -5,12 +5,12 @@ import math
 import keras
 from keras import ops
 
-from keras_t5gemma.layers.attend import soft_cap_of_own
+from keras_t5gemma.kernels.attention.reference import soft_cap_of_own
+from keras_t5gemma.kernels.device import on_cpu
+from keras_t5gemma.kernels.embedding.quantized import goes_by_blocks, project
+from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.matmul.xla import has_quick_kernel, table_product
 from keras_t5gemma.layers.copies import part_of_a_model
-from keras_t5gemma.layers.device import on_cpu
-from keras_t5gemma.layers.finite import finite
-from keras_t5gemma.layers.half_products import has_quick_kernel, table_product
-from keras_t5gemma.layers.quantized_table import goes_by_blocks, project
 
 # Rows up to which `_product` puts the table first, by backend: twice as fast and more on PyTorch, half as fast again
 # on JAX.
@@ -73,7 +73,7 @@ def _product(x, table):
         return _table_first(x, table)
     if backend != "torch":
         return ops.einsum("btd,vd->btv", x, table)
-    from keras_t5gemma.layers import onednn_torch
+    from keras_t5gemma.kernels.matmul import onednn as onednn_torch
 
     if rows < math.inf and onednn_torch.serves(x, table):
         return onednn_torch.rows_times_table(x, table)

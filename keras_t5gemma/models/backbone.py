@@ -7,16 +7,16 @@ import keras
 import keras_hub
 
 from keras_t5gemma import presets
-from keras_t5gemma.checkpoints.files import read_json
+from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.load import load
 from keras_t5gemma.checkpoints.sources import locate_t5gemma, t5gemma_source
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.layers import lora
-from keras_t5gemma.layers.weights import weights_from
-from keras_t5gemma.models.distribution import layout_map
+from keras_t5gemma.layers.initialization import weights_from
 from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.quantization import Quantizes, quantize, unquantized
 from keras_t5gemma.models.saved_state import backbone_from_config, state_config
+from keras_t5gemma.models.sharding import layout_map
 from keras_t5gemma.models.stacks import Decoder, Encoder
 
 INPUT_NAMES = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")

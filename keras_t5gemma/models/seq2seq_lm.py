@@ -7,28 +7,28 @@ import keras_hub
 
 from keras_t5gemma._keras_internals import track_loss_in_float32
 from keras_t5gemma.checkpoints.sources import locate_t5gemma
-from keras_t5gemma.generation.decode import resolve_sampler
+from keras_t5gemma.inference.buckets import Buckets
+from keras_t5gemma.inference.decoding.loop import resolve_sampler
+from keras_t5gemma.inference.embed import Embeds
+from keras_t5gemma.inference.generate import Generates
+from keras_t5gemma.inference.score import Scores
+from keras_t5gemma.inference.stream import Streams
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
-from keras_t5gemma.models.embedding import Embeds
-from keras_t5gemma.models.fitting import Fits
-from keras_t5gemma.models.generation import Generates
 from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.quantization import Quantizes, quantize
 from keras_t5gemma.models.recompilation import Recompiles
-from keras_t5gemma.models.scoring import Scores
-from keras_t5gemma.models.shapes import Buckets
-from keras_t5gemma.models.streaming import Streams
 from keras_t5gemma.models.teaching import Taught
 from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, is_hugging_face
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 from keras_t5gemma.training.accumulation import Accumulation
-from keras_t5gemma.training.distillation import Distillation
-from keras_t5gemma.training.losses import ChunkedLoss, VocabularyCrossEntropy
-from keras_t5gemma.training.optimizer_checks import check_optimizer
-from keras_t5gemma.training.optimizers import optimizer as default_optimizer
+from keras_t5gemma.training.batches.fitting import Fits
+from keras_t5gemma.training.losses.cross_entropy import ChunkedLoss, VocabularyCrossEntropy
+from keras_t5gemma.training.losses.distillation import Distillation
+from keras_t5gemma.training.optimizers.checks import check_optimizer
+from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")

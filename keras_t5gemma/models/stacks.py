@@ -3,17 +3,17 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.kernels.attention.accelerators import has_kernel
+from keras_t5gemma.kernels.attention.masks import attention_mask, visible_keys
+from keras_t5gemma.kernels.barriers import handed_on, settled
+from keras_t5gemma.kernels.embedding.lookup import look_up
+from keras_t5gemma.kernels.rematerialization import rematerialized
 from keras_t5gemma.layers.attention import rotary_angles, write_at
-from keras_t5gemma.layers.attention_kernels import has_kernel
-from keras_t5gemma.layers.blocks import Block
+from keras_t5gemma.layers.block import Block
 from keras_t5gemma.layers.cache import is_start, place, places, positions
 from keras_t5gemma.layers.copies import part_of_a_model
-from keras_t5gemma.layers.lookup import look_up
-from keras_t5gemma.layers.masks import attention_mask, visible_keys
+from keras_t5gemma.layers.initialization import embedding
 from keras_t5gemma.layers.norm import RMSNorm
-from keras_t5gemma.layers.rematerialization import rematerialized
-from keras_t5gemma.layers.settled import handed_on, settled
-from keras_t5gemma.layers.weights import embedding
 
 
 class Stack(keras.layers.Layer):

@@ -5,7 +5,7 @@ import contextlib
 import keras
 
 from keras_t5gemma.checkpoints.processes import process_count, process_index
-from keras_t5gemma.models.distribution import layout_map
+from keras_t5gemma.models.sharding import layout_map
 
 
 def distribution(hardware):

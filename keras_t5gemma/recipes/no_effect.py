@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from keras_t5gemma.recipes.objectives import SUPERVISED
+from keras_t5gemma.recipes.objective_section import SUPERVISED
 
 # Keys of a section, whether a recipe looks at them, and if not why.
 RULES = (

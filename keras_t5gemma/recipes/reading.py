@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 
 from keras_t5gemma.recipes.no_effect import keys_without_effect
-from keras_t5gemma.recipes.objectives import check_objective
+from keras_t5gemma.recipes.objective_section import check_objective
 from keras_t5gemma.recipes.schema import Recipe
 from keras_t5gemma.suggestions import did_you_mean
 

@@ -8,22 +8,22 @@ from pathlib import Path
 import keras
 from rich.console import Console
 
-from keras_t5gemma.checkpoints.adapters import save_lora
+from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.convert import average_checkpoints
 from keras_t5gemma.checkpoints.export import export_to_hugging_face
-from keras_t5gemma.checkpoints.new_folder import new_folder
+from keras_t5gemma.checkpoints.hugging_face.peft import save_lora
 from keras_t5gemma.checkpoints.processes import gather, together
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.recipes.building import compiled_model, held_out_batches, training_data
+from keras_t5gemma.recipes.components import compiled_model, held_out_batches, training_data
 from keras_t5gemma.recipes.devices import distribution, process
-from keras_t5gemma.recipes.objectives import make_objective
+from keras_t5gemma.recipes.objective_section import make_objective
 from keras_t5gemma.recipes.run_folder import MODEL_FOLDER, begin, locked
-from keras_t5gemma.training.callbacks import CrossAttentionWarmup
-from keras_t5gemma.training.logs import TrainingLog
-from keras_t5gemma.training.progress import ProgressBar, TokenRate, progress_display
-from keras_t5gemma.training.resume import TrainingCheckpoint
-from keras_t5gemma.training.resume_weights import load_training_weights, training_weights
-from keras_t5gemma.training.run_log import HELD_OUT
+from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
+from keras_t5gemma.training.callbacks.log_file import HELD_OUT
+from keras_t5gemma.training.callbacks.progress_bar import ProgressBar, TokenRate, progress_display
+from keras_t5gemma.training.callbacks.training_log import TrainingLog
+from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
+from keras_t5gemma.training.checkpointing.weights import load_training_weights, training_weights
 
 CHECKPOINTS_FOLDER = "checkpoints"
 

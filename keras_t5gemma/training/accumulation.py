@@ -10,9 +10,9 @@ import keras
 from keras import ops
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.training.labels import labels_and_weights
-from keras_t5gemma.training.losses import replicas
-from keras_t5gemma.training.low_precision import LowPrecision
+from keras_t5gemma.training.losses.cross_entropy import replicas
+from keras_t5gemma.training.losses.labels import labels_and_weights
+from keras_t5gemma.training.optimizers.low_precision import LowPrecision
 
 # What a loss divides its sum by, and so what a part's share is: of the weights, of the elements, or all of it.
 _BY_WEIGHT, _BY_ELEMENTS, _SUM = ("mean_with_sample_weight",), ("sum_over_batch_size", "mean"), ("sum",)

@@ -2,8 +2,8 @@
 
 import itertools
 
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.span_corruption import SpanCorruption
+from keras_t5gemma.data.objectives.span_corruption import SpanCorruption
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 
 
 def mean_loss(model, batches):

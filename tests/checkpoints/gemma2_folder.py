@@ -3,8 +3,8 @@
 import numpy as np
 from tiny import NamedArrays
 
-from keras_t5gemma.checkpoints.hf_config import Gemma2Config
-from keras_t5gemma.checkpoints.writing import write_json, write_tensors
+from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
+from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
 
 VOCABULARY_SIZE = 24
 

@@ -8,10 +8,10 @@ from peers import tiny_gemma_stack
 from tiny import NamedArrays
 
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors, adapted_config
-from keras_t5gemma.checkpoints.hf_config import Gemma2Config
+from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
 from keras_t5gemma.checkpoints.load import check_source
 from keras_t5gemma.checkpoints.sources import Source, gemma2_source
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 
 # In a T5Gemma's cross-attention and in the Gemma 2 self-attention it may come from.
 CROSS = {

@@ -11,9 +11,9 @@ from peers import hf_logits, loud_inputs, tiny_config
 from safetensors.numpy import load_file, save_file
 from tiny import loud_backbone
 
-from keras_t5gemma.checkpoints.adapters import load_lora, save_lora
 from keras_t5gemma.checkpoints.export import export_to_hugging_face
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.hugging_face.peft import load_lora, save_lora
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 # Within the window, beyond which `transformers`' encoder sees one key too many in what is exported.

@@ -14,10 +14,10 @@ from tiny import backbone_of, loud_backbone
 from tiny_tokenizer import train_tiny_tokenizer
 
 from keras_t5gemma.checkpoints.export import ModelTensors, export_to_hugging_face
-from keras_t5gemma.checkpoints.files import CheckpointFolder
+from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.sources import t5gemma_source
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.chat import format_turns
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor

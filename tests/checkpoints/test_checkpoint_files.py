@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from keras_t5gemma.checkpoints.files import INDEX_FILE, CheckpointFolder, SafetensorsFile, read_json
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.hugging_face.reader import INDEX_FILE, CheckpointFolder, SafetensorsFile, read_json
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 
 NAME = "model.decoder.layers.1.cross_attn.k_proj.weight"
 

@@ -8,10 +8,10 @@ from peers import hf_logits, hf_t5gemma, loud_inputs, tiny_config
 from safetensors.numpy import load_file, save_file
 from tiny import backbone_of
 
-from keras_t5gemma.checkpoints.files import CheckpointFolder
+from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
-from keras_t5gemma.checkpoints.name_maps import tensors
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
+from keras_t5gemma.checkpoints.tensor_table import tensors
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 NAME = "model.decoder.layers.1.cross_attn.k_proj.weight"

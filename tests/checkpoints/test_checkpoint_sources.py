@@ -13,7 +13,7 @@ from tiny import backbone_of
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 
 STACK = tiny_gemma_stack()
 KINDS = {"sliding": "sliding_attention", "global": "full_attention"}

@@ -8,10 +8,10 @@ import pytest
 from safetensors import safe_open
 from tiny import NamedArrays
 
-from keras_t5gemma.checkpoints.files import INDEX_FILE, CheckpointFolder
-from keras_t5gemma.checkpoints.new_folder import new_folder
-from keras_t5gemma.checkpoints.tensors import CheckpointError
-from keras_t5gemma.checkpoints.writing import write_tensors
+from keras_t5gemma.checkpoints.atomic_folder import new_folder
+from keras_t5gemma.checkpoints.hugging_face.reader import INDEX_FILE, CheckpointFolder
+from keras_t5gemma.checkpoints.hugging_face.writer import write_tensors
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -23,13 +23,13 @@ from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.convert import adapt_gemma2_files, average_checkpoints, convert_checkpoint
 from keras_t5gemma.checkpoints.export import ModelTensors, export_to_hugging_face, write_checkpoint
-from keras_t5gemma.checkpoints.files import CheckpointFolder
-from keras_t5gemma.checkpoints.hf_config import Gemma2Config
-from keras_t5gemma.checkpoints.name_maps import tensors
+from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
+from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
+from keras_t5gemma.checkpoints.hugging_face.writer import write_tensors
 from keras_t5gemma.checkpoints.sources import Source, t5gemma_source
-from keras_t5gemma.checkpoints.tensors import CHUNK_BYTES, CheckpointError, TensorSource
+from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, CheckpointError, TensorSource
+from keras_t5gemma.checkpoints.tensor_table import tensors
 from keras_t5gemma.checkpoints.transforms import MeanTensors, cast_tensors
-from keras_t5gemma.checkpoints.writing import write_tensors
 from keras_t5gemma.models.adapted import adapt_gemma2
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
@@ -571,7 +571,7 @@ def test_untransformed_tensors_of_a_folder_are_never_read_whole(gemma2, tmp_path
 def test_pieces_of_a_keras_presets_embedding_are_rows(tmp_path, monkeypatch):
     backbone = loud_backbone(CONFIG)
     backbone.save_to_preset(str(tmp_path / "preset"))
-    monkeypatch.setattr("keras_t5gemma.checkpoints.keras_presets.CHUNK_BYTES", 1000)
+    monkeypatch.setattr("keras_t5gemma.checkpoints.keras_formats.presets.CHUNK_BYTES", 1000)
     source = t5gemma_source(tmp_path / "preset").tensors
     name = "model.encoder.embed_tokens.weight"
     pieces = list(source.chunks(name))

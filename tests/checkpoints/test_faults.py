@@ -18,9 +18,9 @@ from peers import tiny_config, tiny_gemma_stack
 from tiny import NamedArrays, loud_backbone
 
 from keras_t5gemma.checkpoints.export import write_checkpoint
-from keras_t5gemma.checkpoints.name_maps import tensors
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
+from keras_t5gemma.checkpoints.tensor_table import tensors
 
 # Some 20 KB, so that a folder is written and read in milliseconds.
 CONFIG = tiny_config(

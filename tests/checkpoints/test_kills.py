@@ -14,7 +14,7 @@ from tiny import NamedArrays
 from keras_t5gemma.checkpoints import convert
 from keras_t5gemma.checkpoints.export import write_checkpoint
 from keras_t5gemma.checkpoints.sources import t5gemma_source
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 
 CONFIG = tiny_config(num_layers=1, hidden_dim=16, vocabulary_size=40)
 # A moment is the n-th time that a file is opened, renamed or removed, a folder made or listed, or a piece of a tensor
@@ -22,7 +22,9 @@ CONFIG = tiny_config(num_layers=1, hidden_dim=16, vocabulary_size=40)
 # than anybody else could.
 RUN = """
 import os, signal, sys
-from keras_t5gemma.checkpoints import convert, files, tensors
+from keras_t5gemma.checkpoints import convert
+from keras_t5gemma.checkpoints.hugging_face import reader as files
+from keras_t5gemma.checkpoints import tensor_source as tensors
 
 verb, last, target, *sources = sys.argv[1:]
 moment, armed = 0, False
@@ -52,7 +54,7 @@ print(moment, "keras" in sys.modules)
 RUN_IN_LITTLE_SPACE = """
 import resource, signal, sys
 from keras_t5gemma.checkpoints.convert import convert_checkpoint
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)

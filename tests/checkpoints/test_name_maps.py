@@ -4,7 +4,7 @@ import pytest
 from peers import hf_gemma2, hf_t5gemma, tiny_config, tiny_gemma_stack
 from tiny import backbone_of
 
-from keras_t5gemma.checkpoints.name_maps import TABLE, parameter_count, tensors
+from keras_t5gemma.checkpoints.tensor_table import TABLE, parameter_count, tensors
 
 CONFIGS = {
     "balanced": tiny_config(),

@@ -16,10 +16,10 @@ from peers import hf_t5gemma, tiny_config
 
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.checks import check_source
-from keras_t5gemma.checkpoints.name_maps import TABLE
-from keras_t5gemma.checkpoints.orbax import COLUMNS, read_orbax_t5gemma
-from keras_t5gemma.checkpoints.orbax_files import is_orbax
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.orbax.files import is_orbax
+from keras_t5gemma.checkpoints.orbax.parameters import COLUMNS, read_orbax_t5gemma
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
+from keras_t5gemma.checkpoints.tensor_table import TABLE
 
 NAMES = {
     "pre_attention_norm": "pre_self_attn_layernorm",
@@ -240,7 +240,7 @@ def test_one_tensor_of_a_stack_is_read_alone_and_contiguous(folder):
 
 def test_checkpoint_is_read_without_starting_jax(folder):
     code = (
-        "import sys; from keras_t5gemma.checkpoints.orbax import read_orbax_t5gemma; import tensorstore;"
+        "import sys; from keras_t5gemma.checkpoints.orbax.parameters import read_orbax_t5gemma; import tensorstore;"
         "from keras_t5gemma.config import T5GemmaConfig; import json;"
         "config = T5GemmaConfig.from_dict(json.loads(sys.argv[2]));"
         "source = read_orbax_t5gemma(sys.argv[1], config)[1]; source.read('model.encoder.norm.weight');"

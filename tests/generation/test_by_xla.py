@@ -6,8 +6,8 @@ import pytest
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.generation import program
-from keras_t5gemma.generation.processors import NoRepeatNgrams
+from keras_t5gemma.inference.logits_processors import NoRepeatNgrams
+from keras_t5gemma.inference.programs import compiled as program
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 CONFIG = tiny_config(balanced=False, num_layers=2)

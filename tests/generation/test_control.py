@@ -1,5 +1,6 @@
 """Control of generation: options against `transformers`, samples, limits, seeds, log-probabilities and scores."""
 
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from peers import hf_logits, loud_inputs, tiny_config
 from tiny import twins
 
 import keras_t5gemma as kt
+from keras_t5gemma.kernels.cross_entropy.chunks import CHUNK_BYTES
 
 LENGTH = 16
 CONFIG = tiny_config(balanced=False, num_layers=1)  # compiling is what these tests cost
@@ -127,7 +129,7 @@ def test_score_does_not_depend_on_chunks_or_batch_mates(lm, monkeypatch):
     targets = [[5, 6, 7, 8, 9], [11, 12], [13] * 14, [1]]
     together = lm.score(prompts(), targets)
     assert together["log_probs"].shape == (4, 14)
-    monkeypatch.setattr("keras_t5gemma.models.scoring.CHUNK_BYTES", 4 * 128 * 3)  # three positions of one row
+    monkeypatch.setitem(CHUNK_BYTES, keras.config.backend(), 4 * 128 * 3)  # three positions of one row
     lm.compile()
     alone = lm.score({name: x[2] for name, x in prompts().items()}, targets[2])
     np.testing.assert_allclose(alone["log_probs"], together["log_probs"][2], atol=1e-5)
@@ -225,7 +227,7 @@ def test_mixed_requests_repeat_under_seeds_in_as_many_programs_as_options(lm):
 
 def test_programs_of_options_made_anew_each_time_are_not_kept_for_ever(lm):
     for _ in range(100):
-        lm._generate_program(kt.generation.decode.Control(processors=(lambda logits, _: logits,)))
+        lm._generate_program(kt.inference.decoding.loop.Control(processors=(lambda logits, _: logits,)))
     assert len(lm._generate_programs) <= 64
 
 

@@ -7,7 +7,7 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone, twins
 
-from keras_t5gemma.generation.beam_sampler import BeamSampler
+from keras_t5gemma.inference.samplers.beam import BeamSampler
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 LENGTH = 24

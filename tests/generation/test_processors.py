@@ -7,7 +7,7 @@ from keras import ops
 from transformers.generation import logits_process
 
 import keras_t5gemma as kt
-from keras_t5gemma.generation.processors import Request, Sequences, check_processors, in_order
+from keras_t5gemma.inference.logits_processors import Request, Sequences, check_processors, in_order
 
 VOCABULARY_SIZE, ROWS, LENGTH = 12, 4, 20
 STOPS = (1, 7)

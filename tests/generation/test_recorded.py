@@ -7,9 +7,9 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.generation import recorded as module
-from keras_t5gemma.generation.processors import NoRepeatNgrams
-from keras_t5gemma.generation.recorded import RecordedStep, recorded
+from keras_t5gemma.inference.logits_processors import NoRepeatNgrams
+from keras_t5gemma.inference.programs import recorded_torch as module
+from keras_t5gemma.inference.programs.recorded_torch import RecordedStep, recorded
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 CONFIG = tiny_config(balanced=False, num_layers=2)

@@ -7,8 +7,9 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.generation import recorded, recorded_products
-from keras_t5gemma.generation.processors import NoRepeatNgrams
+from keras_t5gemma.inference.logits_processors import NoRepeatNgrams
+from keras_t5gemma.inference.programs import recorded_products
+from keras_t5gemma.inference.programs import recorded_torch as recorded
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 pytestmark = pytest.mark.skipif(

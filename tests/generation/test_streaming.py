@@ -9,9 +9,9 @@ from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 from tiny_tokenizer import train_tiny_tokenizer
 
-from keras_t5gemma.generation.decode import Control, resolve_sampler
-from keras_t5gemma.generation.processors import ForbiddenTokens, NoRepeatNgrams
-from keras_t5gemma.generation.program import Programs
+from keras_t5gemma.inference.decoding.loop import Control, resolve_sampler
+from keras_t5gemma.inference.logits_processors import ForbiddenTokens, NoRepeatNgrams
+from keras_t5gemma.inference.programs.compiled import Programs
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer

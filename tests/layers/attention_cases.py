@@ -6,8 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.layers.attend import attend
-from keras_t5gemma.layers.masks import BlockMask, attention_mask
+from keras_t5gemma.kernels.attention.masks import BlockMask, attention_mask
+from keras_t5gemma.kernels.attention.reference import attend
 
 KINDS = ("queries", "keys")
 BATCH, KV_HEADS, GROUPS, SIZE = 2, 2, 3, 4

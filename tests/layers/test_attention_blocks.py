@@ -9,12 +9,12 @@ import pytest
 from attention_cases import CASES, OTHERS, SEGMENTS, SIZE, both, inputs
 from keras import ops
 
-from keras_t5gemma.layers import attend as attend_module
-from keras_t5gemma.layers import masks
-from keras_t5gemma.layers.attend import attend
+from keras_t5gemma.kernels.attention import masks
+from keras_t5gemma.kernels.attention import reference as attend_module
+from keras_t5gemma.kernels.attention.blocks import in_blocks
+from keras_t5gemma.kernels.attention.masks import BlockMask, attention_mask, visible_keys
+from keras_t5gemma.kernels.attention.reference import attend
 from keras_t5gemma.layers.attention import attend_to
-from keras_t5gemma.layers.attention_blocks import in_blocks
-from keras_t5gemma.layers.masks import BlockMask, attention_mask, visible_keys
 
 
 def at_once(query, key, value, mask, cap, dtype):

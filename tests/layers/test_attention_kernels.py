@@ -14,10 +14,11 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.layers import attention, masks
-from keras_t5gemma.layers import attention_kernels as kernels
-from keras_t5gemma.layers.attend import attend
-from keras_t5gemma.layers.masks import BlockMask, attention_mask, visible_keys
+from keras_t5gemma.kernels.attention import accelerators as kernels
+from keras_t5gemma.kernels.attention import masks
+from keras_t5gemma.kernels.attention.masks import BlockMask, attention_mask, visible_keys
+from keras_t5gemma.kernels.attention.reference import attend
+from keras_t5gemma.layers import attention
 from keras_t5gemma.models import stacks
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 

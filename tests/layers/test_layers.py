@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 
 from keras_t5gemma.config import StackConfig
-from keras_t5gemma.layers.attend import soft_cap
+from keras_t5gemma.kernels.attention.reference import soft_cap
 from keras_t5gemma.layers.attention import Attention, rotary_angles, rotate, write_at
 from keras_t5gemma.layers.feed_forward import FeedForward
 from keras_t5gemma.layers.norm import RMSNorm

@@ -10,7 +10,7 @@ from keras import ops
 from one_step import compiled_step
 
 import keras_t5gemma as kt
-from keras_t5gemma.layers.lookup import look_up
+from keras_t5gemma.kernels.embedding.lookup import look_up
 
 IDS = np.array([[3, 59, 0, 3], [3, 17, 59, 4]])
 

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from keras import ops
 
-from keras_t5gemma.layers.masks import attention_mask
+from keras_t5gemma.kernels.attention.masks import attention_mask
 
 
 def draw(mask):

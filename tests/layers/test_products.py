@@ -9,8 +9,9 @@ from gradients import gradients
 from keras import ops
 from peers import tiny_config
 
-from keras_t5gemma.layers import feed_forward, half_products, norm, projection
-from keras_t5gemma.layers.weights import dense
+from keras_t5gemma.kernels.matmul import xla as half_products
+from keras_t5gemma.layers import feed_forward, norm, projection
+from keras_t5gemma.layers.initialization import dense
 
 
 def assert_same(function, plain, *arrays):
@@ -66,7 +67,7 @@ def test_few_rows_go_behind_the_table(monkeypatch):
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="only PyTorch has to be asked for oneDNN")
 def test_more_rows_go_to_onednn(monkeypatch):
-    assert lengths_given_to(monkeypatch, "keras_t5gemma.layers.onednn_torch.rows_times_table") == [4, 16, 17]
+    assert lengths_given_to(monkeypatch, "keras_t5gemma.kernels.matmul.onednn.rows_times_table") == [4, 16, 17]
 
 
 def test_product_of_some_positions_with_a_table():

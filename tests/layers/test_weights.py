@@ -5,7 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_t5gemma.config import StackConfig
-from keras_t5gemma.layers.weights import embedding
+from keras_t5gemma.layers.initialization import embedding
 
 CONFIG = StackConfig(
     num_layers=1, hidden_dim=4, intermediate_dim=8, num_query_heads=2, num_key_value_heads=2, head_dim=2

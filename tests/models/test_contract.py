@@ -11,10 +11,10 @@ from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 from tiny_tokenizer import train_tiny_tokenizer
 
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 

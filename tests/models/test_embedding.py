@@ -8,7 +8,7 @@ from peers import tiny_config
 from tiny import loud_backbone
 from tiny_tokenizer import TEXTS, train_tiny_tokenizer
 
-from keras_t5gemma.generation.program import Program
+from keras_t5gemma.inference.programs.compiled import Program
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer

@@ -9,10 +9,10 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.checkpoints.adapters import load_lora, save_lora
+from keras_t5gemma.checkpoints.hugging_face.peft import load_lora, save_lora
 from keras_t5gemma.layers.lora import lora_layers
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.training.optimizers import optimizer
+from keras_t5gemma.training.optimizers.factory import optimizer
 
 CONFIG = tiny_config(balanced=False, num_layers=2)
 SMALL = tiny_config(balanced=False, num_layers=1)

@@ -10,7 +10,7 @@ from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
 import keras_t5gemma as kt
-from keras_t5gemma.models.memory import activation_bytes, cache_bytes, explanation, memory_errors_explained
+from keras_t5gemma.inference.memory import activation_bytes, cache_bytes, explanation, memory_errors_explained
 
 CONFIG = tiny_config(balanced=False, num_layers=1)
 INPUTS = {name: x for name, x in loud_inputs(CONFIG, batch=2).items() if name.startswith("encoder")}

@@ -9,8 +9,10 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.layers import projection, quantized_table
-from keras_t5gemma.layers.lookup import look_up
+from keras_t5gemma.kernels.embedding import quantized
+from keras_t5gemma.kernels.embedding.lookup import look_up
+from keras_t5gemma.layers import embedding as embedding_layer
+from keras_t5gemma.layers import projection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
@@ -83,9 +85,9 @@ def test_int4_with_its_size_of_blocks_in_the_dtype_loads_as_quantized_so(tmp_pat
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [None, Int8(), Int8(AbsMax(axis=-1)), Int4(block_size=4), Int4(block_size=-1)])
 def test_table_quantized_some_rows_at_a_time_is_as_keras_makes_it(config, dtype, monkeypatch):
-    monkeypatch.setattr(quantized_table, "_QUANTIZED_AT_ONCE", 16)
+    monkeypatch.setattr(embedding_layer, "_QUANTIZED_AT_ONCE", 16)
     layers = [
-        cls(60, 8, dtype=dtype, name="table") for cls in (quantized_table.Embedding, keras.layers.ReversibleEmbedding)
+        cls(60, 8, dtype=dtype, name="table") for cls in (embedding_layer.Embedding, keras.layers.ReversibleEmbedding)
     ]
     table = np.random.default_rng(0).normal(size=(60, 8))
     for layer in layers:
@@ -106,7 +108,7 @@ def test_table_quantized_some_rows_at_a_time_is_as_keras_makes_it(config, dtype,
 @pytest.mark.parametrize("rows", [7, 20, 100])
 @pytest.mark.parametrize("config", [Int8(), Int4(block_size=4), Int4(block_size=3), Int4(block_size=-1)])
 def test_table_in_blocks_of_any_size_and_looked_up_by_rows_is_the_dequantized_one(config, rows, monkeypatch):
-    monkeypatch.setitem(quantized_table._BLOCK_ROWS, keras.config.backend(), rows)
+    monkeypatch.setitem(quantized._BLOCK_ROWS, keras.config.backend(), rows)
     embedding = keras.layers.ReversibleEmbedding(60, 7)
     embedding.build()
     embedding.quantize(config=config)
@@ -115,6 +117,6 @@ def test_table_in_blocks_of_any_size_and_looked_up_by_rows_is_the_dequantized_on
     looked_up = look_up(embedding, ops.convert_to_tensor(ids))
     np.testing.assert_allclose(ops.convert_to_numpy(looked_up), table[ids], atol=1e-6)
     x = np.random.default_rng(0).normal(size=(2, 3, 7)).astype("float32")
-    assert quantized_table.goes_by_blocks(embedding, ops.convert_to_tensor(x))
+    assert quantized.goes_by_blocks(embedding, ops.convert_to_tensor(x))
     logits = ops.convert_to_numpy(projection.VocabularyProjection(embedding)(ops.convert_to_tensor(x)))
     np.testing.assert_allclose(logits, x @ table.T, atol=1e-6)

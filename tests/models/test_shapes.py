@@ -10,8 +10,8 @@ from tiny import loud_backbone
 from tiny_tokenizer import train_tiny_tokenizer
 
 import keras_t5gemma as kt
-from keras_t5gemma.generation.streaming import DecodingStream
-from keras_t5gemma.models import shapes
+from keras_t5gemma.inference import buckets as shapes
+from keras_t5gemma.inference.decoding.chunks import DecodingStream
 
 CONFIG = tiny_config(balanced=False, num_layers=1)
 EXACT = kt.Buckets(None, None, None)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from absl import flags
 
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.objectives.span_corruption import Denoiser, SpanCorruption
-from keras_t5gemma.objectives.ul2 import UL2
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.ul2 import UL2
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 
 STREAM = np.arange(200, 1200, dtype="int32")
 T5GEMMA2 = UL2(16, 16, mixture="t5gemma2", mode_tokens={"R": 2001, "S": 2002, "X": 2003})

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from keras_t5gemma.objectives.example import Example, SpecialIds, model_arrays
+from keras_t5gemma.data.objectives.example import Example, SpecialIds, model_arrays
 
 
 def as_lists(arrays):
@@ -58,7 +58,7 @@ def test_model_arrays_too_short_for_the_example_refuse_rather_than_trim(lengths)
 
 def test_importing_an_objective_imports_neither_keras_nor_grain():
     code = (
-        "import sys, keras_t5gemma.objectives.ul2, keras_t5gemma.objectives.prefix_lm\n"
+        "import sys, keras_t5gemma.data.objectives.ul2, keras_t5gemma.data.objectives.prefix_lm\n"
         "print(sorted({'keras', 'tensorflow', 'jax', 'torch', 'grain'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 import keras_t5gemma as kt
-from keras_t5gemma.objectives.mixture import Mixture
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.objectives.recipes import RECIPES, objective
-from keras_t5gemma.objectives.span_corruption import Denoiser, SpanCorruption
-from keras_t5gemma.objectives.ul2 import UL2
+from keras_t5gemma.data.objectives.by_name import RECIPES, objective
+from keras_t5gemma.data.objectives.mixture import Mixture
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.ul2 import UL2
 
 
 def test_mixture_on_the_docstrings_example_flattens_parts_in_whole_numbers():

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from peers import tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.example import Example, SpecialIds, model_arrays
-from keras_t5gemma.objectives.packing import example_lengths, pack, packed_arrays
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.objectives.recipes import objective
-from keras_t5gemma.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.by_name import objective
+from keras_t5gemma.data.objectives.example import Example, SpecialIds, model_arrays
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
+from keras_t5gemma.data.pipelines.packing import example_lengths, pack, packed_arrays
 
 SENTINELS = range(10_000, 10_900)
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
 
 RNG = np.random.default_rng(0)
 

@@ -8,10 +8,10 @@ import grain
 import numpy as np
 import pytest
 
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.mixture import Mixture
-from keras_t5gemma.objectives.recipes import RECIPES, objective
-from keras_t5gemma.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.by_name import RECIPES, objective
+from keras_t5gemma.data.objectives.mixture import Mixture
+from keras_t5gemma.data.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 
 # Text has none of these, so that what is a sentinel can be told.
 SENTINELS = range(10_000, 10_300)

@@ -14,10 +14,10 @@ import pytest
 import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
-import keras_t5gemma.objectives.rows
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.objectives.sources import text_source
+import keras_t5gemma.data.sources.rows
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
+from keras_t5gemma.data.sources.open import text_source
 
 TEXTS = [f"text {i} " + "x" * (i * 7 % 23) + "ä" for i in range(120)]
 STREAMS = ("text", "paragraphs", "jsonl", "jsonl.gz", "jsonl.zst", "streamed datasets", "function", "iterable")
@@ -208,7 +208,7 @@ def test_a_text_file_larger_than_memory_is_never_read_as_a_whole(tmp_path):
             file.write((b"y" * 399 + b"\n") * 1_000)
     code = (
         "import tracemalloc, sys\n"
-        "from keras_t5gemma.objectives.sources import text_source\n"
+        "from keras_t5gemma.data.sources.open import text_source\n"
         "rows = iter(text_source(sys.argv[1]))\n"
         "next(rows)\n"
         "tracemalloc.start()\n"
@@ -288,7 +288,7 @@ def test_a_missing_library_is_named_with_the_extra_that_brings_it(name, module, 
         assert wanted == module
         raise ImportError(wanted)
 
-    monkeypatch.setattr(keras_t5gemma.objectives.rows.importlib, "import_module", missing)
+    monkeypatch.setattr(keras_t5gemma.data.sources.rows.importlib, "import_module", missing)
     path = write(tmp_path / name, b"x")
     with pytest.raises(ImportError, match=r"pip install 'keras-t5gemma\[data\]'"):
         list(text_source(path))

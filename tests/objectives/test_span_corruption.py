@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_t5gemma.objectives.span_corruption import GEMMA_SENTINELS, Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.span_corruption import GEMMA_SENTINELS, Denoiser, SpanCorruption
 
 SENTINELS = range(10_000, 10_700)
 denoisers = st.builds(

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_t5gemma.objectives.span_corruption import GEMMA_CONTROL_IDS, GEMMA_SENTINELS, Denoiser, SpanCorruption
-from keras_t5gemma.objectives.spans import corrupt, mask_around, span_bounds
-from keras_t5gemma.objectives.ul2 import UL2
+from keras_t5gemma.data.objectives.noise_masks import corrupt, mask_around, span_bounds
+from keras_t5gemma.data.objectives.span_corruption import GEMMA_CONTROL_IDS, GEMMA_SENTINELS, Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.ul2 import UL2
 
 EOS = 1
 

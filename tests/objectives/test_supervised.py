@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny_tokenizer import train_tiny_tokenizer
 
-from keras_t5gemma.objectives.sources import text_source
-from keras_t5gemma.objectives.supervised import supervised_dataset
+from keras_t5gemma.data.pipelines.supervised import supervised_dataset
+from keras_t5gemma.data.sources.open import text_source
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 

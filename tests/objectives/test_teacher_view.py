@@ -6,13 +6,13 @@ import grain
 import numpy as np
 import pytest
 
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.example import GEMMA_SPECIAL_IDS, model_arrays
-from keras_t5gemma.objectives.mixture import Mixture
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.objectives.span_corruption import Denoiser, SpanCorruption
-from keras_t5gemma.objectives.teacher_view import TeacherView, distillation_dataset
-from keras_t5gemma.objectives.ul2 import UL2
+from keras_t5gemma.data.objectives.example import GEMMA_SPECIAL_IDS, model_arrays
+from keras_t5gemma.data.objectives.mixture import Mixture
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.ul2 import UL2
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
+from keras_t5gemma.data.pipelines.teacher_view import TeacherView, distillation_dataset
 
 MODES = {"R": 9_001, "S": 9_002, "X": 9_003}
 SENTINELS = range(10_000, 10_040)

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keras_t5gemma.objectives.span_corruption import Denoiser
-from keras_t5gemma.objectives.ul2 import UL2
+from keras_t5gemma.data.objectives.span_corruption import Denoiser
+from keras_t5gemma.data.objectives.ul2 import UL2
 
 MODES = {"R": 501, "S": 502, "X": 503}
 WIDE = range(10_000, 10_700)

@@ -6,11 +6,11 @@ import keras
 import numpy as np
 import pytest
 
-from keras_t5gemma.recipes.building import compiled_model, held_out_batches, training_data
+from keras_t5gemma.recipes.components import compiled_model, held_out_batches, training_data
 from keras_t5gemma.recipes.devices import distribution
-from keras_t5gemma.recipes.objectives import make_objective
+from keras_t5gemma.recipes.objective_section import make_objective
 from keras_t5gemma.recipes.reading import read_recipe
-from keras_t5gemma.training.distillation import Distillation
+from keras_t5gemma.training.losses.distillation import Distillation
 
 
 def changed(**sections):

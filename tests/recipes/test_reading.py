@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from keras_t5gemma.recipes.no_effect import RULES
-from keras_t5gemma.recipes.objectives import make_objective
+from keras_t5gemma.recipes.objective_section import make_objective
 from keras_t5gemma.recipes.reading import RecipeError, flat, read_recipe, recipe_names, to_toml
 from keras_t5gemma.recipes.run_folder import MAY_CHANGE, begin, check_run, locked
 from keras_t5gemma.recipes.schema import Recipe

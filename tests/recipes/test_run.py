@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import keras_t5gemma as kt
 from keras_t5gemma.cli import app
 from keras_t5gemma.recipes.reading import read_recipe, recipe_path
+from keras_t5gemma.training.callbacks.log_file import read_log
 from keras_t5gemma.training.evaluation import mean_loss
-from keras_t5gemma.training.run_log import read_log
 
 COLUMNS = ["step", "loss", "accuracy", "learning_rate", "tokens_per_second"]
 HELD_OUT = ["val_loss", "val_loss/prefixlm", "val_loss/R_3_0.15"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_t5gemma.text.streaming import TextStream
+from keras_t5gemma.text.whole_characters import TextStream
 
 
 def pieces(tokenizer, ids):

@@ -17,16 +17,16 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.checkpoints import new_folder as new_folder_module
+from keras_t5gemma.checkpoints import atomic_folder as new_folder_module
 from keras_t5gemma.config import StackConfig
+from keras_t5gemma.data.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.ul2 import UL2
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 from keras_t5gemma.models.backbone import INPUT_NAMES, T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.span_corruption import Denoiser, SpanCorruption
-from keras_t5gemma.objectives.ul2 import UL2
-from keras_t5gemma.training import resume_files
-from keras_t5gemma.training.callbacks import CrossAttentionWarmup
-from keras_t5gemma.training.resume import TrainingCheckpoint
+from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
+from keras_t5gemma.training.checkpointing import step_folder as resume_files
+from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
 
 VOCABULARY = 320
 DENOISER = Denoiser(3, 0.15)

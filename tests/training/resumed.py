@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_t5gemma.training.resume import TrainingCheckpoint
+from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
 
 # On JAX equal to the bit. TensorFlow and PyTorch promise no such thing of two runs, killed or not.
 TOLERANCE = 0 if keras.config.backend() == "jax" else 1e-6

@@ -7,8 +7,8 @@ from keras import ops
 from one_step import assert_same_step, batch, language_model, take_steps, weights_of
 
 from keras_t5gemma.training.accumulation import Accumulation
-from keras_t5gemma.training.callbacks import CrossAttentionWarmup
-from keras_t5gemma.training.losses import VocabularyCrossEntropy
+from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
+from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
 
 ROWS = 6
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_t5gemma.training.adamw import AdamW
+from keras_t5gemma.training.optimizers.adamw import AdamW
 
 SETTINGS = {"learning_rate": 0.1, "weight_decay": 0.2, "beta_1": 0.8, "beta_2": 0.97, "epsilon": 1e-3}
 

@@ -4,11 +4,11 @@ import pytest
 from keras import ops
 
 from keras_t5gemma.config import StackConfig
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.training.callbacks import CrossAttentionWarmup
+from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
 
 X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(64, 4)).astype("float32")

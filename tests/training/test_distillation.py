@@ -12,12 +12,13 @@ from peers import tiny_config, tiny_gemma_stack, tiny_keras_gemma
 from test_losses import gradients
 from tiny import loud_backbone
 
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
+from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset
+from keras_t5gemma.kernels.cross_entropy.chunks import CHUNK_BYTES
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.objectives.teacher_view import distillation_dataset
-from keras_t5gemma.training.distillation import Distillation
-from keras_t5gemma.training.stored_logits import StoredTeacher, store_teacher_logits
+from keras_t5gemma.training.losses.distillation import Distillation
+from keras_t5gemma.training.losses.stored_teacher import StoredTeacher, store_teacher_logits
 
 B, T, P, D, V = 2, 7, 11, 6, 40
 CAP = 3.0
@@ -174,7 +175,7 @@ def plain_loss(lm, teacher, temperature, hard_weight):
 
 def test_gemma_teaches_in_fit_and_evaluate_and_is_left_as_it_was(monkeypatch):
     """In chunks of two positions; evaluated, trained, and evaluated by a plain computation before and after."""
-    monkeypatch.setattr("keras_t5gemma.training.losses.CHUNK_BYTES", 4 * 128 * 2 * 2)
+    monkeypatch.setitem(CHUNK_BYTES, keras.config.backend(), 4 * 128 * 2 * 2)
     teacher = gemma()
     before, lm = values(teacher), student(Distillation(teacher, temperature=2.0, hard_weight=0.25))
     expected = plain_loss(lm, teacher, 2.0, 0.25)

@@ -7,7 +7,7 @@ from gradients import gradients
 from keras import ops
 from one_step import batch, language_model, take_steps, weights_of
 
-from keras_t5gemma.training.losses import VocabularyCrossEntropy
+from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
 
 WIDTH, CAP = 8, 30.0
 LOSS_SCALE = 2.0**15  # where `keras.optimizers.LossScaleOptimizer` begins

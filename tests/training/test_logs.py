@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.objectives.span_corruption import Denoiser, SpanCorruption
-from keras_t5gemma.objectives.ul2 import UL2
-from keras_t5gemma.training import progress
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.objectives.span_corruption import Denoiser, SpanCorruption
+from keras_t5gemma.data.objectives.ul2 import UL2
+from keras_t5gemma.training.callbacks import progress_bar as progress
+from keras_t5gemma.training.callbacks.log_file import read_log
+from keras_t5gemma.training.callbacks.plots import plot_runs
+from keras_t5gemma.training.callbacks.progress_bar import ProgressBar, StepLosses, TokenRate, progress_display
+from keras_t5gemma.training.callbacks.training_log import TrainingLog
 from keras_t5gemma.training.evaluation import held_out_by_part, part_name
-from keras_t5gemma.training.logs import TrainingLog
-from keras_t5gemma.training.plots import plot_runs
-from keras_t5gemma.training.progress import ProgressBar, StepLosses, TokenRate, progress_display
-from keras_t5gemma.training.run_log import read_log
 
 
 class Checkpoint:

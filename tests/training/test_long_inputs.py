@@ -4,7 +4,8 @@ import keras
 import pytest
 from one_step import assert_same_step, batch, language_model, take_steps, weights_of
 
-from keras_t5gemma.layers import attention, masks
+from keras_t5gemma.kernels.attention import masks
+from keras_t5gemma.layers import attention
 
 ON_TENSORFLOW = keras.config.backend() == "tensorflow"
 

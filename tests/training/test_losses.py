@@ -8,8 +8,9 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
+from keras_t5gemma.kernels.cross_entropy.chunks import CHUNK_BYTES
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.training.losses import VocabularyCrossEntropy
+from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
 
 B, T, D, V = 3, 10, 8, 57
 OPTIONS = {
@@ -160,7 +161,7 @@ def train(config, loss, chunk_bytes, monkeypatch, *, logits=False, dtype="float3
         chunk_bytes: so small that there are several chunks.
         logits: whether a metric of its own makes the model compute logits.
     """
-    monkeypatch.setattr("keras_t5gemma.training.losses.CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setitem(CHUNK_BYTES, keras.config.backend(), chunk_bytes)
     keras.utils.set_random_seed(0)
     backbone = loud_backbone(config, dtype=dtype)
     if lora:

@@ -11,12 +11,13 @@ from peers import tiny_config
 from tiny import backbone_of
 from tiny_tokenizer import train_tiny_tokenizer
 
+from keras_t5gemma.kernels.cross_entropy.chunks import CHUNK_BYTES
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
-from keras_t5gemma.training.learning_rates import LEARNING_RATES
-from keras_t5gemma.training.low_precision import is_bfloat16
-from keras_t5gemma.training.optimizers import optimizer
+from keras_t5gemma.training.optimizers.factory import optimizer
+from keras_t5gemma.training.optimizers.learning_rates import LEARNING_RATES
+from keras_t5gemma.training.optimizers.low_precision import is_bfloat16
 
 # Each question has four answers: the loss ends at what nobody can know, and not at a zero that runs reach by chance.
 ROWS = [(f"{a} plus {b}", str(a + b + more)) for more in range(4) for a in range(6) for b in range(6)]
@@ -35,7 +36,7 @@ def preprocessor(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch):
     # TensorFlow fills chunks up where lengths are unknown: by default with 32,000 tokens of this vocabulary.
-    monkeypatch.setattr("keras_t5gemma.training.losses.CHUNK_BYTES", 4 * 512 * 120)
+    monkeypatch.setitem(CHUNK_BYTES, keras.config.backend(), 4 * 512 * 120)
 
 
 def language_model(preprocessor, dtype):

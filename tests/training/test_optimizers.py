@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_t5gemma.training.optimizers import OPTIMIZERS, optimizer
+from keras_t5gemma.training.optimizers.factory import OPTIMIZERS, optimizer
 
 
 def rate(made, step):

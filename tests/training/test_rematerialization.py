@@ -6,7 +6,7 @@ import keras
 import pytest
 from one_step import assert_same_step, batch, language_model, take_steps
 
-from keras_t5gemma.layers.blocks import Block
+from keras_t5gemma.layers.block import Block
 
 CASES = {
     # Random draws: the second time those of the first, and the next step's others.

@@ -16,13 +16,13 @@ import pytest
 from resumed import TOLERANCE, Interrupt, Stop, assert_same, dense, fit, interrupted, rows, wait_for_writers, weights
 
 from keras_t5gemma.checkpoints.convert import average_checkpoints
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.config import StackConfig
 from keras_t5gemma.models.backbone import T5GemmaBackbone
-from keras_t5gemma.training import resume_files
-from keras_t5gemma.training.optimizers import optimizer as kt_optimizer
-from keras_t5gemma.training.resume import TrainingCheckpoint
-from keras_t5gemma.training.resume_weights import load_training_weights, training_weights
+from keras_t5gemma.training.checkpointing import step_folder as resume_files
+from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
+from keras_t5gemma.training.checkpointing.weights import load_training_weights, training_weights
+from keras_t5gemma.training.optimizers.factory import optimizer as kt_optimizer
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_t5gemma.checkpoints.tensors import DTYPES, CheckpointError
-from keras_t5gemma.training import resume_files, resume_state
-from keras_t5gemma.training.resume import TrainingCheckpoint
-from keras_t5gemma.training.resume_arrays import SavedArrays
-from keras_t5gemma.training.resume_weights import load_training_weights, training_weights
+from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError
+from keras_t5gemma.training.checkpointing import model_state as resume_state
+from keras_t5gemma.training.checkpointing import step_folder as resume_files
+from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
+from keras_t5gemma.training.checkpointing.shards import SavedArrays
+from keras_t5gemma.training.checkpointing.weights import load_training_weights, training_weights
 
 KERNEL = np.arange(24, dtype="float32").reshape(6, 4)
 BIAS = np.array([1, 2, 3, 4], DTYPES["BF16"])

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from resumed import TOLERANCE, Interrupt, Stop, assert_same, dense, rows, wait_for_writers
 
-from keras_t5gemma.training import resume_files
-from keras_t5gemma.training.resume import TrainingCheckpoint
+from keras_t5gemma.training.checkpointing import step_folder as resume_files
+from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
 
 # Of each epoch; the best is the second, and patience is over with the fourth.
 LOSSES = [5.0, 3.0, 4.0, 4.0, 4.0, 4.0]

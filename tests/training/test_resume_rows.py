@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from resumed import Interrupt, Stop, assert_same, wait_for_writers
 
-from keras_t5gemma.training.resume import TrainingCheckpoint
+from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
 
 ROWS = 10
 X = {"first": np.arange(4.0 * ROWS).reshape(ROWS, 4), "second": np.ones((ROWS, 4))}

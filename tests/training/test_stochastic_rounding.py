@@ -4,7 +4,12 @@ import ml_dtypes
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.training.stochastic_rounding import nearest_bfloat16, random_bits, random_key, stochastic_round
+from keras_t5gemma.training.optimizers.stochastic_rounding import (
+    nearest_bfloat16,
+    random_bits,
+    random_key,
+    stochastic_round,
+)
 
 VALUES = np.random.default_rng(0).normal(size=1000).astype("float32") * np.float32(0.02)
 

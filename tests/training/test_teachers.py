@@ -13,14 +13,14 @@ from safetensors import safe_open
 from test_distillation import batches, student, values
 from tiny import loud_backbone
 
-from keras_t5gemma.checkpoints.tensors import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
+from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 from keras_t5gemma.models.adapted import adapt_gemma2
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.objectives.dataset import pretraining_dataset
-from keras_t5gemma.objectives.prefix_lm import PrefixLM
-from keras_t5gemma.training.distillation import Distillation
-from keras_t5gemma.training.resume import TrainingCheckpoint
-from keras_t5gemma.training.stored_logits import StoredTeacher, store_teacher_logits
+from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
+from keras_t5gemma.training.losses.distillation import Distillation
+from keras_t5gemma.training.losses.stored_teacher import StoredTeacher, store_teacher_logits
 
 
 def small_gemma(vocabulary_size=128):

@@ -1,0 +1,286 @@
+"""Hugging Face's `config.json` of T5Gemma and Gemma 2, to and from our configs, field by field and strictly.
+
+What is read is what changes the function; a field that would change it in a way we do not compute is an error. The
+sliding window is the published one: `sliding_window` counts the query's own position, `|q - k| < sliding_window`.
+"""
+
+import dataclasses
+import warnings
+
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError
+from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, StackConfig, T5GemmaConfig
+
+LAYER_TYPES = {"sliding_attention": "sliding", "full_attention": "global"}
+# Gemma's special ids, in every published tokenizer.
+# Positions Gemma 2 was trained on; `transformers` stores the number and computes nothing with it for default RoPE.
+MAX_POSITIONS = 8192
+ARCHITECTURE = "T5GemmaForConditionalGeneration"
+# Of a model with a causal encoder, for which `transformers` has no field: it would run the encoder bidirectionally and
+# say nothing. This model type it refuses.
+OWN_MODEL_TYPE = "keras_t5gemma"
+_REQUIRED = object()
+# Our field, Hugging Face's, and the value where it is absent: required, or the default of `transformers`' classes.
+_FIELDS = (
+    ("num_layers", "num_hidden_layers", _REQUIRED),
+    ("hidden_dim", "hidden_size", _REQUIRED),
+    ("intermediate_dim", "intermediate_size", _REQUIRED),
+    ("num_query_heads", "num_attention_heads", _REQUIRED),
+    ("num_key_value_heads", "num_key_value_heads", _REQUIRED),
+    ("head_dim", "head_dim", _REQUIRED),
+    ("attention_soft_cap", "attn_logit_softcapping", 50.0),
+    ("norm_epsilon", "rms_norm_eps", 1e-6),
+    ("initializer_range", "initializer_range", 0.02),
+)
+# Fields with one value that we compute; anything else is refused.
+_FIXED = (
+    ("attention_bias", (False, None), False),
+    ("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
+    ("use_bidirectional_attention", (False, None), None),
+    ("rope_scaling", (None,), None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gemma2Config:
+    """A decoder-only Gemma 2: its stack, V, and the soft cap on its output logits (or `None`)."""
+
+    stack: StackConfig
+    vocabulary_size: int
+    final_logit_soft_cap: float | None
+
+    def __post_init__(self):
+        self._t5gemma()  # Checks the fields.
+
+    def tensors(self):
+        """Its tensors: the encoder's of the T5Gemma it would make, each of which has its Gemma 2 name."""
+        return [tensor for tensor in tensors(self._t5gemma()) if tensor.stack == "encoder"]
+
+    def _t5gemma(self):
+        return T5GemmaConfig(self.stack, self.stack, self.vocabulary_size, self.final_logit_soft_cap)
+
+
+def read_t5gemma_config(values, where="config.json"):
+    """A `T5GemmaConfig` from Hugging Face's, as `transformers` 4 or 5 writes it.
+
+    Args:
+        values: the parsed `config.json`.
+        where: its path, for messages.
+
+    Raises:
+        CheckpointError: where it is another architecture, or a field is missing, inconsistent or not one we compute.
+    """
+    own = values.get("model_type") == OWN_MODEL_TYPE
+    _check_architecture(values, OWN_MODEL_TYPE if own else "t5gemma", ARCHITECTURE, where)
+    for name in ("encoder", "decoder"):
+        if not isinstance(values.get(name), dict):
+            raise _wrong(where, name, values.get(name), "an object")
+    encoder, decoder = values["encoder"], values["decoder"]
+    vocabulary_size = _vocabulary_size(decoder, f"{where}: decoder")
+    for name, found in (("encoder.vocab_size", encoder), ("vocab_size", values)):
+        if found.get("vocab_size", vocabulary_size) != vocabulary_size:
+            raise _wrong(where, name, found["vocab_size"], f"{vocabulary_size}, the decoder's")
+    if decoder.get("cross_attention_hidden_size") not in (None, encoder.get("hidden_size")):
+        expected = f"{encoder.get('hidden_size')}, the encoder's hidden_size"
+        raise _wrong(where, "decoder.cross_attention_hidden_size", decoder["cross_attention_hidden_size"], expected)
+    stacks = {
+        name: _read_stack(stack, f"{where}: {name}", values.get("dropout_rate", 0.0))
+        for name, stack in (("encoder", encoder), ("decoder", decoder))
+    }
+    return _build(
+        T5GemmaConfig,
+        where,
+        vocabulary_size=vocabulary_size,
+        final_logit_soft_cap=decoder.get("final_logit_softcapping", 30.0),
+        tie_embeddings=values.get("tie_word_embeddings", True),
+        **({"encoder_attention": values.get("encoder_attention")} if own else {}),
+        **stacks,
+    )
+
+
+def read_gemma2_config(values, where="config.json"):
+    """A `Gemma2Config` from Hugging Face's, as `transformers` 4 or 5 writes it.
+
+    Raises:
+        CheckpointError: where it is another architecture (Gemma 1 and 3 included), or a field is missing, inconsistent
+            or not one we compute.
+    """
+    _check_architecture(values, "gemma2", "Gemma2ForCausalLM", where)
+    if values.get("tie_word_embeddings", True) is not True:
+        raise _wrong(where, "tie_word_embeddings", values["tie_word_embeddings"], "true, as in every Gemma 2")
+    stack = _read_stack(values, where, 0.0)
+    return _build(
+        Gemma2Config,
+        where,
+        stack=stack,
+        vocabulary_size=_vocabulary_size(values, where),
+        final_logit_soft_cap=values.get("final_logit_softcapping", 30.0),
+    )
+
+
+def write_t5gemma_config(config, dtype, eos_ids=(EOS_ID,)):
+    """Hugging Face's `config.json` for a `T5GemmaConfig`, for `transformers` 4.53 and later, 5 included.
+
+    RoPE stands in it twice, as `rope_theta` for version 4 and `rope_parameters` for version 5, which agree.
+
+    Args:
+        config: the config.
+        dtype: the weights' dtype, e.g. "bfloat16".
+        eos_ids: the ids at which generation stops.
+
+    Returns:
+        A JSON-ready dict.
+
+    Raises:
+        CheckpointError: where `transformers` could not compute the model.
+    """
+    eos_id = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
+    special = {"pad_token_id": PAD_ID, "eos_token_id": eos_id, "bos_token_id": BOS_ID}
+    shared = {
+        "attention_dropout": 0.0,
+        "classifier_dropout_rate": 0.0,
+        "dropout_rate": config.decoder.dropout,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "tie_word_embeddings": config.tie_embeddings,
+        "vocab_size": config.vocabulary_size,
+        "initializer_range": config.decoder.initializer_range,
+    }
+    stacks = {
+        name: _write_stack(getattr(config, name), name)
+        | {"vocab_size": config.vocabulary_size, **special}
+        | {"final_logit_softcapping": _optional_float(config.final_logit_soft_cap)}
+        for name in ("encoder", "decoder")
+    }
+    stacks["decoder"]["cross_attention_hidden_size"] = config.encoder.hidden_dim
+    causal = config.encoder_attention != "bidirectional"
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": OWN_MODEL_TYPE if causal else "t5gemma",
+        **({"encoder_attention": config.encoder_attention} if causal else {}),
+        "is_encoder_decoder": True,
+        **shared,
+        **special,
+        **stacks,
+    }
+
+
+def layer_pattern(types):
+    """The shortest `layer_pattern` that gives one layer type after the other; Gemma 2's alternation where it does.
+
+    Args:
+        types: "sliding_attention" or "full_attention" a layer.
+    """
+    kinds = tuple(LAYER_TYPES[kind] for kind in types)
+    patterns = [tuple(LAYER_TYPES.values()), *(kinds[:length] for length in range(1, len(kinds) + 1))]
+    return next(p for p in patterns if all(kind == p[i % len(p)] for i, kind in enumerate(kinds)))
+
+
+def _read_stack(values, where, dropout):
+    fields = {}
+    for ours, theirs, default in _FIELDS:
+        if theirs not in values and default is _REQUIRED:
+            raise CheckpointError(f"{where}: field `{theirs}` is missing.")
+        fields[ours] = values.get(theirs, default)
+    for name, allowed, default in _FIXED:
+        if values.get(name, default) not in allowed:
+            raise _wrong(where, name, values[name], allowed[0])
+    if values.get("attention_dropout"):
+        warnings.warn(
+            f"{where}: attention_dropout={values['attention_dropout']} is dropped; attention has no dropout of its own "
+            f"here. Outputs are the same, training differs.",
+            stacklevel=2,
+        )
+    pattern = _layer_pattern(values, fields["num_layers"], where)
+    if values.get("sliding_window") is not None:
+        fields["sliding_window"] = values["sliding_window"]
+    elif "sliding" in pattern:
+        raise _wrong(where, "sliding_window", None, "a number: layers with sliding attention need it")
+    query_scalar = values.get("query_pre_attn_scalar", 256)
+    return _build(
+        StackConfig,
+        where,
+        layer_pattern=pattern,
+        query_scalar=None if query_scalar == fields["head_dim"] else query_scalar,
+        rope_wavelength=_rope_wavelength(values, where),
+        dropout=values.get("dropout_rate", dropout),
+        **fields,
+    )
+
+
+def _layer_pattern(values, num_layers, where):
+    types = values.get("layer_types")
+    if types is None:
+        return tuple(LAYER_TYPES.values())  # What `transformers` fills in: Gemma 2's alternation.
+    if not isinstance(types, list) or len(types) != num_layers:
+        raise _wrong(where, "layer_types", types, f"a list of num_hidden_layers={num_layers}")
+    if unknown := [kind for kind in types if not isinstance(kind, str) or kind not in LAYER_TYPES]:
+        raise _wrong(where, "layer_types", unknown[0], f"only {list(LAYER_TYPES)}")
+    return layer_pattern(types)
+
+
+def _rope_wavelength(values, where):
+    parameters = values.get("rope_parameters") or {}
+    if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
+        raise _wrong(where, "rope_parameters", parameters, "rope_type default")
+    flat, nested = values.get("rope_theta"), parameters.get("rope_theta")
+    if None not in (flat, nested) and flat != nested:
+        raise _wrong(where, "rope_theta", flat, f"{nested}, as in rope_parameters")
+    found = nested if nested is not None else flat
+    return 10_000.0 if found is None else found
+
+
+def _write_stack(stack, name):
+    scalar = stack.head_dim if stack.query_scalar is None else stack.query_scalar
+    if scalar != int(scalar):
+        raise CheckpointError(
+            f"{name}: query_scalar={scalar} cannot be written: `transformers` takes whole numbers for "
+            f"`query_pre_attn_scalar` only."
+        )
+    kinds = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
+    return {
+        **{theirs: getattr(stack, ours) for ours, theirs, _ in _FIELDS},
+        "rms_norm_eps": float(stack.norm_epsilon),
+        "model_type": "t5_gemma_module",
+        "attn_logit_softcapping": _optional_float(stack.attention_soft_cap),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "dropout_rate": stack.dropout,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "is_decoder": name == "decoder",
+        "layer_types": [kinds[kind] for kind in stack.layer_kinds],
+        "max_position_embeddings": MAX_POSITIONS,
+        "query_pre_attn_scalar": int(scalar),
+        "rope_theta": float(stack.rope_wavelength),
+        "rope_parameters": {"rope_type": "default", "rope_theta": float(stack.rope_wavelength)},
+        "sliding_window": stack.sliding_window,
+        "use_cache": True,
+    }
+
+
+def _check_architecture(values, model_type, architecture, where):
+    if values.get("model_type") != model_type:
+        raise _wrong(where, "model_type", values.get("model_type"), repr(model_type))
+    if values.get("architectures") not in (None, [architecture]):
+        raise _wrong(where, "architectures", values["architectures"], [architecture])
+
+
+def _vocabulary_size(values, where):
+    if "vocab_size" not in values:
+        raise CheckpointError(f"{where}: field `vocab_size` is missing.")
+    return values["vocab_size"]
+
+
+def _build(cls, where, **fields):
+    try:
+        return cls(**fields)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error!s:.400}") from error
+
+
+def _optional_float(value):
+    return None if value is None else float(value)
+
+
+def _wrong(where, field, found, expected):
+    return CheckpointError(f"{where}: field `{field}` is {found!r:.200}. Expected {expected}.")

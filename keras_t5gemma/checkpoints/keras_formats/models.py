@@ -1,0 +1,103 @@
+"""keras-hub's Gemma 2 and T5Gemma models in memory, read as if they were Hugging Face checkpoints."""
+
+import functools
+
+import keras
+import keras_hub
+import numpy as np
+
+from keras_t5gemma.checkpoints.keras_formats.layouts import (
+    GEMMA2,
+    KERAS_HUB_T5GEMMA,
+    expected_tensors,
+    stored_shape,
+    to_stored,
+)
+from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource
+
+
+class KerasModelTensors(TensorSource):
+    """A keras-hub model's weights, under the names and in the layout of a Hugging Face checkpoint.
+
+    Args:
+        backbone: the model.
+        layout: its `Layout`.
+        config: its config.
+        title: what the model is called in messages.
+
+    Raises:
+        CheckpointError: where the model has a variable too many, as one with LoRA or quantized has.
+    """
+
+    def __init__(self, backbone, layout, config, title):
+        self._title = title
+        self._placed = {}
+        for name, tensor in expected_tensors(config).items():
+            place = layout.place(tensor)
+            layer = functools.reduce(_child, place.attribute.split("/"), backbone)
+            self._placed[name] = layer.weights[place.index], place.letters, tensor.row.stored_letters
+        used = {id(variable) for variable, _, _ in self._placed.values()}
+        if surplus := [variable.path for variable in backbone.weights if id(variable) not in used]:
+            raise CheckpointError(
+                f"{title}: the variable {surplus[0]} is superfluous. Expected a model without LoRA and not quantized."
+            )
+
+    def names(self):
+        """The tensors' names in Hugging Face's checkpoints."""
+        return list(self._placed)
+
+    def shape(self, name):
+        """The shape as Hugging Face stores it."""
+        variable, letters, stored = self._placed[name]
+        return stored_shape(variable.shape, letters, stored)
+
+    def dtype(self, name):
+        """The variable's dtype as numpy's."""
+        dtype = self._placed[name][0].dtype
+        return DTYPES["BF16"] if dtype == "bfloat16" else np.dtype(dtype)
+
+    def read(self, name):
+        """The variable as a numpy array in the layout in which Hugging Face stores it."""
+        variable, letters, stored = self._placed[name]
+        return to_stored(keras.ops.convert_to_numpy(variable.value), letters, stored)
+
+    def where(self, name=None):
+        """The model's class, and the variable's path."""
+        return self._title if name is None else f"{self._title} ({self._placed[name][0].path})"
+
+
+def read_gemma2(model):
+    """A keras-hub Gemma 2 as `(Gemma2Config, TensorSource)`.
+
+    Args:
+        model: a `keras_hub.models.GemmaBackbone` set up as Gemma 2, or a `GemmaCausalLM` around one.
+
+    Raises:
+        CheckpointError: where it is another model or has settings that Gemma 2's block does not.
+    """
+    return _read(model, keras_hub.models.GemmaBackbone, GEMMA2)
+
+
+def read_t5gemma(model):
+    """keras-hub's own T5Gemma as `(T5GemmaConfig, TensorSource)`; its weights are right though its windows are not.
+
+    Args:
+        model: a `keras_hub.models.T5GemmaBackbone`, or a `T5GemmaSeq2SeqLM` around one.
+
+    Raises:
+        CheckpointError: where it is another model or has settings that we do not compute.
+    """
+    return _read(model, keras_hub.models.T5GemmaBackbone, KERAS_HUB_T5GEMMA)
+
+
+def _read(model, cls, layout):
+    backbone = getattr(model, "backbone", model)
+    if not isinstance(backbone, cls):
+        raise CheckpointError(f"Expected a keras_hub.models.{cls.__name__}. Received: {type(model).__name__}.")
+    title = f"keras-hub's {type(backbone).__name__}"
+    config = layout.read_config(backbone.get_config(), title)
+    return config, KerasModelTensors(backbone, layout, config, title)
+
+
+def _child(layer, step):
+    return layer[int(step)] if step.isdigit() else getattr(layer, step)

@@ -1,0 +1,196 @@
+"""Keras presets on disk, read one tensor at a time as if they were Hugging Face checkpoints; no Keras needed.
+
+`model.weights.h5`, or `model.weights.json`, an index, and its shards.
+"""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from keras_t5gemma.checkpoints.hugging_face.reader import is_plain_name, read_json
+from keras_t5gemma.checkpoints.keras_formats.layouts import expected_tensors, stored_shape, to_stored
+from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, CheckpointError, TensorSource
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.weights.h5"
+INDEX_FILE = "model.weights.json"
+_REMEDIES = {
+    "quantization": "Read the model from before `quantize`.",
+    "lora": "Load it, call `backbone.merge_lora()`, and save the outcome.",
+}
+
+
+class KerasPreset(TensorSource):
+    """The tensors of a Keras preset, under the names and in the layout of a Hugging Face checkpoint.
+
+    Args:
+        folder: a path.
+        layouts: the `Layout`s of the models it may hold.
+
+    Raises:
+        CheckpointError: where it is another model's, a file is missing or damaged, the index names a file outside the
+            folder, or a tensor is missing or superfluous.
+    """
+
+    def __init__(self, folder, layouts):
+        self.folder = Path(folder)
+        path = self.folder / CONFIG_FILE
+        saved = read_json(path)
+        name = saved.get("registered_name")
+        layout = next((layout for layout in layouts if name in layout.registered_names), None)
+        if layout is None:
+            expected = " or ".join(layout.registered_names[0] for layout in layouts)
+            raise CheckpointError(f"{path}: a Keras preset of {name!s:.200}. Expected {expected}.")
+        try:
+            self.config = layout.read_config(saved["config"], str(path))
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{path}: {type(error).__name__}: {error!s:.400}") from error
+        for key, what in (("quantization", "quantized"), ("lora", "with LoRA")):
+            if key in saved["config"]:
+                raise CheckpointError(
+                    f"{path}: the model was saved {what}, and only `T5GemmaBackbone.from_preset` and "
+                    f"`T5GemmaSeq2SeqLM.from_preset` read it. {_REMEDIES[key]}"
+                )
+        self._placed = {}
+        found = {group: place for group, place in self._files().items() if "/vars/" in group}
+        # Before the table is filled in: an absurd count in a config would fill the memory with names.
+        stacks = [getattr(self.config, name, None) for name in ("encoder", "decoder", "stack")]
+        if len(found) < sum(stack.num_layers for stack in stacks if stack is not None):
+            raise CheckpointError(f"{self.folder}: {len(found)} tensors, fewer than {CONFIG_FILE} has layers.")
+        for name, tensor in expected_tensors(self.config).items():
+            place = layout.place(tensor)
+            group = f"layers/{place.group}/vars/{place.index}"
+            if group not in found:
+                raise CheckpointError(f"{self.folder}: {group!r}, which is the tensor {name!r}, is missing.")
+            self._placed[name] = *found.pop(group), place.letters, tensor.row.stored_letters
+        if found:
+            group, (path, _) = next(iter(found.items()))
+            raise CheckpointError(
+                f"{path}: {len(found)} tensor(s) that the model does not have by its config, among them {group!r}."
+            )
+
+    def names(self):
+        """The tensors' names in Hugging Face's checkpoints."""
+        return list(self._placed)
+
+    def shape(self, name):
+        """The shape as Hugging Face stores it."""
+        _, group, letters, stored = self._placed[name]
+        with self._dataset(name) as dataset:
+            if len(dataset.shape or ()) != len(letters.split()):
+                raise CheckpointError(
+                    f"{self.where(name)}: {group!r} has shape {dataset.shape}. Expected the axes {letters}."
+                )
+            return stored_shape(dataset.shape, letters, stored)
+
+    def dtype(self, name):
+        """The numpy dtype; Keras stores bfloat16 as two bytes of no type, and says so in an attribute."""
+        with self._dataset(name) as dataset:
+            return _dtype(dataset)
+
+    def read(self, name):
+        """One tensor as a numpy array in the layout in which Hugging Face stores it."""
+        _, _, letters, stored = self._placed[name]
+        with self._dataset(name) as dataset:
+            return to_stored(dataset[()].view(_dtype(dataset)), letters, stored)
+
+    def chunks(self, name):
+        """One tensor in flat pieces, read as they are asked for where it lies as it should."""
+        _, _, letters, stored = self._placed[name]
+        if letters != stored:
+            yield from super().chunks(name)
+            return
+        with self._dataset(name) as dataset:
+            dtype = _dtype(dataset)
+            rows = max(1, CHUNK_BYTES // max(1, dataset.nbytes // max(1, len(dataset))))
+            for start in range(0, len(dataset), rows):
+                yield dataset[start : start + rows].view(dtype).reshape(-1)
+
+    def where(self, name=None):
+        """The path of the file that holds the tensor; without a name, of the folder."""
+        return str(self.folder if name is None else self._placed[name][0])
+
+    def _dataset(self, name):
+        path, group, *_ = self._placed[name]
+        return _Dataset(path, group, name)
+
+    def _files(self):
+        """The file of each dataset, and its path there, by its path as Keras writes it now."""
+        if (self.folder / WEIGHTS_FILE).is_file():
+            return _datasets(self.folder / WEIGHTS_FILE)
+        index = self.folder / INDEX_FILE
+        if not index.is_file():
+            raise CheckpointError(f"{self.folder} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}.")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index} has no `weight_map` from groups to files.")
+        files = {}
+        listed = [file for value in weight_map.values() for file in (value if isinstance(value, list) else [value])]
+        for file in dict.fromkeys(map(str, listed)):
+            if not is_plain_name(file, ".h5"):
+                raise CheckpointError(
+                    f"{index} names {file!r:.200}. Expected the plain name of an .h5 file in the same folder."
+                )
+            for group, place in _datasets(self.folder / file).items():
+                if group in files:
+                    raise CheckpointError(f"{self.folder / file}: {group!r} is in {files[group][0].name} too.")
+                files[group] = place
+        return files
+
+
+class _Dataset:
+    """An h5 dataset that is open within a block; what goes wrong there is told as a `CheckpointError`."""
+
+    def __init__(self, path, group, name):
+        self._path, self._group, self._name = path, group, name
+
+    def __enter__(self):
+        try:
+            self._file = h5py.File(self._path, "r")
+        except Exception as error:
+            raise self._unreadable(error) from error
+        try:
+            return self._file[self._group]
+        except Exception as error:
+            self._file.close()
+            raise self._unreadable(error) from error
+
+    def __exit__(self, kind, error, traceback):
+        self._file.close()
+        # Where a file is damaged, h5py raises what the damage leads to: anything from OSError to TypeError.
+        if isinstance(error, Exception) and not isinstance(error, CheckpointError):
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error):
+        return CheckpointError(f"{self._path}: tensor {self._name!r} cannot be read: {error}")
+
+
+def _datasets(path):
+    """The datasets in one h5 file, as `_files` gives them; `visititems` follows no link, so none that leaves it."""
+    found = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            if item.is_virtual or item.external:
+                raise CheckpointError(f"{path}: the data of {name!r} lie in another file, which is not read.")
+            # Earlier releases had another name for the group of a model's layers, which Keras reads too.
+            found[name.replace("_layer_checkpoint_dependencies/", "layers/", 1)] = path, name
+
+    try:
+        with h5py.File(path, "r") as file:
+            file.visititems(visit)
+    except CheckpointError:
+        raise
+    except Exception as error:  # As in `_Dataset`.
+        raise CheckpointError(f"{path} cannot be read as HDF5: {error}") from error
+    return found
+
+
+def _dtype(dataset):
+    dtype = dataset.dtype
+    if dataset.attrs.get("dtype") == "bfloat16" and dtype.itemsize == 2:
+        return DTYPES["BF16"]
+    return np.dtype(dtype)

@@ -1,0 +1,78 @@
+"""PrefixLM: the encoder reads the first half of a text, the decoder continues it."""
+
+import dataclasses
+
+import numpy as np
+
+from keras_t5gemma.checks import check_integer_fields
+from keras_t5gemma.data.objectives.example import Example, check_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixLM:
+    """Splits a sequence in two: inputs and targets (arXiv 2504.06225: 4096 and 4096 tokens).
+
+    >>> objective = PrefixLM(encoder_length=4, decoder_length=4)
+    >>> objective(np.arange(51, 59), np.random.default_rng(0))
+
+    gives
+
+        ids         51 52 53 54 55 56 57 58
+        inputs      51 52 53 54
+        targets                 55 56 57 58
+
+    The targets are not complete: where they end, a window ended, not a text, and a model that learned `<eos>` there
+    would learn to stop anywhere. `pretraining_dataset` puts `<eos>` where each text ends, and it is learned there.
+
+    Attributes:
+        encoder_length: S.
+        decoder_length: T. Shorter sequences than S + T are split in the same proportion.
+        mode_token: an id that stands first in the inputs, within S; `None` for none.
+
+    Raises:
+        ValueError: where a length is no positive integer.
+    """
+
+    encoder_length: int
+    decoder_length: int
+    _: dataclasses.KW_ONLY
+    mode_token: int | None = None
+
+    closes_targets = False
+
+    def __post_init__(self):
+        check_integer_fields(self, encoder_length=1 + (self.mode_token is not None), decoder_length=1)
+        if self.mode_token is not None:
+            check_integer_fields(self, mode_token=0)
+
+    @property
+    def raw_length(self):
+        """The most ids a call takes: S + T, less the mode token."""
+        return self._places + self.decoder_length
+
+    @property
+    def parts(self):
+        """Itself, with weight 1: see `Example`."""
+        return ((self, 1),)
+
+    def __call__(self, ids, rng):  # noqa: ARG002 every objective is called with one
+        """Splits a sequence.
+
+        Args:
+            ids: [L], 2 to `raw_length` of them.
+            rng: a `numpy.random.Generator`; nothing is drawn.
+
+        Returns:
+            An `Example` whose inputs and targets have at least one token each.
+
+        Raises:
+            ValueError: where there are fewer or more ids.
+        """
+        ids = check_ids(ids, self.raw_length, "PrefixLM")
+        pivot = max(1, len(ids) * self._places // self.raw_length)
+        inputs = ids[:pivot] if self.mode_token is None else np.append(np.int32(self.mode_token), ids[:pivot])
+        return Example(inputs, ids[pivot:], complete=False)
+
+    @property
+    def _places(self):
+        return self.encoder_length - (self.mode_token is not None)

@@ -1,0 +1,80 @@
+"""The chunked loss on TensorFlow: its own products, which are oneDNN's on CPUs, and all that is between them by XLA.
+
+One after the other, the steps between would make six tensors of the logits' size. With the products in it, a program of
+XLA's takes longer on CPUs: in bfloat16 several times. The oracle is `losses._sums_and_gradients`.
+"""
+
+import functools
+
+import tensorflow as tf
+
+from keras_t5gemma.kernels.attention.reference import soft_cap
+from keras_t5gemma.kernels.cross_entropy.chunks import chunk_targets
+from keras_t5gemma.kernels.float16 import finite
+
+
+def sums_and_gradients(settings, targets, x, table, train_table):
+    """Loss and accuracy of all chunks, and the loss's gradients.
+
+    Args:
+        settings: a `chunks.ChunkSettings`.
+        targets: arrays [C, m, ...], such as labels and shares, and arrays that all chunks share.
+        x: hidden states [C, m, D], in the compute dtype.
+        table: the projection [V, D].
+        train_table: whether its gradient is wanted.
+
+    Returns:
+        `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`, float32 [2], [C, m, D] and [V, D].
+    """
+    # An eager tape would look for gradients of the program itself.
+    return _program(settings, train_table)(targets, tf.stop_gradient(x), tf.stop_gradient(table))
+
+
+@functools.cache
+def _program(settings, train_table):
+    between = _between_products(settings)
+
+    @tf.function
+    def program(targets, x, table):
+        compute = tf.cast(table, x.dtype)
+
+        def chunk(i):
+            by_token = settings.by_token(*chunk_targets(targets, i))
+            sums, gradient = between(tf.matmul(x[i], compute, transpose_b=True), *by_token)
+            x_gradient = tf.cast(tf.matmul(gradient, compute), tf.float32)
+            if not train_table:
+                return sums, x_gradient
+            return sums, x_gradient, tf.cast(tf.matmul(gradient, x[i], transpose_a=True), tf.float32)
+
+        def body(i, sums, x_gradient, *table_gradient):
+            more, rows, *part = chunk(i)
+            return (
+                i + 1,
+                sums + more,
+                tf.tensor_scatter_nd_update(x_gradient, [[i]], rows[None]),
+                *(total + part for total, part in zip(table_gradient, part, strict=True)),
+            )
+
+        # The first chunk outside of the loop: its table gradient needs no zeros to be added to.
+        sums, first, *table_gradient = chunk(0)
+        if x.shape[0] == 1:
+            return sums, first[None], *table_gradient
+        count = tf.shape(x)[0]
+        x_gradient = tf.tensor_scatter_nd_update(tf.zeros(tf.shape(x)), [[0]], first[None])
+        # One chunk at a time, for the memory of one.
+        _, *results = tf.while_loop(
+            lambda i, *_: i < count, body, (1, sums, x_gradient, *table_gradient), parallel_iterations=1
+        )
+        return tuple(results)
+
+    return program
+
+
+def _between_products(settings):
+    @tf.function(jit_compile=True)
+    def program(logits, *by_token):
+        capped = soft_cap(tf.cast(finite(logits), tf.float32), settings.cap)
+        sums, gradient = settings.of_logits(capped, *by_token, gradients=True)
+        return sums, tf.cast(gradient, logits.dtype)
+
+    return program

@@ -1,0 +1,110 @@
+"""The chunked loss on PyTorch, in place: one buffer of logits becomes their gradients.
+
+Through `keras.ops` each of a dozen steps would make a tensor of the logits' size, up to half a gigabyte that the
+system has to find and clear; compiled backends make none. The oracle is `losses._sums_and_gradients`.
+"""
+
+import torch
+
+from keras_t5gemma.kernels.cross_entropy.chunks import chunk_targets
+from keras_t5gemma.kernels.float16 import finite
+
+# Bytes of logits handled at once on a CPU: what its cache holds from one step to the next.
+_BLOCK_BYTES = 2**22
+# Rows of the table whose gradient is formed at once where it is not in float32 at first.
+_ROWS_AT_ONCE = 2**15
+
+
+def sums_and_gradients(settings, targets, x, table, train_table):
+    """Loss and accuracy of all chunks, and the loss's gradients.
+
+    Args:
+        settings: a `chunks.ChunkSettings`.
+        targets: arrays [C, m, ...], such as labels and shares, and arrays that all chunks share.
+        x: hidden states [C, m, D], in the compute dtype.
+        table: the projection [V, D].
+        train_table: whether its gradient is wanted.
+
+    Returns:
+        `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`, float32 [2], [C, m, D] and [V, D].
+    """
+    x = finite(x)
+    compute, vocabulary_size = table.to(x.dtype), table.shape[0]
+    count, tokens, width = x.shape
+    sums = torch.zeros(2, dtype=torch.float32, device=x.device)
+    x_gradient = torch.empty((count, tokens, width), dtype=torch.float32, device=x.device)
+    table_gradient = None
+    logits = torch.empty((tokens, vocabulary_size), dtype=x.dtype, device=x.device)
+    for i in range(count):
+        torch.mm(x[i], compute.T, out=logits)
+        sums += _to_gradients_by_rows(settings, logits, settings.by_token(*chunk_targets(targets, i)))
+        x_gradient[i] = finite(torch.mm(logits, compute))
+        if train_table:
+            table_gradient = _added(table_gradient, logits, x[i])
+    return (sums, x_gradient, table_gradient) if train_table else (sums, x_gradient)
+
+
+def _to_gradients_by_rows(settings, logits, by_token):
+    """Turns a chunk's logits [m, V] of any dtype into their gradients, in place; returns [loss, accuracy]."""
+    tokens, vocabulary_size = logits.shape
+    rows = max(1, _BLOCK_BYTES // (4 * vocabulary_size)) if logits.device.type == "cpu" else tokens
+    sums = 0.0
+    # Two blocks in float32 for all rows: new ones each time the system would have to find and clear.
+    blocks = torch.empty((2, min(rows, tokens), vocabulary_size), dtype=torch.float32, device=logits.device)
+    for start in range(0, tokens, rows):
+        part = logits[start : start + rows]
+        wide, workspace = blocks[:, : len(part)]
+        wide = part if logits.dtype == torch.float32 else wide.copy_(finite(part))
+        sums = sums + settings.in_place(wide, workspace, *(array[start : start + rows] for array in by_token))
+        if wide is not part:
+            part.copy_(wide)
+    return sums
+
+
+def _added(total, gradient, x):
+    """The table's gradient [V, D] in float32, with that of logits' gradients [m, V] and hidden states [m, D] added.
+
+    Args:
+        total: what is added to, in place; None for the first, so that there are no zeros to add it to.
+        gradient: in the compute dtype.
+        x: likewise.
+    """
+    if gradient.dtype == torch.float32:
+        return torch.mm(gradient.T, x) if total is None else total.addmm_(gradient.T, x)
+    first = total is None
+    if first:
+        total = torch.empty((gradient.shape[1], x.shape[1]), dtype=torch.float32, device=x.device)
+    for start in range(0, len(total), _ROWS_AT_ONCE):
+        part = torch.mm(gradient[:, start : start + _ROWS_AT_ONCE].T, x)
+        (torch.Tensor.copy_ if first else torch.Tensor.add_)(total[start : start + _ROWS_AT_ONCE], part)
+    return total
+
+
+def to_gradients(settings, logits, workspace, labels, shares):
+    """Turns raw logits [r, V] into their gradients, in place; returns [loss, accuracy].
+
+    Args:
+        settings: a `chunks.ChunkSettings`.
+        logits: float32.
+        workspace: what may be overwritten, of the logits' shape.
+        labels: [r].
+        shares: [r].
+    """
+    if settings.cap is not None:
+        torch.div(logits, settings.cap, out=workspace).tanh_()
+        torch.mul(workspace, settings.cap, out=logits)
+    labels, shares = labels.long().unsqueeze(-1), shares.unsqueeze(-1)
+    picked, largest = logits.gather(-1, labels), logits.amax(-1, keepdim=True)
+    smoothing = settings.label_smoothing
+    mean = logits.mean(-1, keepdim=True) if smoothing else 0.0
+    logits.sub_(largest).exp_()
+    total = logits.sum(-1, keepdim=True)
+    log_sum = largest + total.log()
+    losses = log_sum - (1 - smoothing) * picked - smoothing * mean + settings.z_loss * log_sum.square()
+    logits.mul_(shares * (1 + 2 * settings.z_loss * log_sum) / total)
+    if smoothing:
+        logits.sub_(shares * (smoothing / logits.shape[-1]))
+    logits.scatter_add_(-1, labels, -shares * (1 - smoothing))
+    if settings.cap is not None:
+        logits.addcmul_(logits, workspace.square_(), value=-1)
+    return (shares * torch.cat([losses, (picked >= largest).float()], -1)).sum(0)

@@ -1,0 +1,142 @@
+"""What a recipe names, made: model and data."""
+
+from functools import partial
+
+import keras_hub
+
+from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
+from keras_t5gemma.data.pipelines.supervised import supervised_dataset
+from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset
+from keras_t5gemma.data.sources.open import text_source
+from keras_t5gemma.models.adapted import adapt_gemma2
+from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
+from keras_t5gemma.recipes.objective_section import SUPERVISED
+from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
+from keras_t5gemma.training.evaluation import first_batches, held_out_by_part
+from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
+from keras_t5gemma.training.losses.distillation import Distillation
+from keras_t5gemma.training.optimizers.factory import optimizer
+
+
+def compiled_model(recipe):
+    """The model of a `Recipe`, with its preprocessor, compiled."""
+    section, training = recipe.model, recipe.training
+    lengths = recipe.objective.encoder_length, recipe.objective.decoder_length
+    if section.preset:
+        lm = T5GemmaSeq2SeqLM.from_preset(section.preset, dtype=section.dtype)
+    else:
+        backbone = adapt_gemma2(
+            *section.adapt,
+            cross_attention=section.cross_attention,
+            encoder_attention=section.encoder_attention,
+            encoder_heads=section.encoder_heads,
+            seed=training.seed,
+            dtype=section.dtype,
+        )
+        tokenizer = T5GemmaTokenizer.from_preset(section.tokenizer or section.adapt[-1])
+        lm = T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, *lengths))
+    if section.lora_rank:
+        lm.backbone.enable_lora(section.lora_rank)
+    lm.backbone.rematerialize = section.rematerialize
+    lm.compile(optimizer=_optimizer(recipe), loss=_loss(recipe), accumulation_steps=training.accumulation_steps)
+    return lm
+
+
+def training_data(recipe, preprocessor, objective, index):
+    """The endless dataset of a `Recipe`, this process's share of it."""
+    return _dataset(recipe, recipe.data.sources, preprocessor, objective, index)
+
+
+def held_out_batches(recipe, preprocessor, objective, index):
+    """What `TrainingLog` takes as `held_out`, None where the recipe has none."""
+    data, training = recipe.data, recipe.training
+    if not data.validation:
+        return None
+    if objective is None:
+        batches = _dataset(recipe, data.validation, preprocessor, None, index, shuffle=False, num_epochs=1)
+        return {"supervised": (first_batches(batches, training.evaluate_batches), 1)}
+    return held_out_by_part(
+        _source(recipe, data.validation, index),
+        preprocessor.tokenizer,
+        objective,
+        num_batches=training.evaluate_batches,
+        batch_size=training.batch_size // recipe.hardware.processes,
+        seed=training.seed,
+        documents=data.documents,
+        pack=data.pack,
+        drop_remainder=True,
+        view=partial(_view, recipe, preprocessor.tokenizer),
+    )
+
+
+def _view(recipe, tokenizer, data, objective):
+    """A dataset as the loss takes it."""
+    return distillation_dataset(data, objective, tokenizer) if recipe.distillation.teacher else data
+
+
+def _optimizer(recipe):
+    section = recipe.optimizer
+    betas = {name: getattr(section, name) for name in ("beta_1", "beta_2")}
+    return optimizer(
+        section.name,
+        learning_rate=section.learning_rate,
+        steps=section.decay_steps,
+        warmup_steps=section.warmup_steps,
+        final_fraction=section.final_fraction,
+        weight_decay=section.weight_decay,
+        clip_norm=section.clip_norm,
+        **{name: beta for name, beta in betas.items() if beta is not None},
+    )
+
+
+def _loss(recipe):
+    training, section = recipe.training, recipe.distillation
+    if section.teacher:
+        teacher = keras_hub.models.GemmaCausalLM.from_preset(section.teacher, dtype=section.dtype)
+        return Distillation(teacher, temperature=section.temperature, hard_weight=section.hard_weight)
+    return VocabularyCrossEntropy(z_loss=training.z_loss, label_smoothing=training.label_smoothing)
+
+
+def _source(recipe, paths, index):
+    data = recipe.data
+    try:
+        return text_source(
+            list(paths),
+            field=data.field if recipe.objective.name != SUPERVISED else None,
+            format=data.format,
+            sample_by=data.sample_by,
+            shard_index=index,
+            shard_count=recipe.hardware.processes,
+        )
+    except (ValueError, OSError) as error:
+        key = "sources" if paths is data.sources else "validation"
+        raise ValueError(f"[data] {key}: {error}") from error
+
+
+def _dataset(recipe, paths, preprocessor, objective, index, **options):
+    data, training = recipe.data, recipe.training
+    source = _source(recipe, paths, index)
+    options |= {
+        "batch_size": training.batch_size // recipe.hardware.processes,
+        "seed": training.seed,
+        "pack": data.pack,
+        "num_workers": data.num_workers,
+        "shuffle_buffer": data.shuffle_buffer,
+        "pack_buffer": data.pack_buffer,
+        "drop_remainder": True,  # processes and devices take batches of one shape
+    }
+    tokenizer = preprocessor.tokenizer
+    if objective is not None:
+        made = pretraining_dataset(source, tokenizer, objective, documents=data.documents, **options)
+    else:
+        made = supervised_dataset(
+            source,
+            preprocessor,
+            encoder_length=recipe.objective.encoder_length,
+            decoder_length=recipe.objective.decoder_length,
+            fields=data.pair_fields,
+            answers=data.answers,
+            **options,
+        )
+    return _view(recipe, tokenizer, made, objective)

@@ -1,0 +1,62 @@
+"""`[objective]` to an objective."""
+
+import warnings
+
+from keras_t5gemma.data.objectives.by_name import RECIPES, objective
+from keras_t5gemma.data.objectives.mixture import Mixture
+from keras_t5gemma.data.objectives.span_corruption import Denoiser
+from keras_t5gemma.data.objectives.ul2 import UL2
+from keras_t5gemma.suggestions import check_choice
+
+SUPERVISED = "supervised"
+
+
+def make_objective(section):
+    """The objective of an `ObjectiveSection`.
+
+    Returns:
+        A `PrefixLM`, `SpanCorruption`, `UL2` or `Mixture`; None for "supervised", whose examples are the data's.
+
+    Raises:
+        ValueError: where the section is none, or out of range.
+    """
+    given = [key for key in ("name", "mixture", "denoisers") if getattr(section, key)]
+    if len(given) != 1:
+        raise ValueError(f"it needs one of `name`, `mixture` and `denoisers`. Received: {', '.join(given) or 'none'}.")
+    if section.name == SUPERVISED:
+        return None
+    lengths = section.encoder_length, section.decoder_length
+    if section.name:
+        return _named(section.name, section)
+    if section.mixture:
+        return Mixture([(_named(part.name, section), part.weight) for part in section.mixture])
+    denoisers = [(Denoiser(entry.mean_span, entry.rate), entry.weight) for entry in section.denoisers]
+    return UL2(*lengths, mixture=denoisers, **_options("ul2", section))
+
+
+def check_objective(section):
+    """Raises what `make_objective` does; what it warns of is said when the run begins."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make_objective(section)
+
+
+def _named(name, section):
+    if name not in RECIPES:
+        check_choice(name, "name", [*sorted(RECIPES), SUPERVISED], others=" (the last not in a mixture)")
+    return objective(name, section.encoder_length, section.decoder_length, **_options(name, section))
+
+
+def _options(name, section):
+    modes, mode = section.mode_tokens, {"prefixlm": "S", "span_corruption": "R"}.get(name)
+    options = {}
+    if modes:
+        options |= {"mode_tokens": modes} if mode is None else {"mode_token": modes.get(mode)}
+    if name != "prefixlm":
+        options["too_few_sentinels"] = section.too_few_sentinels
+        if section.sentinels:
+            first, last = section.sentinels[0], section.sentinels[-1]
+            if last <= first:
+                raise ValueError(f"`sentinels` must be the first and the last id. Received: {section.sentinels}.")
+            options["sentinels"] = range(first, last + 1)
+    return options

@@ -1,0 +1,66 @@
+"""Rows in memory: in batches, in another order each epoch, and parted for validation."""
+
+import random
+
+import grain
+import numpy as np
+
+
+def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=False):
+    """Batches of what lies in memory, for `fit`: in another order each epoch, where asked.
+
+    keras-hub would batch it too, but always in its given order, and not conversations of unequal length.
+
+    Args:
+        x: a mapping of arrays or lists of B rows: token ids, strings or conversations.
+        y: labels, an array of B rows, or None.
+        sample_weight: likewise.
+        batch_size: rows a batch, 32 where None as in Keras.
+        shuffle: whether rows are shuffled, by `random`, which `keras.utils.set_random_seed` seeds too.
+
+    Returns:
+        A `grain.MapDataset` of `(x, y, sample_weight)`; columns that were arrays are arrays, and lists are lists.
+
+    Raises:
+        ValueError: where the columns have no rows or differ in their number.
+    """
+    columns = {**x, **{name: value for name, value in (("y", y), ("weight", sample_weight)) if value is not None}}
+    for name, column in columns.items():
+        if isinstance(column, (str, bytes)) or not hasattr(column, "__len__"):
+            raise ValueError(f"`{name}` must hold a row an example: an array or a list. Received: {column!r:.80}.")
+    lengths = {name: len(column) for name, column in columns.items()}
+    if len(set(lengths.values())) != 1 or not all(lengths.values()):
+        raise ValueError(f"All columns need the same number of rows, at least one. Received: {lengths}.")
+    stacked = {name for name, column in columns.items() if not isinstance(column, (list, tuple))}
+
+    def batch(rows):
+        columns = {name: [row[name] for row in rows] for name in rows[0]}
+        columns = {name: np.stack(column) if name in stacked else column for name, column in columns.items()}
+        # Not packed by Keras, which leaves weights out where there is no y, as beside texts.
+        return {name: columns[name] for name in x}, columns.get("y"), columns.get("weight")
+
+    rows = grain.MapDataset.range(next(iter(lengths.values())))
+    if shuffle:
+        rows = rows.shuffle(seed=random.getrandbits(31))
+    rows = rows.map(lambda i: {name: column[i] for name, column in columns.items()})
+    return rows.batch(32 if batch_size is None else batch_size, batch_fn=batch)
+
+
+def split_rows(x, y, sample_weight, fraction):
+    """`(x, y, sample_weight)` twice: the first rows, and the last `fraction` of them for validation, as Keras does.
+
+    Raises:
+        ValueError: where either would have no rows.
+    """
+    total = len(next(iter(x.values())))
+    cut = int(total * (1 - fraction))
+    if not 0 < cut < total:
+        raise ValueError(
+            f"`validation_split` leaves training or validation empty. Received: {fraction} of {total} rows."
+        )
+
+    def part(rows):
+        columns = {name: column[rows] for name, column in x.items()}
+        return columns, *(None if column is None else column[rows] for column in (y, sample_weight))
+
+    return part(slice(cut)), part(slice(cut, None))

@@ -1,0 +1,86 @@
+"""The optimiser of an adaptation run: schedule, clipping and weight decay as in the papers."""
+
+from keras_t5gemma.checks import integer, is_number
+from keras_t5gemma.suggestions import check_choice
+from keras_t5gemma.training.optimizers.adafactor import Adafactor
+from keras_t5gemma.training.optimizers.adamw import AdamW
+from keras_t5gemma.training.optimizers.learning_rates import WarmupCosine
+from keras_t5gemma.training.optimizers.muon import Muon
+
+# What is not a matrix product has no business shrinking: norms, and embeddings, whose rows are seldom visited.
+NO_DECAY = ("scale", "embeddings")
+WARMUP_STEPS = 100
+OPTIMIZERS = {
+    "adamw": AdamW,
+    "adafactor": Adafactor,
+    "muon": Muon,
+}
+
+
+def optimizer(
+    name="adamw",
+    *,
+    learning_rate=None,
+    steps=None,
+    warmup_steps=None,
+    final_fraction=0.1,
+    weight_decay=0.01,
+    no_decay=NO_DECAY,
+    clip_norm=1.0,
+    **kwargs,
+):
+    """A Keras optimiser with a warm-up, a cosine, clipping by the global norm and weight decay.
+
+    A linear warm-up of 100 steps, then a cosine, and gradients clipped at a global norm of 1 are T5Gemma 2's (arXiv
+    2512.14856); a tenth at the end of the cosine and the weight decay are common choices, which it does not name.
+
+        lm.compile(optimizer=optimizer("adamw", learning_rate=1e-4, steps=10_000))
+
+    Weights in bfloat16 are trained, too, with moments and all arithmetic in float32. Keras's callbacks may set its
+    `learning_rate`, which then ends the schedule.
+
+    Args:
+        name: "adamw"; "adafactor", which keeps a row and a column of second moments a matrix; or "muon", which takes
+            matrices through Newton-Schulz steps and embeddings and norms through AdamW.
+        learning_rate: the peak, reached after the warm-up; None for `LEARNING_RATES`' of the optimiser, which has
+            another one for LoRA.
+        steps: optimiser steps in all; the cosine ends there. None for no cosine: the peak to the end.
+        warmup_steps: of the linear warm-up from zero; at most `steps`. None for 100, or a tenth of `steps` if less.
+        final_fraction: of the peak, where the cosine ends.
+        weight_decay: a step's shrinkage is `learning_rate * weight_decay`.
+        no_decay: a weight with one of these in its name is not shrunk.
+        clip_norm: the largest global norm of the gradients; None for any.
+        **kwargs: what the optimiser's class takes besides, e.g. `beta_2`; and for bfloat16 weights
+            `moments_dtype="bfloat16"`, which halves the moments' memory at the price of rounding noise, and
+            `master_weights=True`, which keeps each weight in float32, too.
+
+    Returns:
+        A `keras.optimizers.Optimizer`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    check_choice(name, "name", OPTIMIZERS)
+    steps = None if steps is None else integer(steps, "steps")
+    if warmup_steps is None:
+        warmup_steps = WARMUP_STEPS if steps is None else min(WARMUP_STEPS, steps // 10)
+    warmup_steps = integer(warmup_steps, "warmup_steps", least=0)
+    if steps is not None and warmup_steps > steps:
+        raise ValueError(f"`warmup_steps` must be at most steps={steps}. Received: warmup_steps={warmup_steps}.")
+    if learning_rate is not None and not (is_number(learning_rate) and learning_rate > 0):
+        raise ValueError(
+            f"`learning_rate` must be positive, the peak of a schedule. Received: learning_rate={learning_rate!r}. For "
+            f"a schedule of your own, set the attribute: `made = optimizer(...); made.learning_rate = schedule`."
+        )
+    if not (is_number(final_fraction) and 0 <= final_fraction <= 1):
+        raise ValueError(f"`final_fraction` must be in [0, 1]. Received: final_fraction={final_fraction!r}.")
+    if name == "muon":
+        kwargs = {"adam_weight_decay": weight_decay or None, **kwargs}  # of what goes through its AdamW
+    made = OPTIMIZERS[name](
+        learning_rate=WarmupCosine(learning_rate, steps, warmup_steps, final_fraction),
+        weight_decay=weight_decay or (0.0 if name == "adamw" else None),
+        global_clipnorm=clip_norm,
+        **kwargs,
+    )
+    made.exclude_from_weight_decay(var_names=list(no_decay))
+    return made
