@@ -25,23 +25,23 @@ KINDS = {"global": {}, "causal": {"causal": True}, "sliding": {"window": WINDOW}
 
 def ways(backend):
     """By name: `(query, key, value, mask, cap) -> output`."""
-    from keras_t5gemma.kernels.attention import accelerators as kernels
-    from keras_t5gemma.kernels.attention.blocks import in_blocks
-    from keras_t5gemma.layers.attention import attend_to
+    from keras_t5gemma.kernels.attention import flex, splash
+    from keras_t5gemma.kernels.attention.dispatch import PACKAGE, attention
+    from keras_t5gemma.kernels.choose import implementation
 
     def plain(query, key, value, mask, cap):
-        return attend_to(query, key, value, whole(mask), cap=cap, dtype="bfloat16")
+        return attention(query, key, value, whole(mask), cap=cap, dtype="bfloat16")
 
     def blocks(query, key, value, mask, cap):
-        return in_blocks(query, key, value, mask, cap=cap, dtype="bfloat16")
+        return implementation(PACKAGE).in_blocks(query, key, value, mask, cap=cap, dtype="bfloat16")
 
     found = {"plain": plain, "in blocks": blocks}
     if backend == "torch":
-        return found | {"flex_attention": kernels.flex}
+        return found | {"flex_attention": flex.attend}
     import jax
 
     if jax.default_backend() == "tpu":
-        return found | {"splash": kernels.splash}
+        return found | {"splash": splash.attend}
     if importlib.util.find_spec("tokamax"):
         found |= {f"tokamax, {name}": functools.partial(tokamax, name) for name in ("mosaic", "triton", "xla_chunked")}
     return found

@@ -17,8 +17,7 @@ from tiny import backbone_of
 
 import keras_t5gemma as kt
 from keras_t5gemma.demo.pretraining import build_gemma2
-from keras_t5gemma.kernels.attention import accelerators as attention_kernels
-from keras_t5gemma.kernels.attention import masks
+from keras_t5gemma.kernels.attention import masks, splash
 from keras_t5gemma.kernels.attention.reference import attend
 from keras_t5gemma.kernels.cross_entropy.chunks import CHUNK_BYTES
 from keras_t5gemma.layers.initialization import weights_from
@@ -149,7 +148,7 @@ def kernel(name):
 
     def by_kernel(query, key, value, *segments):
         mask = masks.BlockMask(12, *segments, **options)
-        return attention_kernels.splash(query, key, value, mask, 2.0, interpret=True)
+        return splash.attend(query, key, value, mask, 2.0, interpret=True)
 
     distribution = model_parallel(name)
     with distribution.scope():

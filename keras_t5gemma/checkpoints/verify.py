@@ -149,10 +149,10 @@ def _hidden_states(config, source, names, x):
     from keras import ops
 
     from keras_t5gemma.kernels.attention.masks import attention_mask
-    from keras_t5gemma.layers.attention import rotary_angles
     from keras_t5gemma.layers.block import Block
     from keras_t5gemma.layers.initialization import weights_from
     from keras_t5gemma.layers.norm import RMSNorm
+    from keras_t5gemma.layers.rope import rotary_angles
 
     def read(path, shape, dtype):
         tensor, name = names[path]

@@ -9,7 +9,7 @@ from keras_t5gemma.inference.buckets import Rounds
 from keras_t5gemma.inference.decoding.loop import token_log_probs
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.programs.compiled import Program
-from keras_t5gemma.kernels.cross_entropy.chunks import Chunks, default_chunk_bytes
+from keras_t5gemma.kernels.cross_entropy.chunks import TokenChunks, default_chunk_bytes
 from keras_t5gemma.text.encoding import Packer
 
 
@@ -53,7 +53,7 @@ class Scores(Rounds):
         names = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
         outputs = self.backbone({name: inputs[name] for name in names}, training=False)
         hidden, labels = outputs["decoder_sequence_output"], inputs["labels"]
-        chunks = Chunks(hidden.shape, self.backbone.config.vocabulary_size, default_chunk_bytes(hidden))
+        chunks = TokenChunks(hidden.shape, self.backbone.config.vocabulary_size, default_chunk_bytes(hidden))
         hidden, cut = chunks.cut(hidden), chunks.cut(labels)
 
         def body(i, log_probs):

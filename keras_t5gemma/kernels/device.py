@@ -31,3 +31,12 @@ def devices_of_a_batch():
         return None, 1
     mesh, axis = distribution.device_mesh, distribution.batch_dim_name
     return axis, dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(axis, 1)
+
+
+def replicas():
+    """Among how many devices TensorFlow adds gradients up: for Keras, the loss of each is a part of the mean."""
+    if keras.config.backend() != "tensorflow":
+        return 1
+    import tensorflow as tf
+
+    return tf.distribute.get_strategy().num_replicas_in_sync

@@ -1,70 +1,12 @@
 """Grouped-query attention as a layer: projections and RoPE, and the keys and values a decoding step keeps."""
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_t5gemma.kernels.attention.accelerators import has_kernel, kernel
-from keras_t5gemma.kernels.attention.blocks import in_blocks
-from keras_t5gemma.kernels.attention.masks import BlockMask
-from keras_t5gemma.kernels.attention.reference import attend
+from keras_t5gemma.kernels.attention.dispatch import attention
 from keras_t5gemma.kernels.float16 import finite
 from keras_t5gemma.layers.initialization import as_rows, dense
-
-
-def rotary_angles(length, start, head_dim, wavelength):
-    """Cosines and sines of RoPE (arXiv 2104.09864) for consecutive positions.
-
-    Args:
-        length: T, how many positions.
-        start: the first position; an int, or a scalar tensor in a decoding step.
-        head_dim: H.
-        wavelength: the base of the frequencies, 10,000 in Gemma 2.
-
-    Returns:
-        A pair of float32 [T, 1, H / 2], ready to multiply [B, T, heads, H / 2].
-    """
-    frequencies = wavelength ** -(np.arange(0, head_dim, 2, dtype="float32") / head_dim)
-    positions = ops.cast(ops.add(ops.arange(length, dtype="int32"), start), "float32")
-    angles = ops.reshape(positions, (-1, 1, 1)) * ops.convert_to_tensor(frequencies, dtype="float32")
-    return ops.cos(angles), ops.sin(angles)
-
-
-def rotate(x, angles):
-    """Rotates the halves of each head of x [B, T, heads, H] by `rotary_angles`, in float32."""
-    cos, sin = angles
-    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    rotated = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return ops.cast(rotated, x.dtype)
-
-
-def write_at(buffer, update, index, axis=1):
-    """Puts `update` into `buffer`, which is longer along `axis`, from position `index` on."""
-    if keras.config.backend() == "torch":
-        import torch
-
-        # Keras's slice_update clones the whole buffer on PyTorch; compiled backends update in place by themselves.
-        if not torch.is_grad_enabled() and buffer.device.type != "meta":
-            buffer = buffer.contiguous()  # a sampler may have repeated a batch of one without giving it memory
-            # By a tensor of places, since a slice would have to wait for the device to know the index.
-            places = torch.arange(update.shape[axis], device=buffer.device) + index
-            return buffer.index_copy_(axis, places, update)
-    start = [0] * len(buffer.shape)
-    start[axis] = index
-    return ops.slice_update(buffer, start, update)
-
-
-def attend_to(query, key, value, visible, *, cap, dtype):
-    """`attend` to what is visible, bool or a `BlockMask`: at once, by a kernel, or in blocks."""
-    if not isinstance(visible, BlockMask):
-        if keras.config.backend() == "jax":
-            from keras_t5gemma.kernels.attention import jax as attention_jax
-
-            return attention_jax.attend(query, key, value, visible, cap=cap, dtype=dtype)
-        return attend(query, key, value, visible, cap=cap, dtype=dtype)
-    if has_kernel(dtype) and (fused := kernel(visible)) is not None:
-        return fused(query, key, value, visible, cap)
-    return in_blocks(query, key, value, visible, cap=cap, dtype=dtype)
+from keras_t5gemma.layers.rope import rotate
 
 
 class Attention(keras.layers.Layer):
@@ -134,7 +76,7 @@ class Attention(keras.layers.Layer):
         # Scaled before the product, so that float16 has its range for it.
         query = ops.reshape(finite(query) * config.query_scale, grouped)
         cap, dtype = config.attention_soft_cap, self.compute_dtype
-        attended = attend_to(query, keys_values["key"], keys_values["value"], visible, cap=cap, dtype=dtype)
+        attended = attention(query, keys_values["key"], keys_values["value"], visible, cap=cap, dtype=dtype)
         width = config.num_query_heads * config.head_dim
         output = self.output_dense(ops.reshape(attended, (-1, width)))
         return ops.reshape(output, (batch, length, config.hidden_dim))

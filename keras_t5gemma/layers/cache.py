@@ -11,7 +11,7 @@ that what is written too far, and again later, takes the place of nothing that i
 
 from keras import ops
 
-from keras_t5gemma.layers.attention import write_at
+from keras_t5gemma.kernels.cache_update import write_at
 
 
 def places(length, window, ahead):

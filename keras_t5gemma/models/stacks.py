@@ -3,17 +3,18 @@
 import keras
 from keras import ops
 
-from keras_t5gemma.kernels.attention.accelerators import has_kernel
+from keras_t5gemma.kernels.attention.dispatch import has_kernel
 from keras_t5gemma.kernels.attention.masks import attention_mask, visible_keys
 from keras_t5gemma.kernels.barriers import handed_on, settled
+from keras_t5gemma.kernels.cache_update import write_at
 from keras_t5gemma.kernels.embedding.lookup import look_up
 from keras_t5gemma.kernels.rematerialization import rematerialized
-from keras_t5gemma.layers.attention import rotary_angles, write_at
 from keras_t5gemma.layers.block import Block
 from keras_t5gemma.layers.cache import is_start, place, places, positions
 from keras_t5gemma.layers.copies import part_of_a_model
 from keras_t5gemma.layers.initialization import embedding
 from keras_t5gemma.layers.norm import RMSNorm
+from keras_t5gemma.layers.rope import rotary_angles
 
 
 class Stack(keras.layers.Layer):
@@ -83,7 +84,7 @@ class Stack(keras.layers.Layer):
                 masks[kind] = self._visible(kind, query_segments, key_segments, start, room)
                 indices[kind] = start if room is None or query_segments.shape[1] > 1 else place(start, room)
         angles = rotary_angles(ops.shape(token_ids)[1], start, config.head_dim, config.rope_wavelength)
-        x = ops.cast(look_up(self.token_embedding, token_ids, alone=not self.projects), self.compute_dtype)
+        x = ops.cast(look_up(self.token_embedding, token_ids, only_gradient=not self.projects), self.compute_dtype)
         # Gemma rounds the factor to the compute dtype: sqrt(3584) is 59.867 in float32, 59.75 in bfloat16.
         x = x * ops.cast(config.hidden_dim**0.5, x.dtype)
         x = self.dropout(x, training=training)

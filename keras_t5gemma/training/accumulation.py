@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.training.losses.cross_entropy import replicas
+from keras_t5gemma.kernels.device import replicas
 from keras_t5gemma.training.losses.labels import labels_and_weights
 from keras_t5gemma.training.optimizers.low_precision import LowPrecision
 

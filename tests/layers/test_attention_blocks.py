@@ -9,31 +9,30 @@ import pytest
 from attention_cases import CASES, OTHERS, SEGMENTS, SIZE, both, inputs
 from keras import ops
 
-from keras_t5gemma.kernels.attention import masks
-from keras_t5gemma.kernels.attention import reference as attend_module
-from keras_t5gemma.kernels.attention.blocks import in_blocks
+from keras_t5gemma.kernels.attention import masks, reference
+from keras_t5gemma.kernels.attention.dispatch import PACKAGE, attention
 from keras_t5gemma.kernels.attention.masks import BlockMask, attention_mask, visible_keys
 from keras_t5gemma.kernels.attention.reference import attend
-from keras_t5gemma.layers.attention import attend_to
+from keras_t5gemma.kernels.choose import implementation, using
 
 
 def at_once(query, key, value, mask, cap, dtype):
     """As a model attends where the sequences are short: on JAX with a gradient of its own."""
     kind = {"query_start": mask.query_start, "causal": mask.causal, "window": mask.window}
     visible = attention_mask(mask.query_segments, mask.key_segments, **kind)
-    return attend_to(query, key, value, visible, cap=cap, dtype=dtype)
+    return attention(query, key, value, visible, cap=cap, dtype=dtype)
 
 
 def blocks_of(query, key, value, mask, cap, dtype):
-    return in_blocks(query, key, value, mask, cap=cap, dtype=dtype)
+    return implementation(PACKAGE).in_blocks(query, key, value, mask, cap=cap, dtype=dtype)
 
 
-@pytest.mark.parametrize("attention", [blocks_of, at_once])
+@pytest.mark.parametrize("way", [blocks_of, at_once])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_output_and_gradients_are_those_of_the_plain_one(case, attention):
-    if attention is at_once and keras.config.backend() != "jax":
+def test_output_and_gradients_are_those_of_the_plain_one(case, way):
+    if way is at_once and keras.config.backend() != "jax":
         pytest.skip("The plain one is at work itself.")
-    found, expected = both(case, attention)
+    found, expected = both(case, way)
     # Sums come in another order, and products of half precision may be rounded before they are summed.
     rounding = {"bfloat16": 1e-2, "float16": 1e-3}.get(case.get("dtype"), 1e-6)
     for got, value, tolerance in zip(found, expected, [rounding] + 3 * [3 * rounding], strict=True):
@@ -61,7 +60,7 @@ def of_any_length(query, key, value, mask, cap, dtype):
     def run(query, key, value, *segments):
         visible = visible_keys(heads, *segments, **kind)
         assert ops.is_tensor(visible.block)
-        return attend_to(query, key, value, visible, cap=cap, dtype=dtype)
+        return attention(query, key, value, visible, cap=cap, dtype=dtype)
 
     return run(query, key, value, mask.query_segments, mask.key_segments)
 
@@ -107,7 +106,7 @@ def test_output_where_no_gradient_is_wanted_is_that_where_one_is(cap):
     whole, blocks = attention_mask(*segments, window=4), BlockMask(3, *segments, window=4)
     expected = ops.convert_to_numpy(attend(query, key, value, whole, **options))
     with no_gradients():
-        for got in (attend(query, key, value, whole, **options), in_blocks(query, key, value, blocks, **options)):
+        for got in (attention(query, key, value, visible, **options) for visible in (whole, blocks)):
             np.testing.assert_allclose(ops.convert_to_numpy(got), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -119,14 +118,14 @@ def test_query_that_sees_nothing_gives_zero_and_no_gradient():
 
 
 @pytest.mark.skipif(keras.config.backend() != "jax", reason="only on JAX is attention's gradient this package's")
-@pytest.mark.parametrize("attention", [blocks_of, at_once])
-def test_nothing_of_the_size_of_the_logits_is_kept_for_the_gradient(attention):
+@pytest.mark.parametrize("way", [blocks_of, at_once])
+def test_nothing_of_the_size_of_the_logits_is_kept_for_the_gradient(way):
     import jax
 
     segments = ops.ones((2, 64), dtype="int32")
     query, key, value, _ = inputs(64, 64, "float32", 3.0)
     mask = BlockMask(16, segments, segments)
-    kept = jax.tree.leaves(jax.vjp(lambda *qkv: attention(*qkv, mask, 2.0, "float32"), query, key, value)[1])
+    kept = jax.tree.leaves(jax.vjp(lambda *qkv: way(*qkv, mask, 2.0, "float32"), query, key, value)[1])
     assert {x.shape for x in (query, key, value)} <= {x.shape for x in kept}
     # A query's places of a mask are as many as its keys; its logits are as many times its heads.
     assert max(x.size for x in kept) <= 2 * 64 * 64
@@ -134,13 +133,13 @@ def test_nothing_of_the_size_of_the_logits_is_kept_for_the_gradient(attention):
 
 @pytest.mark.parametrize(("causal", "seen"), [(False, 4 + 2 * 2), (True, 4 + 2)])
 def test_block_of_a_window_takes_only_the_keys_within_it(causal, seen, monkeypatch):
-    shapes, in_all, matmul = [], [], attend_module.matmul
+    shapes, in_all, matmul = [], [], reference.matmul
 
     def recorded(left, right):
         (shapes if left.shape[3] == 4 else in_all).append((*left.shape[3:], right.shape[3]))
         return matmul(left, right)
 
-    monkeypatch.setattr(attend_module, "matmul", recorded)
+    monkeypatch.setattr(reference, "matmul", recorded)
     both({"window": 3, "causal": causal}, blocks_of)
     # Of keys with queries, and of weights with values.
     assert set(shapes) == {(4, SIZE, seen), (4, seen, SIZE)}
@@ -156,3 +155,21 @@ def test_blocks_are_as_even_as_they_can_be_and_hold_a_quarter_of_the_logits_wher
     assert visible_keys(12, segments, segments).block == 2  # the shortest
     assert visible_keys(3, segments[:1], segments[:1]).block == 8
     assert visible_keys(3, segments[:, :4], segments).shape == (2, 4, 15)  # they fit
+
+
+def test_any_implementation_can_be_asked_for_by_name():
+    query, key, value, _ = inputs(13, 13, "float32", 3.0)
+    segments = ops.convert_to_tensor(SEGMENTS)
+    both_masks = BlockMask(4, segments, segments, window=4), attention_mask(segments, segments, window=4)
+
+    def outputs():
+        options = {"cap": 2.0, "dtype": "float32"}
+        return [ops.convert_to_numpy(attention(query, key, value, mask, **options)) for mask in both_masks]
+
+    assert implementation(PACKAGE).__name__ == f"{PACKAGE}.{keras.config.backend()}"
+    expected = outputs()
+    with using(PACKAGE, "reference"):
+        assert implementation(PACKAGE) is reference
+        found = outputs()
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(found[0], found[1])

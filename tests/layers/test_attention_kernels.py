@@ -14,19 +14,17 @@ from keras import ops
 from peers import loud_inputs, tiny_config
 from tiny import loud_backbone
 
-from keras_t5gemma.kernels.attention import accelerators as kernels
-from keras_t5gemma.kernels.attention import masks
+from keras_t5gemma.kernels.attention import dispatch, flex, masks, splash
 from keras_t5gemma.kernels.attention.masks import BlockMask, attention_mask, visible_keys
 from keras_t5gemma.kernels.attention.reference import attend
-from keras_t5gemma.layers import attention
 from keras_t5gemma.models import stacks
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 BACKEND = keras.config.backend()
 CONFIG = tiny_config(balanced=False, num_layers=2)
 KERNELS = {
-    "jax": {"splash": functools.partial(kernels.splash, interpret=True)},
-    "torch": {"flex": kernels.flex},
+    "jax": {"splash": functools.partial(splash.attend, interpret=True)},
+    "torch": {"flex": flex.attend},
 }.get(BACKEND, {})
 # What a library cannot do: splash attention begins with the first key, and TPUs have no float16.
 CANNOT = {"splash": ("start", "float16"), "flex": ()}
@@ -66,7 +64,10 @@ def test_splash_attention_gives_the_same_in_larger_blocks(more):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", LONG_CASES.values(), ids=LONG_CASES)
 def test_kernel_of_this_machine_gives_the_plain_output_and_gradients(case):
-    check(lambda query, key, value, mask, cap, _: kernels.kernel(mask)(query, key, value, mask, cap), {**LONG, **case})
+    check(
+        lambda query, key, value, mask, cap, _: dispatch.kernel_for(mask)(query, key, value, mask, cap),
+        {**LONG, **case},
+    )
 
 
 def check(attention, case, gradients=True):
@@ -88,7 +89,7 @@ def test_masks_of_all_kinds_are_one_program():
     zero, places = torch.tensor(0), torch.arange(segments.shape[1])
     for causal, window, start in itertools.product([True, False], [None, 2, 3], [0, 1]):
         mask = BlockMask(4, segments, segments, start, causal, window)
-        found = run(kernels._flex_mask(mask).mask_mod, zero, zero, places[:, None], places)
+        found = run(flex.flex_mask(mask).mask_mod, zero, zero, places[:, None], places)
         expected = attention_mask(segments, segments, causal=causal, window=window, query_start=start)[0]
         np.testing.assert_array_equal(found, expected)
     assert counter.frame_count == 1
@@ -96,15 +97,15 @@ def test_masks_of_all_kinds_are_one_program():
 
 @pytest.mark.parametrize(("name", "dtypes"), [("splash", ["bfloat16"]), ("flex", ["bfloat16", "float16"]), (None, [])])
 def test_kernel_serves_the_half_precisions_that_its_chip_has(monkeypatch, name, dtypes):
-    monkeypatch.setattr(kernels, "_name", lambda: name)
-    assert [dtype for dtype in ("float32", "bfloat16", "float16") if kernels.has_kernel(dtype)] == dtypes
+    monkeypatch.setattr(dispatch, "kernel_name", lambda: name)
+    assert [dtype for dtype in ("float32", "bfloat16", "float16") if dispatch.has_kernel(dtype)] == dtypes
 
 
 def test_splash_attention_is_not_asked_where_the_first_querys_place_is_not_known(monkeypatch):
-    monkeypatch.setattr(kernels, "_name", lambda: "splash")
+    monkeypatch.setattr(dispatch, "kernel_name", lambda: "splash")
     segments = [ops.convert_to_tensor(SEGMENTS)] * 2
-    assert kernels.kernel(BlockMask(4, *segments)) is kernels.splash
-    assert kernels.kernel(BlockMask(4, *segments, query_start=ops.convert_to_tensor(0))) is None
+    assert dispatch.kernel_for(BlockMask(4, *segments)) is splash.attend
+    assert dispatch.kernel_for(BlockMask(4, *segments, query_start=ops.convert_to_tensor(0))) is None
 
 
 def test_sequences_are_long_earlier_where_there_is_a_kernel():
@@ -129,9 +130,9 @@ def test_model_has_its_long_attention_from_the_kernel_in_both_directions(monkeyp
         return attend(query, key, value, visible, cap=cap, dtype="float32")
 
     for with_kernel in (False, True):
-        monkeypatch.setattr(attention, "has_kernel", lambda dtype, answer=with_kernel: answer)
+        monkeypatch.setattr(dispatch, "has_kernel", lambda dtype, answer=with_kernel: answer)
         monkeypatch.setattr(stacks, "has_kernel", lambda dtype, answer=with_kernel: answer)
-        monkeypatch.setattr(attention, "kernel", lambda mask: stand_in)
+        monkeypatch.setattr(dispatch, "kernel_for", lambda mask: stand_in)
         lm = T5GemmaSeq2SeqLM(loud_backbone(CONFIG))
         lm.backbone.rematerialize = rematerialize
         lm.compile(keras.optimizers.SGD(0.05))

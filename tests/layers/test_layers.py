@@ -5,10 +5,12 @@ import pytest
 from keras import ops
 
 from keras_t5gemma.config import StackConfig
-from keras_t5gemma.kernels.attention.reference import soft_cap
-from keras_t5gemma.layers.attention import Attention, rotary_angles, rotate, write_at
+from keras_t5gemma.kernels.cache_update import write_at
+from keras_t5gemma.kernels.soft_cap import soft_cap
+from keras_t5gemma.layers.attention import Attention
 from keras_t5gemma.layers.feed_forward import FeedForward
 from keras_t5gemma.layers.norm import RMSNorm
+from keras_t5gemma.layers.rope import rotary_angles, rotate
 
 CONFIG = StackConfig(
     num_layers=1,

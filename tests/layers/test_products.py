@@ -1,7 +1,5 @@
 """Products and norms in the forms that a backend is fast with: numbers and gradients of the plain ones."""
 
-import pkgutil
-
 import keras
 import numpy as np
 import pytest
@@ -9,9 +7,14 @@ from gradients import gradients
 from keras import ops
 from peers import tiny_config
 
-from keras_t5gemma.kernels.matmul import xla as half_products
-from keras_t5gemma.layers import feed_forward, norm, projection
+from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.kernels.matmul import PACKAGE, reference
+from keras_t5gemma.layers import feed_forward, norm
 from keras_t5gemma.layers.initialization import dense
+
+PRODUCTS = implementation(PACKAGE)
+# Rows that are multiplied with the table on the left; of half precision on JAX, too.
+FEW = {"jax": [1, 3, 4, 16, 2], "torch": [1, 3]}
 
 
 def assert_same(function, plain, *arrays):
@@ -39,42 +42,35 @@ def test_product_with_a_table(batch, length, size):
     def plain(x, table):
         return ops.einsum("btd,vd->btv", x, table)
 
-    assert_same(projection._product, plain, draw(batch, length, 12), draw(size, 12, seed=1))
+    assert_same(PRODUCTS.table_product, plain, draw(batch, length, 12), draw(size, 12, seed=1))
 
 
 @pytest.mark.parametrize("length", [1, 17])
 def test_product_with_a_table_in_bfloat16(length):
     x, table = integers(1, length, 12), integers(40, 12, seed=1)
-    product = projection._product(*(ops.convert_to_tensor(array, "bfloat16") for array in (x, table)))
+    product = PRODUCTS.table_product(*(ops.convert_to_tensor(array, "bfloat16") for array in (x, table)))
     assert keras.backend.standardize_dtype(product.dtype) == "bfloat16"
     np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(product, "float32")), x @ table.T)
 
 
-def lengths_given_to(monkeypatch, function):
-    """Of products of one row of so many positions those that a function, by its dotted name, is called for."""
-    seen, plain = [], pkgutil.resolve_name(function)
-    monkeypatch.setattr(function, lambda x, *rest: seen.append(x.shape[1]) or plain(x, *rest))
-    for length, dtype in [*((length, "float32") for length in (1, 3, 4, 16, 17)), (2, "float16")]:
-        projection._product(*(ops.convert_to_tensor(draw(*shape), dtype) for shape in ((1, length, 12), (40, 12))))
-    return seen
-
-
 @pytest.mark.skipif(keras.config.backend() == "tensorflow", reason="its products are no faster with the table first")
 def test_few_rows_go_behind_the_table(monkeypatch):
-    expected = {"jax": [1, 3, 4, 16, 2], "torch": [1, 3]}[keras.config.backend()]
-    assert lengths_given_to(monkeypatch, "keras_t5gemma.layers.projection._table_first") == expected
-
-
-@pytest.mark.skipif(keras.config.backend() != "torch", reason="only PyTorch has to be asked for oneDNN")
-def test_more_rows_go_to_onednn(monkeypatch):
-    assert lengths_given_to(monkeypatch, "keras_t5gemma.kernels.matmul.onednn.rows_times_table") == [4, 16, 17]
+    """Which lengths of one row the form for many rows is asked for."""
+    seen, module = [], PRODUCTS
+    where, name = {"jax": (reference, "table_product"), "torch": (ops, "matmul")}[keras.config.backend()]
+    plain = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda x, table: seen.append((x.shape[1], str(x.dtype))) or plain(x, table))
+    for length, dtype in [*((length, "float32") for length in (1, 3, 4, 16, 17)), (2, "float16")]:
+        module.table_product(*(ops.convert_to_tensor(draw(*shape), dtype) for shape in ((1, length, 12), (40, 12))))
+    lengths = [length for length, _ in seen if length != 40]
+    assert [x for x in (1, 3, 4, 16, 17, 2) if x not in lengths] == FEW[keras.config.backend()]
 
 
 def test_product_of_some_positions_with_a_table():
     x, table = draw(2, 9, 12), draw(40, 12, seed=1)
     for places in (np.s_[:, 2:4], np.s_[:, ::2], np.s_[:, -1:], np.s_[:, :, :6]):
         x_part, width = x[places], x[places].shape[2]
-        product = projection._product(ops.convert_to_tensor(x)[places], ops.convert_to_tensor(table)[:, :width])
+        product = PRODUCTS.table_product(ops.convert_to_tensor(x)[places], ops.convert_to_tensor(table)[:, :width])
         np.testing.assert_allclose(ops.convert_to_numpy(product), x_part @ table[:, :width].T, atol=1e-5)
 
 
@@ -118,7 +114,7 @@ def test_quick_product_of_bfloat16(rows):
     x, kernel, upstream = integers(rows, 12), integers(12, 8, seed=1), integers(rows, 8, seed=2)
 
     def function(x, kernel):
-        product = half_products.dense_product(ops.cast(x, "bfloat16"), ops.cast(kernel, "bfloat16"))
+        product = PRODUCTS._dense_product(ops.cast(x, "bfloat16"), ops.cast(kernel, "bfloat16"))
         assert product.dtype == "bfloat16"
         return ops.sum(ops.cast(product, "float32") * upstream)
 
@@ -141,11 +137,11 @@ def test_gradients_are_those_of_keras_layer(monkeypatch):
     gradient = jax.grad(total)
     # Not compiled: JAX would take the second program from its cache, whatever has changed.
     arrays = ops.convert_to_tensor(draw(512, 512)), ops.convert_to_tensor(draw(256, 512))
-    calls, dense_product = [], half_products.dense_product
-    monkeypatch.setattr(half_products, "dense_product", lambda *args: calls.append(args) or dense_product(*args))
+    calls, dense_product = [], PRODUCTS._dense_product
+    monkeypatch.setattr(PRODUCTS, "_dense_product", lambda *args: calls.append(args) or dense_product(*args))
     found = ops.convert_to_numpy(gradient(*arrays))
     assert len(calls) == 1
-    monkeypatch.setattr(half_products, "has_quick_kernel", lambda x: False)
+    monkeypatch.setattr(PRODUCTS, "has_quick_kernel", lambda x: False)
     expected = ops.convert_to_numpy(gradient(*arrays))
     assert len(calls) == 1
     np.testing.assert_allclose(found, expected, rtol=2e-2, atol=1e-2 * np.abs(expected).max())
@@ -156,8 +152,8 @@ def test_row_that_a_gpu_has_twice_comes_once(monkeypatch):
     layer = dense(8, "query", tiny_config().decoder, "bfloat16")
     layer.build((None, 12))
     layer.kernel.assign(integers(12, 8, seed=1))
-    monkeypatch.setattr(half_products, "has_quick_kernel", lambda x: False)
-    monkeypatch.setattr(half_products, "jax_on_gpu", lambda: True)
+    monkeypatch.setattr(PRODUCTS, "has_quick_kernel", lambda x: False)
+    monkeypatch.setattr(PRODUCTS, "jax_on_gpu", lambda: True)
     seen, call = [], keras.layers.Dense.call
     monkeypatch.setattr(
         keras.layers.Dense, "call", lambda self, x, **kw: seen.append(x.shape[0]) or call(self, x, **kw)

@@ -5,7 +5,8 @@ import pytest
 from one_step import assert_same_step, batch, language_model, take_steps, weights_of
 
 from keras_t5gemma.kernels.attention import masks
-from keras_t5gemma.layers import attention
+from keras_t5gemma.kernels.attention.dispatch import PACKAGE
+from keras_t5gemma.kernels.choose import implementation
 
 ON_TENSORFLOW = keras.config.backend() == "tensorflow"
 
@@ -31,7 +32,8 @@ def test_step_on_a_pipeline_of_unknown_shapes_is_that_of_known_ones(plain, monke
 
 def test_rematerialized_training_step_in_blocks_is_the_plain_one(plain, monkeypatch):
     """Computed again within what is computed again; `test_attention_blocks` has the gradients of attention alone."""
-    calls, in_blocks = [], attention.in_blocks
+    module = implementation(PACKAGE)
+    calls, in_blocks = [], module.in_blocks
 
     def counted(*args, **options):
         calls.append(args)
@@ -39,7 +41,7 @@ def test_rematerialized_training_step_in_blocks_is_the_plain_one(plain, monkeypa
 
     monkeypatch.setattr(masks, "BLOCK_BYTES_ON_CPU", 1)
     monkeypatch.setattr(masks, "SHORTEST_BLOCK", 3)
-    monkeypatch.setattr(attention, "in_blocks", counted)
+    monkeypatch.setattr(module, "in_blocks", counted)
     lm = language_model(rematerialize=True)
     assert_same_step(take_steps(lm, batch(lm)), plain)
     assert len(calls) >= 3  # the encoder's, the decoder's, and cross-attention

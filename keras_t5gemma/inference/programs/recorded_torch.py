@@ -1,8 +1,7 @@
 """A decoding step on PyTorch without the Python of its layers: recorded as a list of tensor operations, and replayed.
 
 Of a step of Small-Small on a CPU, half is Keras calling layers; on a GPU, nearly all is waiting for Python. A recording
-does what the layers did, operation by operation, so that its numbers are the same, but for the last digits of products
-that a CPU's cores share:
+does what the layers did, operation by operation, so that its numbers are the same:
 
     on a CPU                         recorded once a shape has come up `_STEPS_BEFORE` times: recording takes as long
     on a GPU                         recorded at once, and as a CUDA graph, which has no Python left at all
@@ -16,8 +15,6 @@ import threading
 import weakref
 
 import keras
-
-from keras_t5gemma.inference.programs.recorded_products import share_out
 
 # Steps of one shape on a CPU that cost as much without a recording as making it: 1.6 s beside 20 ms a step.
 _STEPS_BEFORE = 64
@@ -121,8 +118,6 @@ class _Recording:
         # On copies: recording runs the step, and writes.
         inputs = [token_ids, _place(index, token_ids), *(x.clone() for x in keras.tree.flatten(cache))]
         self._run = _with_constants(make_fx(flat)(*inputs))
-        if not token_ids.is_cuda:
-            share_out(self._run)
         if jit_compile:
             self._run = torch.compile(self._run, dynamic=False, fullgraph=True)
         self._graphs = []

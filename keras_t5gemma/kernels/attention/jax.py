@@ -1,7 +1,8 @@
 """Attention's gradient on JAX: of what it computes on the way, one number a query and head is kept for it.
 
-With logits `l`, of which `x = cap * tanh(l / cap)` where they are visible, `sums = log(sum(exp(x)))`, weights
-`w = exp(x - sums)` and `o = w v`, what is kept is `sums` and `o`. From queries and keys `l` is computed again, and
+With logits `l`, capped logits `x = cap * tanh(l / cap)` of the visible keys, `log_sum_exp = log(sum(exp(x)))`, weights
+`w = exp(x - log_sum_exp)` and the output `o = w v`, only `log_sum_exp` and `o` are kept. The backward pass computes `l`
+again from queries and keys, and
 
     dv = w^T do        dw = do v^T        dx = w (dw - sum(w dw)), where sum(w dw) = sum(do o)
 
@@ -15,9 +16,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from keras_t5gemma.kernels.attention import blocks
 from keras_t5gemma.kernels.attention.masks import BlockMask
-from keras_t5gemma.kernels.attention.reference import hidden_logits, logits_of, soft_cap, weigh
+from keras_t5gemma.kernels.attention.query_blocks import keys_of_block, merge_queries, num_blocks, split_queries
+from keras_t5gemma.kernels.attention.reference import attention_bias, attention_logits, weighted_values
+from keras_t5gemma.kernels.soft_cap import soft_cap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +37,12 @@ class _Settings:
 
 
 def attend(query, key, value, visible, *, cap, dtype):
-    """`attend.attend`, with this gradient."""
+    """`reference.attend`, with this gradient."""
     return _at_once(_Settings(cap, dtype), query, key, value, visible)
 
 
 def in_blocks(query, key, value, mask, *, cap, dtype):
-    """`attention_blocks.in_blocks`, with this gradient: that of a loop would keep every block."""
+    """`reference.in_blocks`, with this gradient: that of a loop would keep every block."""
     settings = _Settings(cap, dtype, mask.block, mask.causal, mask.window)
     return _by_blocks(settings, query, key, value, mask.query_segments, mask.key_segments, mask.query_start)
 
@@ -51,13 +53,13 @@ def _at_once(settings, *inputs):
 
 
 def _at_once_forward(settings, *inputs):
-    attended, sums = _attend(settings, *inputs)
-    return attended, (inputs, attended, sums)
+    attended, log_sum_exp = _attend(settings, *inputs)
+    return attended, (inputs, attended, log_sum_exp)
 
 
 def _at_once_backward(settings, kept, upstream):
-    inputs, attended, sums = kept
-    return *_gradients(settings, *inputs, sums, _mean_gradients(attended, upstream), upstream), None
+    inputs, attended, log_sum_exp = kept
+    return *_gradients(settings, *inputs, log_sum_exp, _mean_gradients(attended, upstream), upstream), None
 
 
 _at_once.defvjp(_at_once_forward, _at_once_backward)
@@ -73,28 +75,28 @@ def _by_blocks_forward(settings, query, key, value, *of_mask):
 
     def block(rows, of_block):
         i, segments = of_block
-        run, visible = blocks.of_block(mask, i, segments, (key, value))
+        run, visible = keys_of_block(mask, i, segments, (key, value))
         # Made once for all heads, and outside of what XLA tries to fuse with the softmax.
         visible = jax.lax.optimization_barrier(visible)
-        attended, sums = _attend(settings, rows[i], *run, visible)
-        return rows.at[i].set(attended), sums
+        attended, log_sum_exp = _attend(settings, rows[i], *run, visible)
+        return rows.at[i].set(attended), log_sum_exp
 
     # What is attended takes the place of the queries: for arrays of their own XLA makes the zeros of all layers at
     # once, and keeps them.
-    attended, sums = jax.lax.scan(block, blocks.cut(query, mask), _of_blocks(mask))
-    attended = blocks.join(attended, mask)
-    return attended, ((query, key, value, *of_mask), attended, sums)
+    attended, log_sum_exp = jax.lax.scan(block, split_queries(query, mask), _of_blocks(mask))
+    attended = merge_queries(attended, mask)
+    return attended, ((query, key, value, *of_mask), attended, log_sum_exp)
 
 
 def _by_blocks_backward(settings, kept, upstream):
-    (query, key, value, *of_mask), attended, sums = kept
+    (query, key, value, *of_mask), attended, log_sum_exp = kept
     mask = settings.mask(*of_mask)
 
     def block(carry, of_block):
         rows, *totals = carry
         i, segments, *of_rows = of_block
         first, _ = mask.run_of_keys(i)
-        run, visible = blocks.of_block(mask, i, segments, (key, value))
+        run, visible = keys_of_block(mask, i, segments, (key, value))
         of_query, *of_run = _gradients(settings, rows[i], *run, visible, *of_rows)
         totals = [_added(total, part, first) for total, part in zip(totals, of_run, strict=True)]
         return (rows.at[i].set(of_query), *totals), None
@@ -102,9 +104,9 @@ def _by_blocks_backward(settings, kept, upstream):
     # Sums over blocks are in float32, as within a product. Zeros that wait for the gradient, for the reason above.
     zero, upstream = jax.lax.optimization_barrier((jnp.zeros((), "float32"), upstream))
     totals = [jnp.broadcast_to(zero, x.shape) for x in (key, value)]
-    of_rows = sums, blocks.cut(_mean_gradients(attended, upstream), mask), blocks.cut(upstream, mask)
-    (rows, *totals), _ = jax.lax.scan(block, (blocks.cut(query, mask), *totals), (*_of_blocks(mask), *of_rows))
-    return blocks.join(rows, mask), *(x.astype(key.dtype) for x in totals), None, None, None
+    of_rows = log_sum_exp, split_queries(_mean_gradients(attended, upstream), mask), split_queries(upstream, mask)
+    (rows, *totals), _ = jax.lax.scan(block, (split_queries(query, mask), *totals), (*_of_blocks(mask), *of_rows))
+    return merge_queries(rows, mask), *(x.astype(key.dtype) for x in totals), None, None, None
 
 
 _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
@@ -112,7 +114,7 @@ _by_blocks.defvjp(_by_blocks_forward, _by_blocks_backward)
 
 def _of_blocks(mask):
     """The number and the segments of each block."""
-    return jnp.arange(blocks.count(mask), dtype="int32"), blocks.cut(mask.query_segments, mask)
+    return jnp.arange(num_blocks(mask), dtype="int32"), split_queries(mask.query_segments, mask)
 
 
 def _added(total, part, first):
@@ -123,26 +125,26 @@ def _added(total, part, first):
 
 
 def _attend(settings, query, key, value, visible):
-    """What `attend.attend` gives, and `sums` [B, K, G, T, 1]."""
-    x = soft_cap(logits_of(query, key), settings.cap) + hidden_logits(visible)
+    """What `reference.attend` gives, and `log_sum_exp` [B, K, G, T, 1]."""
+    x = soft_cap(attention_logits(query, key), settings.cap) + attention_bias(visible)
     largest = jnp.max(x, axis=-1, keepdims=True)
     weights = jnp.exp(x - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weigh(weights / total, value, visible, settings.dtype), largest + jnp.log(total)
+    return weighted_values(weights / total, value, visible, settings.dtype), largest + jnp.log(total)
 
 
-def _gradients(settings, query, key, value, visible, sums, means, upstream):
+def _gradients(settings, query, key, value, visible, log_sum_exp, means, upstream):
     """Those of query, key and value.
 
     Args:
-        sums: what `_attend` gave besides.
+        log_sum_exp: what `_attend` gave besides.
         means: what `_mean_gradients` gave.
         upstream: the output's [B, T, K, G, H].
     """
-    logits, to_inputs = jax.vjp(logits_of, query, key)
+    logits, to_inputs = jax.vjp(attention_logits, query, key)
     capped, to_logits = jax.vjp(lambda logits: soft_cap(logits, settings.cap), logits)
-    weights = jnp.exp(capped + hidden_logits(visible) - sums)
-    _, to_weights = jax.vjp(lambda *args: weigh(*args, visible, settings.dtype), weights, value)
+    weights = jnp.exp(capped + attention_bias(visible) - log_sum_exp)
+    _, to_weights = jax.vjp(lambda *args: weighted_values(*args, visible, settings.dtype), weights, value)
     of_weights, of_value = to_weights(upstream)
     means = jnp.expand_dims(jnp.moveaxis(means, 1, -1), -1)
     return *to_inputs(*to_logits(weights * (of_weights - means))), of_value

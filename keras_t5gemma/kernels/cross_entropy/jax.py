@@ -3,38 +3,29 @@
 Left to itself, XLA sums the table's gradient over the devices after each chunk: gigabytes, a hundred times a step.
 """
 
+import jax
 import keras
+from jax.sharding import PartitionSpec
 from keras import ops
 
 from keras_t5gemma.kernels.barriers import settled
+from keras_t5gemma.kernels.cross_entropy import reference
+from keras_t5gemma.kernels.cross_entropy.reference import scaled, tensor_of  # noqa: F401 the rest of the interface
 from keras_t5gemma.kernels.device import devices_of_a_batch
 
 
-def by_device(sums_and_gradients, settings, targets, x, table, train_table):
-    """What `sums_and_gradients` gives of the arguments that follow it, the tokens of a chunk spread over the devices.
-
-    Args:
-        sums_and_gradients: that of one device, see `losses`.
-        settings: a `chunks.ChunkSettings`.
-        targets: arrays [C, m, ...], such as labels and shares, and arrays that all chunks share.
-        x: hidden states [C, m, D].
-        table: the projection [V, D].
-        train_table: whether its gradient is wanted.
-
-    Returns:
-        `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`, float32 [2], [C, m, D] and [V, D].
-    """
-    import jax
-    from jax.sharding import PartitionSpec
-
+def sums_and_gradients(token_loss, targets, x, table, train_table):
+    """As `reference.sums_and_gradients`, the tokens of a chunk spread over the devices."""
     axis, count = devices_of_a_batch()
     if count == 1 or x.shape[1] % count:
-        return sums_and_gradients(settings, targets, x, table, train_table)
+        return reference.sums_and_gradients(token_loss, targets, x, table, train_table)
     # Each device is left with its columns of the sum, which are those of the weight where it is fully sharded.
     by_columns = table.shape[1] % count == 0
 
     def of_device(by_token, shared, x, table):
-        sums, x_gradient, *gradient = sums_and_gradients(settings, (by_token, shared), x, table, train_table)
+        sums, x_gradient, *gradient = reference.sums_and_gradients(
+            token_loss, (by_token, shared), x, table, train_table
+        )
         if by_columns:
             gradient = [jax.lax.psum_scatter(part, axis, scatter_dimension=1, tiled=True) for part in gradient]
         else:

@@ -1,45 +1,36 @@
 """The chunked loss on TensorFlow: its own products, which are oneDNN's on CPUs, and all that is between them by XLA.
 
 One after the other, the steps between would make six tensors of the logits' size. With the products in it, a program of
-XLA's takes longer on CPUs: in bfloat16 several times. The oracle is `losses._sums_and_gradients`.
+XLA's takes longer on CPUs: in bfloat16 several times.
 """
 
 import functools
 
 import tensorflow as tf
+from keras import ops
 
-from keras_t5gemma.kernels.attention.reference import soft_cap
 from keras_t5gemma.kernels.cross_entropy.chunks import chunk_targets
+from keras_t5gemma.kernels.cross_entropy.reference import scaled  # noqa: F401 the rest of the interface
 from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.soft_cap import soft_cap
 
 
-def sums_and_gradients(settings, targets, x, table, train_table):
-    """Loss and accuracy of all chunks, and the loss's gradients.
-
-    Args:
-        settings: a `chunks.ChunkSettings`.
-        targets: arrays [C, m, ...], such as labels and shares, and arrays that all chunks share.
-        x: hidden states [C, m, D], in the compute dtype.
-        table: the projection [V, D].
-        train_table: whether its gradient is wanted.
-
-    Returns:
-        `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`, float32 [2], [C, m, D] and [V, D].
-    """
+def sums_and_gradients(token_loss, targets, x, table, train_table):
+    """As `reference.sums_and_gradients`."""
     # An eager tape would look for gradients of the program itself.
-    return _program(settings, train_table)(targets, tf.stop_gradient(x), tf.stop_gradient(table))
+    return _program(token_loss, train_table)(targets, tf.stop_gradient(x), tf.stop_gradient(table))
 
 
 @functools.cache
-def _program(settings, train_table):
-    between = _between_products(settings)
+def _program(token_loss, train_table):
+    between = _between_products(token_loss)
 
     @tf.function
     def program(targets, x, table):
         compute = tf.cast(table, x.dtype)
 
         def chunk(i):
-            by_token = settings.by_token(*chunk_targets(targets, i))
+            by_token = token_loss.by_token(*chunk_targets(targets, i))
             sums, gradient = between(tf.matmul(x[i], compute, transpose_b=True), *by_token)
             x_gradient = tf.cast(tf.matmul(gradient, compute), tf.float32)
             if not train_table:
@@ -70,11 +61,16 @@ def _program(settings, train_table):
     return program
 
 
-def _between_products(settings):
+def _between_products(token_loss):
     @tf.function(jit_compile=True)
     def program(logits, *by_token):
-        capped = soft_cap(tf.cast(finite(logits), tf.float32), settings.cap)
-        sums, gradient = settings.of_logits(capped, *by_token, gradients=True)
+        capped = soft_cap(tf.cast(finite(logits), tf.float32), token_loss.cap)
+        sums, gradient = token_loss.of_logits(capped, *by_token, gradients=True)
         return sums, tf.cast(gradient, logits.dtype)
 
     return program
+
+
+def tensor_of(table):
+    """A variable's tensor: TensorFlow's custom gradients, run eagerly, take no variables."""
+    return tf.convert_to_tensor(ops.convert_to_tensor(table))

@@ -1,13 +1,17 @@
 """The chunked loss on PyTorch, in place: one buffer of logits becomes their gradients.
 
 Through `keras.ops` each of a dozen steps would make a tensor of the logits' size, up to half a gigabyte that the
-system has to find and clear; compiled backends make none. The oracle is `losses._sums_and_gradients`.
+system has to find and clear; compiled backends make none.
 """
 
 import torch
 
 from keras_t5gemma.kernels.cross_entropy.chunks import chunk_targets
+from keras_t5gemma.kernels.cross_entropy.reference import tensor_of  # noqa: F401 the rest of the interface
+from keras_t5gemma.kernels.cross_entropy.token_loss import CrossEntropy
+from keras_t5gemma.kernels.device import on_cpu
 from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.soft_cap import soft_cap
 
 # Bytes of logits handled at once on a CPU: what its cache holds from one step to the next.
 _BLOCK_BYTES = 2**22
@@ -15,19 +19,8 @@ _BLOCK_BYTES = 2**22
 _ROWS_AT_ONCE = 2**15
 
 
-def sums_and_gradients(settings, targets, x, table, train_table):
-    """Loss and accuracy of all chunks, and the loss's gradients.
-
-    Args:
-        settings: a `chunks.ChunkSettings`.
-        targets: arrays [C, m, ...], such as labels and shares, and arrays that all chunks share.
-        x: hidden states [C, m, D], in the compute dtype.
-        table: the projection [V, D].
-        train_table: whether its gradient is wanted.
-
-    Returns:
-        `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`, float32 [2], [C, m, D] and [V, D].
-    """
+def sums_and_gradients(token_loss, targets, x, table, train_table):
+    """As `reference.sums_and_gradients`."""
     x = finite(x)
     compute, vocabulary_size = table.to(x.dtype), table.shape[0]
     count, tokens, width = x.shape
@@ -37,14 +30,33 @@ def sums_and_gradients(settings, targets, x, table, train_table):
     logits = torch.empty((tokens, vocabulary_size), dtype=x.dtype, device=x.device)
     for i in range(count):
         torch.mm(x[i], compute.T, out=logits)
-        sums += _to_gradients_by_rows(settings, logits, settings.by_token(*chunk_targets(targets, i)))
+        sums += _to_gradients_by_rows(token_loss, logits, token_loss.by_token(*chunk_targets(targets, i)))
         x_gradient[i] = finite(torch.mm(logits, compute))
         if train_table:
             table_gradient = _added(table_gradient, logits, x[i])
     return (sums, x_gradient, table_gradient) if train_table else (sums, x_gradient)
 
 
-def _to_gradients_by_rows(settings, logits, by_token):
+def scaled(gradients, scale):
+    """As `reference.scaled`, once: a graph serves one backward pass, as PyTorch's do by default.
+
+    Kept for another one, the table's gradient would outlast the optimizer's step.
+
+    Raises:
+        RuntimeError: the second time.
+    """
+    if not gradients:
+        raise RuntimeError(
+            "This loss forms its gradients in the forward pass and gives them once: for a second `backward()`, run it "
+            "again, or take the loss of logits."
+        )
+    # A loss that nothing is added to or averaged with comes with 1; waiting for a GPU to say so would take longer.
+    results = gradients[:] if on_cpu(scale) and scale == 1 else [gradient.mul_(scale) for gradient in gradients]
+    gradients.clear()
+    return results
+
+
+def _to_gradients_by_rows(token_loss, logits, by_token):
     """Turns a chunk's logits [m, V] of any dtype into their gradients, in place; returns [loss, accuracy]."""
     tokens, vocabulary_size = logits.shape
     rows = max(1, _BLOCK_BYTES // (4 * vocabulary_size)) if logits.device.type == "cpu" else tokens
@@ -55,7 +67,7 @@ def _to_gradients_by_rows(settings, logits, by_token):
         part = logits[start : start + rows]
         wide, workspace = blocks[:, : len(part)]
         wide = part if logits.dtype == torch.float32 else wide.copy_(finite(part))
-        sums = sums + settings.in_place(wide, workspace, *(array[start : start + rows] for array in by_token))
+        sums = sums + in_place(token_loss, wide, workspace, *(array[start : start + rows] for array in by_token))
         if wide is not part:
             part.copy_(wide)
     return sums
@@ -80,31 +92,38 @@ def _added(total, gradient, x):
     return total
 
 
-def to_gradients(settings, logits, workspace, labels, shares):
+def in_place(token_loss, logits, workspace, *targets):
     """Turns raw logits [r, V] into their gradients, in place; returns [loss, accuracy].
 
     Args:
-        settings: a `chunks.ChunkSettings`.
+        token_loss: a `CrossEntropy`, or another one, whose gradients are then copied.
         logits: float32.
         workspace: what may be overwritten, of the logits' shape.
-        labels: [r].
-        shares: [r].
+        *targets: what the loss takes, [r, ...].
     """
-    if settings.cap is not None:
-        torch.div(logits, settings.cap, out=workspace).tanh_()
-        torch.mul(workspace, settings.cap, out=logits)
+    if isinstance(token_loss, CrossEntropy):
+        return _cross_entropy_in_place(token_loss, logits, workspace, *targets)
+    sums, gradient = token_loss.of_logits(soft_cap(logits, token_loss.cap), *targets, gradients=True)
+    logits.copy_(gradient)
+    return sums
+
+
+def _cross_entropy_in_place(loss, logits, workspace, labels, shares):
+    if loss.cap is not None:
+        torch.div(logits, loss.cap, out=workspace).tanh_()
+        torch.mul(workspace, loss.cap, out=logits)
     labels, shares = labels.long().unsqueeze(-1), shares.unsqueeze(-1)
     picked, largest = logits.gather(-1, labels), logits.amax(-1, keepdim=True)
-    smoothing = settings.label_smoothing
+    smoothing = loss.label_smoothing
     mean = logits.mean(-1, keepdim=True) if smoothing else 0.0
     logits.sub_(largest).exp_()
     total = logits.sum(-1, keepdim=True)
     log_sum = largest + total.log()
-    losses = log_sum - (1 - smoothing) * picked - smoothing * mean + settings.z_loss * log_sum.square()
-    logits.mul_(shares * (1 + 2 * settings.z_loss * log_sum) / total)
+    losses = log_sum - (1 - smoothing) * picked - smoothing * mean + loss.z_loss * log_sum.square()
+    logits.mul_(shares * (1 + 2 * loss.z_loss * log_sum) / total)
     if smoothing:
         logits.sub_(shares * (smoothing / logits.shape[-1]))
     logits.scatter_add_(-1, labels, -shares * (1 - smoothing))
-    if settings.cap is not None:
+    if loss.cap is not None:
         logits.addcmul_(logits, workspace.square_(), value=-1)
     return (shares * torch.cat([losses, (picked >= largest).float()], -1)).sum(0)

@@ -1,11 +1,30 @@
-"""Rows of a table by JAX, whose gradient is made when it is needed."""
+"""Lookups on JAX: no float32 copy of a bfloat16 table, and a gradient that is made when it is needed."""
 
 import jax
 import jax.numpy as jnp
+import keras
+from keras import ops
+
+from keras_t5gemma.kernels.barriers import settled
+from keras_t5gemma.kernels.embedding import reference
+from keras_t5gemma.kernels.matmul.jax import has_quick_kernel
+
+
+def rows(embedding, token_ids, only_gradient):
+    """As `reference.rows`."""
+    table = embedding.embeddings.value
+    if has_quick_kernel(table):
+        # XLA gathers in float32 and would convert the whole table before a decoding loop. The barrier makes each
+        # lookup's table a new value, so it converts only the gathered rows.
+        return ops.take(*settled((table, token_ids)), axis=0)
+    # Over several devices, the layer sees to where its output lies.
+    if only_gradient and keras.distribution.distribution() is None:
+        return _rows(table, token_ids)
+    return reference.rows(embedding, token_ids, only_gradient)
 
 
 @jax.custom_vjp
-def rows(table, ids):
+def _rows(table, ids):
     """[..., D] of a table [V, D] and ids [...].
 
     JAX's own gradient is added to zeros of the table's size, which XLA may make before anything else, and keep. Where
@@ -15,7 +34,7 @@ def rows(table, ids):
 
 
 def _forward(table, ids):
-    return rows(table, ids), (table.shape, ids)
+    return _rows(table, ids), (table.shape, ids)
 
 
 def _backward(kept, upstream):
@@ -26,4 +45,4 @@ def _backward(kept, upstream):
     return jnp.broadcast_to(zero, shape).at[ids].add(upstream), None
 
 
-rows.defvjp(_forward, _backward)
+_rows.defvjp(_forward, _backward)

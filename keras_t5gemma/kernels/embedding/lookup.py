@@ -1,20 +1,17 @@
-"""Rows of a table of embeddings, whatever it is made of."""
+"""Rows of a table of embeddings, whatever it holds."""
 
-import keras
-from keras import ops
-
-from keras_t5gemma.kernels.barriers import settled
+from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.kernels.embedding import PACKAGE
 from keras_t5gemma.kernels.embedding.quantized import int4_rows
-from keras_t5gemma.kernels.matmul.xla import has_quick_kernel
 
 
-def look_up(embedding, token_ids, alone=False):
+def look_up(embedding, token_ids, only_gradient=False):
     """Rows of a table of embeddings.
 
     Args:
-        embedding: a built `keras.layers.ReversibleEmbedding`.
+        embedding: a built `keras.layers.ReversibleEmbedding`, perhaps quantized or with LoRA.
         token_ids: int [B, T].
-        alone: whether nothing else, such as a projection, gives its table a gradient.
+        only_gradient: whether nothing else, such as a projection, gives the table a gradient.
 
     Returns:
         [B, T, D], which may have the table's dtype.
@@ -24,20 +21,4 @@ def look_up(embedding, token_ids, alone=False):
         return embedding(token_ids)
     if mode == "int4":
         return int4_rows(embedding, token_ids)
-    table = embedding.embeddings.value
-    if has_quick_kernel(table):
-        # XLA takes rows of float32, to which it would convert the table before a loop; so it knows it as another table
-        # for each lookup, and converts the rows.
-        return ops.take(*settled((table, token_ids)), axis=0)
-    # Over several devices, the layer sees to where its output lies.
-    if keras.config.backend() == "jax" and alone and keras.distribution.distribution() is None:
-        from keras_t5gemma.kernels.embedding import jax as lookup_jax
-
-        return lookup_jax.rows(table, token_ids)
-    # PyTorch's own gradient has zeros that take as long to write as the table takes to read three times.
-    if keras.config.backend() == "torch":
-        from keras_t5gemma.kernels.embedding import torch as lookup_torch
-
-        if lookup_torch.serves(table):
-            return lookup_torch.Rows.apply(table, token_ids.long())
-    return embedding(token_ids)
+    return implementation(PACKAGE).rows(embedding, token_ids, only_gradient)

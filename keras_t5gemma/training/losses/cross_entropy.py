@@ -5,21 +5,15 @@ to hidden states and table are formed in the same pass, so that nothing is compu
 tokens x vocabulary x width, as many as the plain loss takes.
 """
 
-import functools
-
 import keras
 from keras import ops
 
-from keras_t5gemma.kernels.cross_entropy.chunks import (
-    Chunks,
-    ChunkSettings,
-    chunk_logits,
-    chunk_targets,
-    default_chunk_bytes,
-    hidden_gradient,
-    table_gradient,
-)
-from keras_t5gemma.kernels.device import devices_of_a_batch, on_cpu
+from keras_t5gemma.kernels import cross_entropy
+from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.kernels.cross_entropy import reference
+from keras_t5gemma.kernels.cross_entropy.chunks import TokenChunks, default_chunk_bytes
+from keras_t5gemma.kernels.cross_entropy.token_loss import CrossEntropy
+from keras_t5gemma.kernels.device import devices_of_a_batch, replicas
 from keras_t5gemma.training.losses.labels import IGNORED_LABEL, labels_and_weights
 
 
@@ -95,22 +89,22 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         # Keras's own reduction: a batch of nothing but padding has loss zero.
         shares = ops.divide_no_nan(weights, total)
         size = (chunk_bytes or default_chunk_bytes(hidden)) * devices_of_a_batch()[1]
-        chunks = Chunks(hidden.shape, table.shape[0], size)
+        chunks = TokenChunks(hidden.shape, table.shape[0], size)
         scale = float16_scale(hidden, shares) if training and is_float16(hidden) else 1.0
-        settings, by_token, shared = self.chunk_settings(cap, y, labels, shares * scale)
+        token_loss, by_token, shared = self.token_loss(cap, y, labels, shares * scale)
         targets = tuple(chunks.cut(array) for array in by_token), shared
         if training:
-            sums = _with_gradients(chunks, settings, targets, hidden, table, train_table) / scale
+            sums = _with_gradients(chunks, token_loss, targets, hidden, table, train_table) / scale
         else:
-            sums = _sums(chunks, settings, targets, chunks.cut(hidden), table)
+            sums = reference.sums(token_loss, targets, chunks.count, chunks.cut(hidden), table)
         return sums[0], ops.stop_gradient(sums[1]), total
 
     def labels_of(self, y, vocabulary_size=None):  # noqa: ARG002 for losses whose y is more
         """The labels [B, T] in what a batch has as y, which is checked; against a vocabulary, where that is given."""
         return y
 
-    def chunk_settings(self, cap, y, labels, shares):  # noqa: ARG002 for losses whose y is more
-        """How a chunk's loss is made.
+    def token_loss(self, cap, y, labels, shares):  # noqa: ARG002 for losses whose y is more
+        """The loss of each token, and the arrays that it needs.
 
         Args:
             cap: soft cap on the logits, or None.
@@ -119,10 +113,10 @@ class VocabularyCrossEntropy(keras.losses.Loss):
             shares: [B, T], of each token in the mean.
 
         Returns:
-            `(settings, by_token, shared)`: a `ChunkSettings`; arrays [B, T, ...] of which it wants each chunk's part,
+            `(token_loss, by_token, shared)`: a `CrossEntropy`; arrays [B, T, ...] of which it wants each chunk's part,
             and arrays that it wants whole.
         """
-        return ChunkSettings(cap, self.z_loss, self.label_smoothing), (labels, shares), ()
+        return CrossEntropy(cap, self.z_loss, self.label_smoothing), (labels, shares), ()
 
     def get_config(self):
         """The constructor's arguments."""
@@ -207,37 +201,19 @@ class ChunkedLoss:
             metric.update_state(ops.stop_gradient(value), sample_weight=total)
 
 
-def replicas():
-    """Among how many devices TensorFlow adds gradients up, which is Keras's way of taking the mean of their means."""
-    if keras.config.backend() != "tensorflow":
-        return 1
-    import tensorflow as tf
-
-    return tf.distribute.get_strategy().num_replicas_in_sync
-
-
-def _sums(chunks, settings, targets, x, table):
-    """[loss, accuracy] of all chunks x [C, m, D]."""
-
-    def body(i, sums):
-        return sums + _of_chunk(settings, targets, i, x[i], table, gradients=False)[0]
-
-    table = ops.cast(table, x.dtype)
-    return ops.fori_loop(0, chunks.count, body, ops.zeros((2,), "float32"))
-
-
-def _with_gradients(chunks, settings, targets, hidden, table, train_table):
-    """`_sums`, whose gradients with respect to hidden states [B, T, D] and table [V, D] are formed on the way."""
+def _with_gradients(chunks, token_loss, targets, hidden, table, train_table):
+    """`reference.sums`; the gradients of hidden states [B, T, D] and table [V, D] are formed in the same pass."""
+    kernels = implementation(cross_entropy.PACKAGE)
 
     @ops.custom_gradient
     def sums_of(hidden, table):
         x, shape = chunks.cut(hidden), ops.shape(hidden)
-        sums, x_gradient, *table_gradient = _one_pass()(settings, targets, x, table, train_table)
-        made = [chunks.join(x_gradient, shape), *table_gradient]
+        sums, x_gradient, *table_gradient = kernels.sums_and_gradients(token_loss, targets, x, table, train_table)
+        formed = [chunks.join(x_gradient, shape), *table_gradient]
 
         def gradients(*args, upstream=None):
             scale = ops.cast((args[-1] if upstream is None else upstream)[0], "float32")
-            x_gradient, *table_gradient = _scaled(made, scale)
+            x_gradient, *table_gradient = kernels.scaled(formed, scale)
             return (
                 ops.cast(x_gradient, hidden.dtype),
                 ops.cast(table_gradient[0], table.dtype) if train_table else ops.zeros_like(table),
@@ -245,72 +221,4 @@ def _with_gradients(chunks, settings, targets, hidden, table, train_table):
 
         return sums, gradients
 
-    return sums_of(hidden, _value(table))
-
-
-def _scaled(made, scale):
-    """The gradients that the forward pass made, times a scalar."""
-    if keras.config.backend() != "torch":
-        return [gradient * scale for gradient in made]
-    # A graph serves one backward pass there, as PyTorch's do by default; kept, the table's would outlast the optimizer.
-    if not made:
-        raise RuntimeError(
-            "This loss forms its gradients in the forward pass and gives them once: for a second `backward()`, run it "
-            "again, or take the loss of logits."
-        )
-    # A loss that nothing is added to or averaged with comes with 1; waiting for a GPU to say so would take longer.
-    scaled = made[:] if on_cpu(scale) and scale == 1 else [gradient.mul_(scale) for gradient in made]
-    made.clear()
-    return scaled
-
-
-def _value(table):
-    """A variable's tensor: TensorFlow's custom gradients, run eagerly, take no variables."""
-    if keras.config.backend() != "tensorflow":
-        return ops.convert_to_tensor(table)
-    import tensorflow as tf
-
-    return tf.convert_to_tensor(ops.convert_to_tensor(table))
-
-
-def _one_pass():
-    """What makes sums and gradients: through `keras.ops` it takes several times as long on TensorFlow and PyTorch."""
-    if keras.config.backend() == "tensorflow":
-        from keras_t5gemma.kernels.cross_entropy.tensorflow import sums_and_gradients
-    elif keras.config.backend() == "torch":
-        from keras_t5gemma.kernels.cross_entropy.torch import sums_and_gradients
-    else:
-        from keras_t5gemma.kernels.cross_entropy.jax import by_device
-
-        sums_and_gradients = functools.partial(by_device, _sums_and_gradients)
-    return sums_and_gradients
-
-
-def _sums_and_gradients(settings, targets, x, table, train_table):
-    compute = ops.cast(table, x.dtype)
-
-    def chunk(i):
-        sums, gradient = _of_chunk(settings, targets, i, x[i], compute, gradients=True)
-        gradient = ops.cast(gradient, x.dtype)
-        of_table = [table_gradient(gradient, x[i])] if train_table else []
-        return sums, ops.expand_dims(hidden_gradient(gradient, compute), 0), *of_table
-
-    def body(i, carry):
-        sums, of_x, *of_table = chunk(i)
-        return (
-            carry[0] + sums,
-            ops.slice_update(carry[1], [i, 0, 0], of_x),
-            *(total + part for total, part in zip(carry[2:], of_table, strict=True)),
-        )
-
-    # The first chunk outside of the loop: adding its table gradient to zeros would move half a gigabyte three times.
-    sums, of_x, *of_table = chunk(0)
-    if x.shape[0] == 1:
-        return sums, of_x, *of_table
-    start = (sums, ops.slice_update(ops.zeros_like(x, "float32"), [0, 0, 0], of_x), *of_table)
-    return ops.fori_loop(1, x.shape[0], body, start)
-
-
-def _of_chunk(settings, targets, i, x, table, gradients):
-    logits = chunk_logits(x, table, settings.cap)
-    return settings.of_logits(logits, *settings.by_token(*chunk_targets(targets, i)), gradients=gradients)
+    return sums_of(hidden, kernels.tensor_of(table))

@@ -7,8 +7,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.data.pipelines.teacher_view import LABELS, POSITIONS
-from keras_t5gemma.kernels.attention.reference import soft_cap
-from keras_t5gemma.kernels.cross_entropy.chunks import Softmax, before_cap
+from keras_t5gemma.kernels.cross_entropy.token_loss import Softmax, before_cap
 from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
 from keras_t5gemma.training.losses.stored_teacher import StoredTeacher
 from keras_t5gemma.training.losses.teachers import check_vocabulary, live_teacher
@@ -121,12 +120,12 @@ class Distillation(VocabularyCrossEntropy):
             check_vocabulary(logits.shape[-1], vocabulary_size)
         return y[LABELS]
 
-    def chunk_settings(self, cap, y, labels, shares):
+    def token_loss(self, cap, y, labels, shares):
         """See `VocabularyCrossEntropy`; runs the teacher."""
         by_token, shared = self.teacher.arrays(y)
         soft = ops.where(y[POSITIONS] >= 0, shares * (1 - self.hard_weight), 0.0)
-        settings = _ChunkSettings(cap, self.temperature, self.teacher.reads)
-        return settings, (labels, shares, soft, *by_token), shared
+        token_loss = TeacherLoss(cap, self.temperature, self.teacher.reads)
+        return token_loss, (labels, shares, soft, *by_token), shared
 
     def get_config(self):
         """The constructor's arguments but the teacher."""
@@ -136,8 +135,8 @@ class Distillation(VocabularyCrossEntropy):
 
 
 @dataclasses.dataclass(frozen=True)
-class _ChunkSettings:
-    """`chunks.ChunkSettings` with a teacher.
+class TeacherLoss:
+    """`CrossEntropy` with a teacher.
 
     Attributes:
         cap: soft cap on the student's logits, or None.
@@ -154,7 +153,7 @@ class _ChunkSettings:
         return labels, shares, soft, *self.teacher.by_token(*arrays)
 
     def of_logits(self, logits, labels, shares, soft, *arrays, gradients):
-        """As in `chunks.ChunkSettings`.
+        """As in `CrossEntropy`.
 
         Args:
             logits: the student's, capped, [m, V].
@@ -183,12 +182,6 @@ class _ChunkSettings:
             gradient = soft * self.temperature * (ops.exp(scaled) - target) + softmax.times(hard)
         gradient = ops.where(is_label, gradient - hard, gradient)
         return sums, before_cap(gradient, logits, self.cap)
-
-    def in_place(self, logits, _, *targets):
-        """See `chunks.ChunkSettings`; without a workspace."""
-        sums, gradient = self.of_logits(soft_cap(logits, self.cap), *targets, gradients=True)
-        logits.copy_(gradient)
-        return sums
 
 
 def _pieces(tokenizer):

@@ -12,7 +12,7 @@ from safetensors.numpy import load, save
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checks import integer
 from keras_t5gemma.data.pipelines.teacher_view import LABELS, POSITIONS
-from keras_t5gemma.kernels.cross_entropy.chunks import Chunks, default_chunk_bytes
+from keras_t5gemma.kernels.cross_entropy.chunks import TokenChunks, default_chunk_bytes
 from keras_t5gemma.training.losses.teachers import LOG_SUMS, TOP_IDS, TOP_LOGITS, TopLogits, live_teacher
 
 _BATCHES, _SETTINGS = "batches.array_record", "teacher.json"
@@ -149,7 +149,7 @@ class _TopLogitsReader(keras.Model):
         # Of a function, this is how it is found out.
         self.vocabulary_size = self.vocabulary_size or int(by_token[0].shape[-1])
         self.top_k = min(self.top_k, self.vocabulary_size)
-        chunks = Chunks(by_token[0].shape, self.vocabulary_size, default_chunk_bytes(by_token[0]))
+        chunks = TokenChunks(by_token[0].shape, self.vocabulary_size, default_chunk_bytes(by_token[0]))
 
         def of_chunk(chunk):
             reads = self._teacher.reads

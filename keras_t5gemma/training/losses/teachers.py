@@ -8,8 +8,8 @@ import keras_hub
 from keras import ops
 
 from keras_t5gemma.data.pipelines.teacher_view import PADDING_MASK, POSITIONS, TOKEN_IDS
-from keras_t5gemma.kernels.attention.reference import soft_cap
 from keras_t5gemma.kernels.cross_entropy.chunks import chunk_logits
+from keras_t5gemma.kernels.soft_cap import soft_cap
 
 # What stored batches have in the place of the teacher's tokens: see `StoredTeacher`.
 TOP_IDS, TOP_LOGITS, LOG_SUMS = "teacher_top_ids", "teacher_top_logits", "teacher_log_sums"

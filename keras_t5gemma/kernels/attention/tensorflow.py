@@ -1,0 +1,58 @@
+"""Attention on TensorFlow: in blocks by a loop, whose gradient is a loop, too."""
+
+import functools
+
+import keras
+from keras import ops
+
+from keras_t5gemma.kernels.attention import query_blocks, reference
+from keras_t5gemma.kernels.float16 import finite
+
+
+def attend(query, key, value, visible, *, cap, dtype):
+    """As `reference.attend`."""
+    if keras.backend.standardize_dtype(key.dtype) != "float16":
+        return reference.attend(query, key, value, visible, cap=cap, dtype=dtype)
+    # With keys laid out for `reference.matmul`, TensorFlow's CPU kernel sums in float16, where infinities of both signs
+    # make NaN.
+    logits = ops.einsum("btkgh,bskh->bkgts", query, ops.swapaxes(key, 1, 2))
+    weights = reference.softmax(ops.cast(finite(logits), "float32"), reference.attention_bias(visible), cap)
+    return reference.weighted_values(weights, value, visible, dtype)
+
+
+def _loop(block, count, query, segments, key, value):
+    """A gradient of its own: TensorFlow's would keep every block, and unrolled blocks would run side by side."""
+    import tensorflow as tf
+
+    def loop(body, *sums):
+        def step(i, blocks, *sums):
+            of_block, *parts = body(i)
+            added = [total + part for total, part in zip(sums, parts, strict=True)]
+            for total, new in zip(sums, added, strict=True):
+                new.set_shape(total.shape)  # not known of a slice's gradient: with K = 1 the loop would be refused
+            return i + 1, blocks.write(i, of_block), *added
+
+        blocks = tf.TensorArray(query.dtype, size=count, element_shape=query.shape[1:])
+        _, blocks, *sums = tf.while_loop(
+            lambda i, *_: i < count, step, (0, blocks, *sums), parallel_iterations=1, maximum_iterations=count
+        )
+        return blocks.stack(), *sums
+
+    @tf.custom_gradient
+    def run(query, key, value):
+        def gradients(upstream):
+            def body(i):
+                inputs = query[i], key, value
+                with tf.GradientTape() as tape:
+                    tape.watch(inputs)
+                    attended = block(i, inputs[0], segments[i], key, value)
+                return tape.gradient(attended, inputs, upstream[i])
+
+            return loop(body, tf.zeros_like(key), tf.zeros_like(value))
+
+        return loop(lambda i: (block(i, query[i], segments[i], key, value),))[0], gradients
+
+    return run(query, key, value)
+
+
+in_blocks = functools.partial(query_blocks.attend_by_blocks, _loop, attend)

@@ -1,0 +1,26 @@
+"""Attention on PyTorch: in place if no gradient is needed, and in blocks that the backward pass computes again."""
+
+import functools
+
+import keras
+import torch
+
+from keras_t5gemma.kernels.attention import query_blocks, reference
+from keras_t5gemma.kernels.soft_cap import may_overwrite, soft_cap_of_own
+
+
+def attend(query, key, value, visible, *, cap, dtype):
+    """As `reference.attend`."""
+    if not may_overwrite():
+        return reference.attend(query, key, value, visible, cap=cap, dtype=dtype)
+    logits = soft_cap_of_own(reference.attention_logits(query, key), cap).add_(reference.attention_bias(visible))
+    weights = torch.softmax(logits, dim=-1, out=logits)
+    return reference.weighted_values(weights, value, visible, dtype)
+
+
+def _loop(block, count, query, segments, key, value):
+    step = keras.remat(block) if torch.is_grad_enabled() else block
+    return torch.stack([step(i, query[i], segments[i], key, value) for i in range(count)])
+
+
+in_blocks = functools.partial(query_blocks.attend_by_blocks, _loop, attend)

@@ -1,0 +1,15 @@
+"""Lookups as Keras does them."""
+
+
+def rows(embedding, token_ids, only_gradient):  # noqa: ARG001 for implementations with a gradient of their own
+    """Rows of a table.
+
+    Args:
+        embedding: a built `keras.layers.ReversibleEmbedding` in floating point, without LoRA.
+        token_ids: int [B, T].
+        only_gradient: whether nothing else, such as a projection, gives the table a gradient.
+
+    Returns:
+        [B, T, D], which may have the table's dtype.
+    """
+    return embedding(token_ids)

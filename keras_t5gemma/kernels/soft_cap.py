@@ -1,0 +1,28 @@
+"""The soft cap of logits (Gemma 2, arXiv 2408.00118, section 2)."""
+
+import keras
+from keras import ops
+
+
+def soft_cap(logits, cap):
+    """`cap * tanh(logits / cap)`, or the logits themselves if `cap` is None."""
+    return logits if cap is None else ops.tanh(logits / cap) * cap
+
+
+def soft_cap_of_own(logits, cap):
+    """`soft_cap` of logits that nothing else reads: in place on PyTorch if no gradient is needed."""
+    if cap is None or not may_overwrite():
+        return soft_cap(logits, cap)
+    return logits.div_(cap).tanh_().mul_(cap)
+
+
+def may_overwrite():
+    """Whether tensors may be changed in place: on PyTorch without gradients.
+
+    There each step would else make a tensor of the logits' size, which the system has to find and clear.
+    """
+    if keras.config.backend() != "torch":
+        return False
+    import torch
+
+    return not torch.is_grad_enabled()
