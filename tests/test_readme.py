@@ -14,7 +14,7 @@ import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.tensor_table import parameter_count
 from keras_t5gemma.cli import app
 from keras_t5gemma.presets import PAIRS, STACKS
-from keras_t5gemma.training.optimizers.learning_rates import LEARNING_RATES
+from keras_t5gemma.training.optimizers.learning_rates import rate_by_width
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,6 +84,10 @@ def test_training_guides_tables_and_rates_are_the_computed_ones():
     computed = runpy.run_path(str(ROOT / "benchmarks" / "training_memory.py"))
     assert computed["optimizer_table"]() in TRAINING
     assert computed["size_table"]() in TRAINING
-    rates = LEARNING_RATES["adamw"]
-    said = re.search(r"AdamW (\S+) for all weights, (\S+) for LoRA", " ".join(TRAINING.split()))
-    assert [float(rate) for rate in said.groups()] == [rates["full"], rates["lora"]]
+    rows = re.findall(r"^\| (AdamW, Muon|Adafactor) \| (all weights|LoRA) \| (.+) \|$", TRAINING, re.MULTILINE)
+    assert len(rows) == 4
+    for optimizers, what, said in rows:
+        for name in optimizers.lower().split(", "):
+            what_trains = {"all weights": "full", "LoRA": "lora"}[what]
+            rates = [rate_by_width(name, what_trains, STACKS[size].hidden_dim) for size in ("s", "2b", "9b")]
+            assert said == " | ".join(f"{rate:.1e}" for rate in rates)

@@ -127,5 +127,7 @@ def pretrain_gemma2(stack, corpus, proto, settings, training, callbacks=()):
 
 def save_gemma2(backbone, proto, folder):
     """Save a Gemma 2 and its tokenizer as a keras-hub preset, the form in which a user's own lies on disk."""
-    preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(keras_hub.models.GemmaTokenizer(proto=proto))
+    tokenizer = keras_hub.models.GemmaTokenizer(proto=None)
+    tokenizer.proto = proto  # by its constructor TensorFlow would read it, too, and write a line to the terminal
+    preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(tokenizer)
     keras_hub.models.GemmaCausalLM(backbone, preprocessor).save_to_preset(str(folder))

@@ -16,7 +16,7 @@ from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 from keras_t5gemma.training.optimizers.factory import optimizer
-from keras_t5gemma.training.optimizers.learning_rates import LEARNING_RATES
+from keras_t5gemma.training.optimizers.learning_rates import rate_by_width
 from keras_t5gemma.training.optimizers.low_precision import is_bfloat16
 
 # Each question has four answers: the loss ends at what nobody can know, and not at a zero that runs reach by chance.
@@ -133,14 +133,15 @@ def test_evaluation_makes_no_state_of_an_optimizer(dtype, preprocessor):
 
 def test_default_optimizer_trains_by_a_rate_for_what_is_trained(preprocessor):
     lm, weights = language_model(preprocessor, "bfloat16")
+    width = lm.backbone.config.decoder.hidden_dim
     history = lm.fit(PAIRS, batch_size=72, epochs=3, verbose=0).history["loss"]  # compiled by the constructor
     assert history[-1] < history[0] - 0.01
     assert share_of_changed(lm, weights) > 0.3
-    assert float(lm.optimizer.learning_rate) == pytest.approx(LEARNING_RATES["adamw"]["full"])
+    assert float(lm.optimizer.learning_rate) == pytest.approx(rate_by_width("adamw", "full", width))
     lm, _ = language_model(preprocessor, "bfloat16")
     lm.backbone.enable_lora(2)  # after the constructor compiled
     lm.fit(PAIRS, batch_size=72, epochs=1, verbose=0)
-    assert float(lm.optimizer.learning_rate) == pytest.approx(LEARNING_RATES["adamw"]["lora"])
+    assert float(lm.optimizer.learning_rate) == pytest.approx(rate_by_width("adamw", "lora", width))
 
 
 @pytest.mark.parametrize("callback", ["scheduler", "plateau"])

@@ -42,8 +42,8 @@ def optimizer(
     Args:
         name: "adamw"; "adafactor", which keeps a row and a column of second moments a matrix; or "muon", which takes
             matrices through Newton-Schulz steps and embeddings and norms through AdamW.
-        learning_rate: the peak, reached after the warm-up; None for `LEARNING_RATES`' of the optimiser, which has
-            another one for LoRA.
+        learning_rate: the peak, reached after the warm-up; None for the optimiser's own for the model's
+            width, and another one for LoRA, see `rate_by_width`.
         steps: optimiser steps in all; the cosine ends there. None for no cosine: the peak to the end.
         warmup_steps: of the linear warm-up from zero; at most `steps`. None for 100, or a tenth of `steps` if less.
         final_fraction: of the peak, where the cosine ends.

@@ -1,29 +1,51 @@
 """Learning rates: one recommendation an optimizer, a schedule, and a rate that callbacks may set."""
 
 import math
+import statistics
 import warnings
 
 import keras
 from keras import ops
 
-# Peak rates for training all weights, and for LoRA's factors alone. Common choices for models of a billion weights and
-# more, not measured here; small models bear ten times as much. Adafactor's are relative to the size of the weights.
-LEARNING_RATES = {
-    "adamw": {"full": 1e-4, "lora": 1e-3},
-    "adafactor": {"full": 1e-3, "lora": 1e-2},
-    "muon": {"full": 1e-4, "lora": 1e-3},
+# Peak rates by the model's width D: `factor / D**power`, and at most the last number. The best of a grid for widths of
+# 64, 128 and 256 (benchmarks/RESULTS.md, "Learning rates"), continued to published widths as in arXiv 2203.03466:
+# AdamW's rate goes with 1/D. Adafactor's is relative to the size of a weight, which goes with 1/sqrt(D).
+_RULES = {
+    "adamw": {"full": (0.1, 1.0, 2e-3), "lora": (2.5, 1.0, 1e-2)},
+    "adafactor": {"full": (0.1, 0.5, 1e-2), "lora": (0.35, 0.5, 3e-2)},
+    "muon": {"full": (0.1, 1.0, 2e-3), "lora": (2.5, 1.0, 1e-2)},
 }
+_USUAL_WIDTH = 2304  # of Gemma 2 2B, until a model is known
 
 
-def recommended_learning_rate(name, variables):
+def rate_by_width(name, what, width):
     """The rate an optimizer takes by default.
 
     Args:
-        name: one of `LEARNING_RATES`.
-        variables: the trainable `keras.Variable`s; LoRA's rate is taken if there is a factor of LoRA among them.
+        name: "adamw", "adafactor" or "muon".
+        what: "full", or "lora" where LoRA's factors alone are trained.
+        width: D.
     """
-    lora = any("lora_" in variable.path.rpartition("/")[2] for variable in variables)
-    return LEARNING_RATES[name]["lora" if lora else "full"]
+    factor, power, most = _RULES[name][what]
+    return min(most, factor / width**power)
+
+
+def recommended_learning_rate(name, variables):
+    """The rate an optimizer takes by default for a model.
+
+    Args:
+        name: as for `rate_by_width`.
+        variables: the trainable `keras.Variable`s; LoRA's rate is taken if there is a factor of LoRA among them. The
+            width is the median of the matrices' numbers of inputs.
+    """
+    kinds = [variable.path.rpartition("/")[2] for variable in variables]
+    lora = any(kind.startswith("lora_") for kind in kinds)
+    inputs = [
+        variable.shape[0]
+        for variable, kind in zip(variables, kinds, strict=True)
+        if len(variable.shape) == 2 and not kind.endswith(("embeddings", "lora_kernel_b"))
+    ]
+    return rate_by_width(name, "lora" if lora else "full", statistics.median(inputs) if inputs else _USUAL_WIDTH)
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -79,16 +101,18 @@ class DefaultLearningRate:
         **kwargs: likewise.
     """
 
-    recommendation = None  # the name in `LEARNING_RATES`
+    recommendation = None  # the name for `rate_by_width`
 
     def __init__(self, learning_rate=None, *args, **kwargs):
         super().__init__(
-            LEARNING_RATES[self.recommendation]["full"] if learning_rate is None else learning_rate, *args, **kwargs
+            rate_by_width(self.recommendation, "full", _USUAL_WIDTH) if learning_rate is None else learning_rate,
+            *args,
+            **kwargs,
         )
         self._has_default_rate = learning_rate is None
         self._set_rate = None
         if isinstance(self._learning_rate, WarmupCosine):
-            self._learning_rate.default_peak = LEARNING_RATES[self.recommendation]["full"]
+            self._learning_rate.default_peak = rate_by_width(self.recommendation, "full", _USUAL_WIDTH)
         if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
             self._set_rate = self.add_variable(
                 (), keras.initializers.Constant(-1.0), "float32", "only_first_replica", name="set_learning_rate"
