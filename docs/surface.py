@@ -44,7 +44,7 @@ class Name:
         room: the first folder or module below the package, e.g. "data".
         signature: with parentheses; empty for a constant.
         members: of a class: its public methods with their signatures, and its properties.
-        summary: the first line of the docstring, or the comment above a constant.
+        summary: the first line of the docstring; of a constant, the comment above it, or what its module is.
     """
 
     name: str
@@ -234,14 +234,14 @@ def _without_first(arguments):
 
 
 def _comment(module, node):
-    """The comment above a constant."""
+    """The comment above a constant, or without one what its module is."""
     if node is None:
         return ""
     lines = _path(module).read_text(encoding="utf-8").splitlines()[: node.lineno - 1]
     words = []
     while lines and lines[-1].startswith("#"):
         words.insert(0, lines.pop().lstrip("# "))
-    return _one_line(" ".join(words))
+    return _one_line(" ".join(words) or ast.get_docstring(_tree(_path(module))).partition("\n\n")[0])
 
 
 def _path(module):

@@ -12,8 +12,8 @@ import keras_t5gemma
 
 PACKAGE = Path(keras_t5gemma.__file__).parent
 ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
-# A module imports only from a lower rank or from its own folder. Everything in a folder has the folder's rank. Read from
-# the table of docs/architecture.md: a rank, then modules and folders.
+# A module imports only from a lower rank or from its own folder. Everything in a folder has the folder's rank. From the
+# table of docs/architecture.md: a rank, then modules and folders.
 RANKS = {
     name: int(rank)
     for rank, names in re.findall(r"^\| (\d+) \| (.+?) \|", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
