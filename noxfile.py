@@ -52,9 +52,12 @@ def lint(session):
 
 @nox.session(venv_backend="none")
 def docs(session):
-    """The site, into build/site: `pip install -e '.[docs]'` first. A warning is an error."""
+    """The site, into build/site: `pip install -e '.[docs]'` first; `-- zensical` builds with Zensical.
+
+    A warning is an error. Zensical reads mkdocs.yml, too, and is where MkDocs and its theme go on.
+    """
     session.run(sys.executable, "docs/generate.py")
-    session.run(sys.executable, "-m", "mkdocs", "build", "--strict")
+    session.run(sys.executable, "-m", *(session.posargs or ["mkdocs"]), "build", "--strict")
 
 
 @nox.session(venv_backend="none")

@@ -157,7 +157,8 @@ def snapshot():
 
 def section_help(section):
     """What the schema says about a section of a recipe, without its list of keys."""
-    return _one_line(inspect.getdoc(_sections()[section]).partition("\n")[0]).partition(": ")[2]
+    text = inspect.getdoc(_sections()[section]).partition("\n")[0].partition(": ")[2]
+    return text[:1].upper() + text[1:]
 
 
 # Names
