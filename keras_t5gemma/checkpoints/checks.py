@@ -1,4 +1,4 @@
-"""Whether a source's tensors are those of its config, without reading any data."""
+"""Checks that a source's tensors are those of its config, without reading any numbers."""
 
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError
 from keras_t5gemma.checkpoints.tensor_table import tensors

@@ -1,4 +1,4 @@
-"""Several processes of one program, which JAX alone has: who this is, what all agree on, and tensors in parts."""
+"""Multi-process helpers (JAX): rank, agreement between processes, and gathering of sharded tensors."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""The one table of T5Gemma's tensors: a row a kind, from which loading, export, adapting and counting all follow.
+"""The one table of T5Gemma's tensors, one row per kind. Loading, export, adaptation and counting follow from it.
 
 Letters in shapes: V vocabulary, D width, E the encoder's width, N query heads, K key/value heads, H head size, F
 feed-forward. Letters written together are one axis: "D NH" is a matrix of D rows and N x H columns.

@@ -1,4 +1,4 @@
-"""Checks that read a checkpoint's numbers: its checksums, beside another checkpoint, beside its Gemma 2."""
+"""Checks that read a checkpoint's numbers: its checksums, and comparisons with another checkpoint."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Few shapes: batches and lengths rounded up, so that few programs are compiled, and what runs on which device."""
+"""`Buckets`: rounds batch sizes and lengths up, so that few programs are compiled."""
 
 import dataclasses
 from collections.abc import Sequence

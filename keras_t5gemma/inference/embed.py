@@ -1,4 +1,4 @@
-"""Texts as vectors: the encoder's output, pooled."""
+"""`embed`: texts as vectors, the pooled output of the encoder."""
 
 import contextlib
 from collections.abc import Mapping

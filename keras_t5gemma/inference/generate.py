@@ -1,4 +1,4 @@
-"""What a T5Gemma generates from prompts."""
+"""`generate`: texts or token ids from prompts."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""A request too large for memory: recognised, and said in one error with what would fit."""
+"""Requests that are too large for memory: recognized, and answered by one error that says what would fit."""
 
 import contextlib
 import math

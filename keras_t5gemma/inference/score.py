@@ -1,4 +1,4 @@
-"""How likely given targets are: one pass of the model, without the logits of the whole batch."""
+"""`score`: the log-probabilities of given targets, in one pass and without the logits of the whole batch."""
 
 import numpy as np
 from keras import ops

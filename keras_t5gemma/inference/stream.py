@@ -1,4 +1,4 @@
-"""What a T5Gemma generates, as it comes."""
+"""`stream`: generated text as it comes."""
 
 import itertools
 

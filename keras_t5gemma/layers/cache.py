@@ -1,4 +1,4 @@
-"""The keys and values that decoding keeps: a place a position, or, where a window is shorter, a ring of places.
+"""The keys and values that decoding keeps: one slot per position, or a ring of slots for a shorter window.
 
 A ring of six places after position 7 was written:
 

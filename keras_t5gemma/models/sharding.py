@@ -1,4 +1,4 @@
-"""Which device holds which part of which weight and activation: layouts for `keras.distribution`."""
+"""Layouts for `keras.distribution`: which device holds which part of a weight or activation."""
 
 import keras
 

@@ -1,4 +1,4 @@
-"""How a model's steps get at a teacher that is no part of the model."""
+"""Gives a model's training steps access to a teacher that is not part of the model."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""A recipe to a trained model: the run, and going on with one that was stopped."""
+"""Runs a recipe, and resumes a run that was stopped."""
 
 import contextlib
 import math

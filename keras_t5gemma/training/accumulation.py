@@ -1,4 +1,4 @@
-"""Gradient accumulation within a step: a batch in parts, one after the other, to the step of the whole batch.
+"""Gradient accumulation within a step: the batch runs in parts, and the step is that of the whole batch.
 
 Keras's `gradient_accumulation_steps` takes the plain mean over batches, whatever number of target tokens each has, and
 keeps its sums from step to step. Here a part's loss counts by its share of the whole batch's weight, which is known

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` of T5Gemma and Gemma 2, to and from our configs, field by field and strictly.
+"""`config.json` of T5Gemma and Gemma 2, to and from our configs, field by field and strictly.
 
 What is read is what changes the function; a field that would change it in a way we do not compute is an error. The
 sliding window is the published one: `sliding_window` counts the query's own position, `|q - k| < sliding_window`.

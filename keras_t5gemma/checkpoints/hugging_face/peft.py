@@ -1,4 +1,4 @@
-"""LoRA's matrices alone, in the files of Hugging Face's PEFT: trained here and used there, or the other way."""
+"""LoRA's matrices in the files of Hugging Face's PEFT, written and read."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""How Keras models lay out their tensors: keras-hub's Gemma 2, keras-hub's T5Gemma, and ours; no Keras needed.
+"""How Keras models lay out their tensors: keras-hub's Gemma 2 and T5Gemma, and ours. Needs no Keras.
 
 A tensor's group is the path of its layer by attributes, as Keras's h5 files write it: "self_attention/query_dense" in
 the block. The same table serves a file and a model in memory.

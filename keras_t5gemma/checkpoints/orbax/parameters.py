@@ -1,4 +1,4 @@
-"""T5Gemma's Flax checkpoints, as Kaggle has them in Orbax's format, read as if they were Hugging Face's.
+"""T5Gemma's Flax checkpoints (Orbax, from Kaggle), read as if they were Hugging Face checkpoints.
 
 The parameters are those of google-deepmind/gemma: `gemma/research/t5gemma/modules.py`, `gemma/gm/nn/_modules.py` and
 `gemma/gm/nn/_layers.py`.

@@ -1,4 +1,4 @@
-"""A function of tensors as one program, compiled where the backend compiles."""
+"""A function of tensors as one program, compiled if the backend compiles."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, from which a killed run goes on to the bit."""
+"""Checkpoints of a training run. A killed run resumes bit-exactly (JAX)."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""What a training run is made of, out of a compiled model and back into it, by the bit."""
+"""Captures and restores the state of a training run: weights, optimizer, metrics, random generators."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""The folders of a run of several processes: one a process, and in each the checkpoints as one process has them.
+"""The folders of a run of several processes: one per process, each with that process's checkpoints.
 
     run/process_0_of_2/step_00000500/    what the first process holds of every array, and its own state
     run/process_1_of_2/step_00000500/    what the second does

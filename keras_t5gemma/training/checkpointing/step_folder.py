@@ -1,4 +1,4 @@
-"""A training checkpoint on disk: one folder a step, whole or not there, each file with its checksum."""
+"""A training checkpoint on disk: one folder per step, complete or absent, each file with its checksum."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Teachers of `Distillation`: what each gives for a batch, and what a chunk of the loss makes of it."""
+"""Teachers of `Distillation`: the arrays that each gives for a batch, and how a chunk of the loss uses them."""
 
 import contextlib
 import dataclasses
