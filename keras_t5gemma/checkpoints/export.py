@@ -7,9 +7,9 @@ from keras_t5gemma.checkpoints.hugging_face.config import write_t5gemma_config
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
 from keras_t5gemma.checkpoints.hugging_face.tokenizer import stop_ids, write_tokenizer
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
-from keras_t5gemma.checkpoints.processes import whole, write_on_first
+from keras_t5gemma.checkpoints.processes import gathered, write_on_first
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.checkpoints.transforms import cast_tensors
 from keras_t5gemma.concurrency import reading
 from keras_t5gemma.config import BOS_ID
@@ -140,7 +140,7 @@ class ModelTensors(TensorSource):
     def __init__(self, backbone):
         known = {str(dtype): dtype for dtype in DTYPES.values()}
         self._title = f"the model {backbone.name!r}"
-        self._tensors = {tensor.name: tensor for tensor in tensors(backbone.config)}
+        self._tensors = {tensor.name: tensor for tensor in tensor_specs(backbone.config)}
         # By path of the layer: its `kernel`, `embeddings` or `scale` is the weight with LoRA's product added, where it
         # is enabled, while the variable of that path is the frozen one. Keras lists nested layers in no public way.
         self._layers = {layer.path: layer for layer in backbone._flatten_layers()}
@@ -170,7 +170,7 @@ class ModelTensors(TensorSource):
         """The weight as numpy, in Hugging Face's layout; all processes ask for it at once, where it lies on several."""
         tensor = self._tensors[name]
         layer, attribute = self._layer(tensor)
-        array = whole(getattr(layer, attribute))
+        array = gathered(getattr(layer, attribute))
         # A merged kernel may come in the compute dtype.
         return tensor.to_stored(array.astype(self._dtypes[name], copy=False))
 

@@ -5,7 +5,7 @@ import numpy as np
 
 from keras_t5gemma.checkpoints.checks import check_source
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, check_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.layers.initialization import weights_from
 
 
@@ -30,7 +30,7 @@ def load(make, config, source, *, allow_non_finite=False):
         ValueError: where the model's variables are not those of `config`.
     """
     check_source(config, source)
-    expected = {tensor.path: tensor for tensor in tensors(config)}
+    expected = {tensor.path: tensor for tensor in tensor_specs(config)}
     distributed = keras.distribution.distribution() is not None
 
     def read(path, shape, dtype):
@@ -71,7 +71,7 @@ def load_into(model, config, source, *, allow_non_finite=False):
     """
     variables = plain_variables(model)
     ignored = check_source(config, source)
-    expected = tensors(config)
+    expected = tensor_specs(config)
     _match_variables(variables, expected)
     for tensor in expected:
         variable = variables[tensor.path]

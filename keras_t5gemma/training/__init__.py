@@ -1,10 +1,10 @@
 """Training: `fit` and what it needs beyond Keras.
 
-    batches/        data of `fit` in any form, as arrays
-    callbacks/      warm-up, logs, progress, plots
-    checkpointing/  runs that resume
-    losses/         cross-entropy, distillation
-    optimizers/     AdamW, Adafactor, Muon; bfloat16
-    accumulation    Gradient accumulation within a step: the batch runs in parts
-    evaluation      Held-out loss, in all and by denoiser
+batches/        data of `fit` in any form, as arrays
+callbacks/      warm-up, logs, progress, plots
+checkpointing/  runs that resume
+losses/         cross-entropy, distillation
+optimizers/     AdamW, Adafactor, Muon; bfloat16
+accumulation    Gradient accumulation within a step: the batch runs in parts
+evaluation      Held-out loss, in all and by denoiser
 """

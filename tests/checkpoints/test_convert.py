@@ -28,7 +28,7 @@ from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.hugging_face.writer import write_tensors
 from keras_t5gemma.checkpoints.sources import Source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, CheckpointError, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.checkpoints.transforms import MeanTensors, cast_tensors
 from keras_t5gemma.models.adapted import adapt_gemma2
 from keras_t5gemma.models.backbone import T5GemmaBackbone
@@ -279,7 +279,7 @@ def drawn(seed, dtype, config=CONFIG):
     generator = np.random.default_rng(seed)
     return {
         tensor.name: generator.standard_normal(tensor.stored_shape).astype("float32").astype(dtype)
-        for tensor in tensors(config)
+        for tensor in tensor_specs(config)
     }
 
 
@@ -534,7 +534,7 @@ def adapted_stream(dtype):
 
 def t5gemma_stream(dtype):
     config = tiny_config(vocabulary_size=ROWS, **WIDE)
-    return Stream({tensor.name: tensor.stored_shape for tensor in tensors(config)}, dtype)
+    return Stream({tensor.name: tensor.stored_shape for tensor in tensor_specs(config)}, dtype)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from peers import hf_gemma2, hf_t5gemma, tiny_config, tiny_gemma_stack
 from tiny import backbone_of
 
-from keras_t5gemma.checkpoints.tensor_table import TABLE, parameter_count, tensors
+from keras_t5gemma.checkpoints.tensor_table import TABLE, parameter_count, tensor_specs
 
 CONFIGS = {
     "balanced": tiny_config(),
@@ -16,7 +16,7 @@ CONFIGS = {
 @pytest.mark.parametrize("name", CONFIGS)
 def test_table_has_the_variables_of_our_model_and_no_others(name):
     backbone = backbone_of(CONFIGS[name])
-    assert {tensor.path: tensor.shape for tensor in tensors(CONFIGS[name])} == {
+    assert {tensor.path: tensor.shape for tensor in tensor_specs(CONFIGS[name])} == {
         variable.path: tuple(variable.shape) for variable in backbone.weights
     }
     assert parameter_count(CONFIGS[name]) == backbone.count_params()
@@ -25,13 +25,13 @@ def test_table_has_the_variables_of_our_model_and_no_others(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_table_has_the_tensors_of_transformers_t5gemma_and_no_others(name):
     expected = {key: tuple(value.shape) for key, value in hf_t5gemma(CONFIGS[name]).named_parameters()}
-    assert {tensor.name: tensor.stored_shape for tensor in tensors(CONFIGS[name])} == expected
+    assert {tensor.name: tensor.stored_shape for tensor in tensor_specs(CONFIGS[name])} == expected
 
 
 def test_table_has_the_tensors_of_transformers_gemma2_and_no_others():
     stack = tiny_gemma_stack()
     expected = {key: tuple(value.shape) for key, value in hf_gemma2(stack).named_parameters()}
-    table = tensors(tiny_config(encoder=stack, decoder=stack))
+    table = tensor_specs(tiny_config(encoder=stack, decoder=stack))
     for side in ("encoder", "decoder"):
         rows = [tensor for tensor in table if tensor.stack == side and tensor.gemma2 is not None]
         assert {tensor.gemma2: tensor.stored_shape for tensor in rows} == expected

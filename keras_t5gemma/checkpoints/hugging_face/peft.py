@@ -10,9 +10,9 @@ import numpy as np
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.reader import SafetensorsFile, read_json
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
-from keras_t5gemma.checkpoints.processes import whole, write_on_first
+from keras_t5gemma.checkpoints.processes import gathered, write_on_first
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource, is_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.concurrency import reading
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -142,7 +142,7 @@ class _Matrices(TensorSource):
         return np.dtype(self._variables[name].dtype)
 
     def read(self, name):
-        return whole(self._variables[name]).T
+        return gathered(self._variables[name]).T
 
     def where(self, name=None):
         return self._title if name is None else f"{self._title} ({self._variables[name].path})"
@@ -156,7 +156,7 @@ def _modules(backbone):
     """
     # Keras lists nested layers in no public way.
     layers, modules = {layer.path: layer for layer in backbone._flatten_layers()}, {}
-    for tensor in tensors(backbone.config):
+    for tensor in tensor_specs(backbone.config):
         path, _, weight = tensor.path.rpartition("/")
         if weight == "kernel":
             modules[tensor.name.removesuffix(".weight")] = (tensor, layers[path])

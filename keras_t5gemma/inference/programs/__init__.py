@@ -1,5 +1,5 @@
 """Compiled and recorded programs.
 
-    compiled        A function of tensors as one program, compiled if the backend compiles
-    recorded_torch  A decoding step on PyTorch
+compiled        A function of tensors as one program, compiled if the backend compiles
+recorded_torch  A decoding step on PyTorch
 """
