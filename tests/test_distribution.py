@@ -6,14 +6,14 @@ PyTorch two processes, by `DistributedDataParallel`. Each backend runs its own p
 
 import re
 
-import distributed
 import keras
 import numpy as np
 import pytest
-from distributed import CONFIG, LAYOUTS
-from launch import PROCESSES, finish, free_address, start
-from peers import hf_gemma2, tiny_gemma_stack
-from tiny import loud_backbone
+from helpers import distributed
+from helpers.distributed import CONFIG, LAYOUTS
+from helpers.launch import PROCESSES, finish, free_address, start
+from helpers.peers import hf_gemma2, tiny_gemma_stack
+from helpers.tiny import loud_backbone
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.tensor_table import tensor_specs

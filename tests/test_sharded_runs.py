@@ -9,10 +9,10 @@ import re
 import keras
 import numpy as np
 import pytest
-import sharded_runs
-from launch import PROCESSES, finish, free_address, output, start
+from helpers import sharded_runs
+from helpers.launch import PROCESSES, finish, free_address, output, start
+from helpers.tiny_recipe import write_tiny_recipe
 from safetensors.numpy import load_file
-from tiny_recipe import write_tiny_recipe
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError

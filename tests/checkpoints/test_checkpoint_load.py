@@ -3,10 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.peers import hf_logits, hf_t5gemma, loud_inputs, tiny_config
+from helpers.tiny import backbone_of
 from keras import ops
-from peers import hf_logits, hf_t5gemma, loud_inputs, tiny_config
 from safetensors.numpy import load_file, save_file
-from tiny import backbone_of
 
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into

@@ -9,13 +9,13 @@ import os
 import signal
 import tracemalloc
 
-import damage
 import h5py
 import numpy as np
 import pytest
-from gemma2_folder import write_gemma2
-from peers import tiny_config, tiny_gemma_stack
-from tiny import NamedArrays, loud_backbone
+from helpers import damage
+from helpers.gemma2_folder import write_gemma2
+from helpers.peers import tiny_config, tiny_gemma_stack
+from helpers.tiny import NamedArrays, loud_backbone
 
 from keras_t5gemma.checkpoints.export import write_checkpoint
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source

@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-from gemma2_folder import write_gemma2
-from peers import tiny_config, tiny_gemma_stack
-from test_convert import drawn
-from tiny import NamedArrays
+from helpers.gemma2_folder import write_gemma2
+from helpers.peers import tiny_config, tiny_gemma_stack
+from helpers.tensors import drawn
+from helpers.tiny import NamedArrays
 
 from keras_t5gemma.checkpoints import convert
 from keras_t5gemma.checkpoints.export import write_checkpoint

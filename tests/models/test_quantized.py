@@ -5,9 +5,9 @@ import math
 import keras
 import numpy as np
 import pytest
+from helpers.peers import loud_inputs, tiny_config
+from helpers.tiny import loud_backbone
 from keras import ops
-from peers import loud_inputs, tiny_config
-from tiny import loud_backbone
 
 from keras_t5gemma.kernels.embedding import quantized
 from keras_t5gemma.kernels.embedding.lookup import look_up

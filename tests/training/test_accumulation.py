@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 import pytest
+from helpers.one_step import assert_same_step, batch, language_model, take_steps, weights_of
 from keras import ops
-from one_step import assert_same_step, batch, language_model, take_steps, weights_of
 
 from keras_t5gemma.training.accumulation import Accumulation
 from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup

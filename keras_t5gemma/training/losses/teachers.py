@@ -8,7 +8,8 @@ import keras_hub
 from keras import ops
 
 from keras_t5gemma.data.pipelines.teacher_view import PADDING_MASK, POSITIONS, TOKEN_IDS
-from keras_t5gemma.kernels.cross_entropy.chunks import chunk_logits
+from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.kernels.matmul import PACKAGE as MATMUL
 from keras_t5gemma.kernels.soft_cap import soft_cap
 
 # What stored batches have in the place of the teacher's tokens: see `StoredTeacher`.
@@ -26,7 +27,7 @@ class Projection:
 
     def by_token(self, hidden, table):
         """Logits before the cap [m, V] of hidden states [m, D] and a table [V, D]."""
-        return (chunk_logits(hidden, table, None),)
+        return (implementation(MATMUL).float32_product("md,vd->mv", hidden, table),)
 
     def logits(self, raw):
         """Capped ones."""
