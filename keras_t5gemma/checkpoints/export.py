@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.config import write_t5gemma_config
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
@@ -143,7 +144,7 @@ class ModelTensors(TensorSource):
         self._tensors = {tensor.name: tensor for tensor in tensor_specs(backbone.config)}
         # By path of the layer: its `kernel`, `embeddings` or `scale` is the weight with LoRA's product added, where it
         # is enabled, while the variable of that path is the frozen one. Keras lists nested layers in no public way.
-        self._layers = {layer.path: layer for layer in backbone._flatten_layers()}
+        self._layers = {layer.path: layer for layer in flatten_layers(backbone)}
         self._dtypes = {}
         for tensor in self._tensors.values():
             layer, _ = self._layer(tensor)

@@ -23,12 +23,12 @@ from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, is_hugging_face
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
-from keras_t5gemma.training.accumulation import Accumulation
 from keras_t5gemma.training.batches.fitting import Fits
 from keras_t5gemma.training.losses.cross_entropy import ChunkedLoss, VocabularyCrossEntropy
 from keras_t5gemma.training.losses.distillation import Distillation
 from keras_t5gemma.training.optimizers.checks import check_optimizer
 from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
+from keras_t5gemma.training.steps.accumulation import Accumulation, release_gradients
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -208,8 +208,7 @@ class T5GemmaSeq2SeqLM(
                 logs = self._accumulation.train_step(self, *args, **kwargs)
             else:
                 logs = super().train_step(*args, **kwargs)
-        if keras.config.backend() == "torch":
-            self.zero_grad()  # Keras would keep the gradients until the next batch has been through all layers
+        release_gradients(self)
         return logs
 
     def test_step(self, *args, **kwargs):

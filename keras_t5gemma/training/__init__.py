@@ -5,6 +5,6 @@ callbacks/      warm-up, logs, progress, plots
 checkpointing/  runs that resume
 losses/         cross-entropy, distillation
 optimizers/     AdamW, Adafactor, Muon; bfloat16
-accumulation    Gradient accumulation within a step: the batch runs in parts
+steps/          the training step of a batch in parts
 evaluation      Held-out loss, in all and by denoiser
 """

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.reader import SafetensorsFile, read_json
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
@@ -154,8 +155,7 @@ def _modules(backbone):
     Raises:
         ValueError: where LoRA is on an embedding.
     """
-    # Keras lists nested layers in no public way.
-    layers, modules = {layer.path: layer for layer in backbone._flatten_layers()}, {}
+    layers, modules = {layer.path: layer for layer in flatten_layers(backbone)}, {}
     for tensor in tensor_specs(backbone.config):
         path, _, weight = tensor.path.rpartition("/")
         if weight == "kernel":

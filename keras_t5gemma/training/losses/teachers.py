@@ -1,6 +1,5 @@
 """Teachers of `Distillation`: the arrays that each gives for a batch, and how a chunk of the loss uses them."""
 
-import contextlib
 import dataclasses
 
 import keras
@@ -9,6 +8,7 @@ from keras import ops
 
 from keras_t5gemma.data.pipelines.teacher_view import PADDING_MASK, POSITIONS, TOKEN_IDS
 from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.kernels.gradients import without_gradients
 from keras_t5gemma.kernels.matmul import PACKAGE as MATMUL
 from keras_t5gemma.kernels.soft_cap import soft_cap
 
@@ -183,15 +183,6 @@ def check_vocabulary(found, expected):
             f"`teacher` must have the student's vocabulary, of {expected} tokens: logits are compared one by one. "
             f"Received: a teacher with {found}."
         )
-
-
-def without_gradients():
-    """A context in which nothing is kept for a backward pass; only PyTorch would keep what nobody asks for."""
-    if keras.config.backend() != "torch":
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.no_grad()
 
 
 def _inputs(y):

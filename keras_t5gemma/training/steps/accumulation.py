@@ -10,10 +10,11 @@ import keras
 from keras import ops
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.kernels.device import replicas
+from keras_t5gemma.kernels.choose import implementation
 from keras_t5gemma.training.losses.labels import labels_and_weights
 from keras_t5gemma.training.optimizers.low_precision import LowPrecision
 
+PACKAGE = __name__.rpartition(".")[0]
 # What a loss divides its sum by, and so what a part's share is: of the weights, of the elements, or all of it.
 _BY_WEIGHT, _BY_ELEMENTS, _SUM = ("mean_with_sample_weight",), ("sum_over_batch_size", "mean"), ("sum",)
 
@@ -46,9 +47,8 @@ class Accumulation:
             )
 
     def train_step(self, model, *args):
-        """What `model.train_step` does, with its arguments and its result on the backend at hand."""
-        step = {"jax": _jax_step, "tensorflow": _tensorflow_step, "torch": _torch_step}[keras.config.backend()]
-        return step(self, model, *args)
+        """As `model.train_step` of the backend that runs, with its arguments and its result."""
+        return implementation(PACKAGE).train_step(self, model, *args)
 
     def cut(self, data):
         """A batch in parts.
@@ -108,11 +108,12 @@ def _reduction(loss):
     return getattr(keras.losses.get(loss), "reduction", _BY_ELEMENTS[0])
 
 
-def _part(parts, i):
+def part(parts, i):
+    """Part i of the parts of a batch."""
     return keras.tree.map_structure(lambda x: None if x is None else x[i], parts)
 
 
-def _report(model, loss, rows):
+def report(model, loss, rows):
     """The step's logs, the loss of all parts among them; their metrics have been updated part by part."""
     # The chunked loss has kept its mean over tokens already.
     if model._chunked is None:
@@ -121,98 +122,7 @@ def _report(model, loss, rows):
     return model.get_metrics_result()
 
 
-def _jax_step(accumulation, model, state, data):
-    import jax
-
-    trainable, non_trainable, optimizer_variables, metrics = state
-    _, parts, shares = accumulation.cut(data)
-
-    def loss_of(trainable, non_trainable, metrics, part, share):
-        loss, results = model.compute_loss_and_updates(
-            trainable, non_trainable, metrics, *part, training=True, optimizer_variables=optimizer_variables
-        )
-        return loss * share, results
-
-    def body(carry, part_and_share):
-        gradients, total, non_trainable, metrics = carry
-        part, share = part_and_share
-        (_, (loss, y_pred, non_trainable, metrics)), more = jax.value_and_grad(loss_of, has_aux=True)(
-            trainable, non_trainable, metrics, part, share
-        )
-        with _metrics_of(model, metrics) as scope:
-            model.compute_metrics(*part[:2], y_pred, part[2])
-        metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]
-        return (_added(gradients, more), total + loss * share, non_trainable, metrics), None
-
-    # A loop, not a sequence of steps: XLA might run the forward passes of all parts first.
-    start = ([ops.zeros_like(value, "float32") for value in trainable], ops.zeros(()), non_trainable, metrics)
-    (gradients, loss, non_trainable, metrics), _ = jax.lax.scan(body, start, (parts, shares))
-    gradients = _for_optimizer(model, gradients, [value.dtype for value in trainable])
-    trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
-    with _metrics_of(model, metrics) as scope:
-        logs = _report(model, loss, batch_size(data))
-    metrics = [scope.get_current_value(variable) for variable in model.metrics_variables]
-    return logs, (trainable, non_trainable, optimizer_variables, metrics)
-
-
-def _metrics_of(model, values):
-    return keras.StatelessScope(zip(model.metrics_variables, values, strict=True))
-
-
-def _tensorflow_step(accumulation, model, data):
-    import tensorflow as tf
-
-    count, parts, shares = accumulation.cut(data)
-    variables = model.trainable_variables
-
-    def body(i, total, gradients):
-        x, y, sample_weight = _part(parts, i)
-        with tf.GradientTape() as tape:
-            y_pred = model(x, training=True)
-            loss = model.compute_loss(x, y, y_pred, sample_weight, training=True) * shares[i]
-            scaled = model.optimizer.scale_loss(loss)
-        more = tape.gradient(scaled, variables)
-        model.compute_metrics(x, y, y_pred, sample_weight)
-        return i + 1, total + loss, _added(gradients, more)
-
-    # A loop, not a sequence of steps: they would run side by side. One part at a time, for the memory of one.
-    start = [tf.zeros(variable.shape) for variable in variables]
-    _, loss, gradients = tf.while_loop(
-        lambda i, *_: i < count, body, (tf.constant(0), tf.constant(0.0), start), parallel_iterations=1
-    )
-    gradients = _for_optimizer(model, gradients, [variable.dtype for variable in variables])
-    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-    return _report(model, loss * replicas(), batch_size(data))
-
-
-def _torch_step(accumulation, model, data):
-    import torch
-
-    count, parts, shares = accumulation.cut(data)
-    model.zero_grad()
-    variables = model.trainable_variables
-    tensors = [variable.value for variable in variables]
-    total, sums = 0.0, {}
-    for i in range(count):
-        x, y, sample_weight = _part(parts, i)
-        y_pred = model(x, training=True)
-        loss = model.compute_loss(x, y, y_pred, sample_weight, training=True) * shares[i]
-        model.optimizer.scale_loss(loss).backward()
-        total = total + loss.detach()
-        model.compute_metrics(x, y, y_pred, sample_weight)
-        for k, tensor in enumerate(tensors):
-            # PyTorch adds in place, in the dtype of the weight.
-            if tensor.dtype != torch.float32 and tensor.grad is not None:
-                sums[k] = sums.get(k, 0) + tensor.grad.float()
-                tensor.grad = None
-    gradients = [sums.get(k, tensor.grad) for k, tensor in enumerate(tensors)]
-    gradients = _for_optimizer(model, gradients, [variable.dtype for variable in variables])
-    with torch.no_grad():
-        model.optimizer.apply(gradients, variables)
-    return _report(model, total, batch_size(data))
-
-
-def _for_optimizer(model, gradients, dtypes):
+def for_optimizer(model, gradients, dtypes):
     """Gradients in float32 for this package's optimizers, and in the dtypes of the weights for others."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if isinstance(optimizer, LowPrecision):
@@ -223,9 +133,20 @@ def _for_optimizer(model, gradients, dtypes):
     ]
 
 
-def _added(sums, gradients):
+def added(sums, gradients):
     """Float32 sums of gradients of whatever dtype: small ones are not lost in a large sum."""
     return [
         total if more is None else ops.add(total, ops.cast(more, "float32"))
         for total, more in zip(sums, gradients, strict=True)
     ]
+
+
+def release_gradients(model):
+    """Frees a step's gradients on PyTorch, where Keras keeps them until the next forward pass is over."""
+    if keras.config.backend() == "torch":
+        model.zero_grad()
+
+
+def steps_are_functions():
+    """Whether a step is a function of the model's variables (JAX): any other variable would be a constant in it."""
+    return keras.config.backend() == "jax"
