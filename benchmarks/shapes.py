@@ -59,7 +59,7 @@ elif program == "keras-hub":
     programs = len(shapes)
 else:
     counter = {"jax": "_cache_size", "tensorflow": "experimental_get_tracing_count"}[backend]
-    programs = sum(getattr(one._compiled, counter)() for one in model._generate_programs.values())
+    programs = sum(getattr(one._compiled, counter)() for one in model.programs.values("generate"))
 print(json.dumps([done, programs, spent]))
 """
 

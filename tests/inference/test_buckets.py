@@ -103,11 +103,11 @@ def test_rows_that_are_added_are_the_last_one_with_no_room_and_positions_are_pad
 def test_shapes_stay_exact_where_nothing_is_compiled(lm):
     arrays = {"encoder_token_ids": np.ones((3, 11), int), "limits": np.ones(3, int)}
     expected = (3, 11) if ON_TORCH else (4, 16)
-    assert tuple(lm._rounded(arrays)["encoder_token_ids"].shape) == expected
+    assert tuple(shapes.rounded_for(lm, arrays)["encoder_token_ids"].shape) == expected
     lm.compile(run_eagerly=True)
-    assert lm._rounded(arrays)["encoder_token_ids"].shape == (3, 11)
+    assert shapes.rounded_for(lm, arrays)["encoder_token_ids"].shape == (3, 11)
     lm.compile(jit_compile=True)
-    assert lm._rounded(arrays)["encoder_token_ids"].shape == (4, 16)
+    assert shapes.rounded_for(lm, arrays)["encoder_token_ids"].shape == (4, 16)
 
 
 def test_limits_of_the_preprocessor_cap_what_is_rounded_up(backbone, tmp_path, rounding_everywhere):
@@ -115,7 +115,7 @@ def test_limits_of_the_preprocessor_cap_what_is_rounded_up(backbone, tmp_path, r
     backbone = loud_backbone(tiny_config(num_layers=1, vocabulary_size=512))
     lm = kt.T5GemmaSeq2SeqLM(backbone, kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, 20, 24))
     arrays = {name: np.ones((3, 17), "int32") for name in ("encoder_token_ids", "decoder_token_ids")}
-    assert {name: x.shape for name, x in lm._rounded(arrays).items()} == {
+    assert {name: x.shape for name, x in shapes.rounded_for(lm, arrays).items()} == {
         "encoder_token_ids": (4, 20),
         "decoder_token_ids": (4, 24),
     }
@@ -126,7 +126,7 @@ def test_prompt_that_was_padded_to_512_is_not_read_at_512(lm, monkeypatch):
         found.update(arrays)
         return {name: x for name, x in arrays.items() if name.startswith("decoder")}, seeds
 
-    monkeypatch.setattr(lm, "_generate_program", lambda _: program)
+    monkeypatch.setattr("keras_t5gemma.inference.generate.generate_program", lambda *_: program)
     found = {}
     inputs = {name: np.pad(x, ((0, 0), (30, 471))) for name, x in prompts(rows=1).items()}
     lm.generate(inputs, max_length=5, stop_token_ids=None)
@@ -215,7 +215,7 @@ def test_contrastive_search_ends_at_the_longest_limit(lm, rounding_everywhere):
 
 def program_count(lm):
     """How many programs `generate` compiled: JAX and TensorFlow count by themselves, PyTorch compiles none."""
-    compiled = [program._compiled for program in lm._generate_programs.values() if program._compiled is not None]
+    compiled = [program._compiled for program in lm.programs.values("generate") if program._compiled is not None]
     counts = {"jax": "_cache_size", "tensorflow": "experimental_get_tracing_count"}
     return sum(getattr(one, counts[keras.config.backend()])() for one in compiled)
 

@@ -29,7 +29,7 @@ def answers(lm, **kwargs):
 
 
 def is_compiled(lm):
-    (made,) = lm._generate_programs.values()
+    (made,) = lm.programs.values("generate")
     return made._compiled is not None and made._compiled._jit_compile
 
 

@@ -9,6 +9,8 @@ from helpers.tiny import twins
 from keras import ops
 
 import keras_t5gemma as kt
+from keras_t5gemma.inference.decoding.loop import Control
+from keras_t5gemma.inference.generate import generate_program
 from keras_t5gemma.kernels.cross_entropy.chunks import CHUNK_BYTES
 
 LENGTH = 16
@@ -222,13 +224,13 @@ def test_mixed_requests_repeat_under_seeds_in_as_many_programs_as_options(lm):
 
     for first, again in zip(run(), run(), strict=True):
         np.testing.assert_array_equal(first, again)
-    assert len(lm._generate_programs) == 3
+    assert len(lm.programs.values("generate")) == 3
 
 
 def test_programs_of_options_made_anew_each_time_are_not_kept_for_ever(lm):
     for _ in range(100):
-        lm._generate_program(kt.inference.decoding.loop.Control(processors=(lambda logits, _: logits,)))
-    assert len(lm._generate_programs) <= 64
+        generate_program(lm, Control(processors=(lambda logits, _: logits,)))
+    assert len(lm.programs) <= 64
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,9 @@ def resident_bytes():
 
 def programs(lm):
     """How many programs the model keeps, and for how many shapes they were compiled."""
-    kept = [*lm._generate_programs.values(), *lm._embed_programs.values(), lm._score_program, lm._start_program]
-    kept += [stream._advance for stream in lm._decoding_streams.values()]
+    streams = lm.programs.values("stream")
+    kept = [program for program in lm.programs.values() if program not in streams]
+    kept += [stream._advance for stream in streams]
     count = {"jax": "_cache_size", "tensorflow": "experimental_get_tracing_count"}.get(keras.config.backend())
     return len(kept), sum(getattr(program._compiled, count)() for program in kept) if count else 0
 

@@ -35,7 +35,7 @@ def answers(lm, inputs, **kwargs):
 
 
 def recordings(lm):
-    return len(lm._recorded_step._recordings)
+    return len(lm.recorded_step._recordings)
 
 
 def test_other_backends_compile_the_loop_and_record_nothing():

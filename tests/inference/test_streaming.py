@@ -12,6 +12,7 @@ from keras import ops
 from keras_t5gemma.inference.decoding.loop import Control, resolve_sampler
 from keras_t5gemma.inference.logits_processors import ForbiddenTokens, NoRepeatNgrams
 from keras_t5gemma.inference.programs.compiled import Programs
+from keras_t5gemma.inference.stream import decoding_stream
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
@@ -101,14 +102,14 @@ def test_stream_of_ids_ends_with_the_first_stop_id(lm, whole):
 
 
 def test_chunks_grow_to_their_size_and_share_one_compiled_program(lm, whole, monkeypatch):
-    step, calls = lm._recorded_step, []
+    step, calls = lm.recorded_step, []
 
     def counted(*arguments):
         calls.append(1)
         return step(*arguments)
 
-    monkeypatch.setattr(lm, "_recorded_step", counted)
-    monkeypatch.setattr(lm, "_decoding_streams", Programs(1))
+    monkeypatch.setattr(lm, "recorded_step", counted)
+    monkeypatch.setattr(lm, "programs", Programs())
     assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=4)) == whole[0]
     compiled = len(calls)
     assert compiled
@@ -120,7 +121,7 @@ def test_chunks_grow_to_their_size_and_share_one_compiled_program(lm, whole, mon
 
 
 def test_stream_of_chunks_waits_for_no_later_chunk(lm, monkeypatch):
-    decode, ends = lm._decoding_stream(Control()), [1]
+    decode, ends = decoding_stream(lm, Control()), [1]
     advance = decode._advance
     monkeypatch.setattr(decode, "_advance", lambda *args, **options: ends.append(args[3]) or advance(*args, **options))
     stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None, chunk_size=4)
@@ -141,7 +142,7 @@ def test_stream_given_up_or_broken_leaves_the_model_as_it_was(lm, whole, monkeyp
     stream = lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)
     assert [next(stream) for _ in range(2)] == whole[0][:2]
     with monkeypatch.context() as patch:
-        patch.setattr(lm._decoding_stream(Control()), "_advance", broken)
+        patch.setattr(decoding_stream(lm, Control()), "_advance", broken)
         with pytest.raises(KeyboardInterrupt):
             list(stream)
     assert list(lm.stream(prompt(), max_length=LENGTH, stop_token_ids=None)) == whole[0]

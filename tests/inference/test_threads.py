@@ -12,6 +12,7 @@ from helpers.tiny import loud_backbone
 from keras import ops
 
 import keras_t5gemma as kt
+from keras_t5gemma.inference import generate as module
 
 CONFIG = tiny_config(balanced=False, num_layers=1)
 PROMPT = {name: x for name, x in loud_inputs(CONFIG, batch=1, encoder_length=7).items() if name.startswith("encoder")}
@@ -96,14 +97,14 @@ def test_generate_beside_fit_of_another_thread_is_one_error_and_fit_goes_on(lm):
 def test_fit_waits_for_answers_that_were_begun(lm, monkeypatch):
     inputs, order = loud_inputs(CONFIG, batch=1), []
     running, go_on = threading.Event(), threading.Event()
-    program = type(lm)._generate_program
+    program = module.generate_program
 
-    def slow(self, control):
+    def slow(lm, control):
         running.set()
         go_on.wait()
-        return program(self, control)
+        return program(lm, control)
 
-    monkeypatch.setattr(type(lm), "_generate_program", slow)
+    monkeypatch.setattr(module, "generate_program", slow)
     lm.compile(optimizer=keras.optimizers.SGD(0.0), sampler=lm.sampler)
     with ThreadPoolExecutor(2) as pool:
         answer = pool.submit(lambda: order.append("answer") or generated(lm, 1))
