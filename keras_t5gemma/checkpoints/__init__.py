@@ -7,7 +7,6 @@ adapt           Gemma 2's tensors as T5Gemma's: the adaptation of arXiv 2504.062
 atomic_folder   A folder that appears under its name only once it is complete
 checks          Checks that a source's tensors are those of its config, without reading any numbers
 convert         Files to files: adapt, average and convert checkpoints of any size
-export          A checkpoint to a Hugging Face folder that `transformers` loads with the same logits
 load            Tensors into a model's variables, strictly both ways
 processes       Multi-process helpers (JAX): rank, agreement between processes, and gathering of sharded tensors
 progress        Progress of long reads and writes: bytes, rate and time left, on the terminal or in a notebook

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.convert import average_checkpoints
-from keras_t5gemma.checkpoints.export import export_to_hugging_face
+from keras_t5gemma.checkpoints.hugging_face.export import export_to_hugging_face
 from keras_t5gemma.checkpoints.hugging_face.peft import save_lora
 from keras_t5gemma.checkpoints.processes import gather, on_all_processes
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM

@@ -13,7 +13,7 @@ from helpers.tiny_tokenizer import train_tiny_tokenizer
 from keras import ops
 from safetensors.numpy import load_file
 
-from keras_t5gemma.checkpoints.export import ModelTensors, export_to_hugging_face
+from keras_t5gemma.checkpoints.hugging_face.export import ModelTensors, export_to_hugging_face
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.sources import t5gemma_source

@@ -31,8 +31,8 @@ from keras import ops
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.convert import adapt_gemma2_files, average_checkpoints, convert_checkpoint
-from keras_t5gemma.checkpoints.export import ModelTensors, export_to_hugging_face, write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
+from keras_t5gemma.checkpoints.hugging_face.export import ModelTensors, export_to_hugging_face, write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.hugging_face.writer import write_tensors
 from keras_t5gemma.checkpoints.sources import Source, t5gemma_source

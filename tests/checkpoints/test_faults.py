@@ -17,7 +17,7 @@ from helpers.gemma2_folder import write_gemma2
 from helpers.peers import tiny_config, tiny_gemma_stack
 from helpers.tiny import NamedArrays, loud_backbone
 
-from keras_t5gemma.checkpoints.export import write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.checkpoints.tensor_table import tensor_specs

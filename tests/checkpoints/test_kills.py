@@ -12,7 +12,7 @@ from helpers.tensors import drawn
 from helpers.tiny import NamedArrays
 
 from keras_t5gemma.checkpoints import convert
-from keras_t5gemma.checkpoints.export import write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.sources import t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 

@@ -11,7 +11,7 @@ from helpers.tiny import loud_backbone
 from keras import ops
 from safetensors.numpy import load_file, save_file
 
-from keras_t5gemma.checkpoints.export import export_to_hugging_face
+from keras_t5gemma.checkpoints.hugging_face.export import export_to_hugging_face
 from keras_t5gemma.checkpoints.hugging_face.peft import load_lora, save_lora
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM

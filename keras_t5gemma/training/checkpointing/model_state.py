@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma._keras_internals import global_seed_generator, variable_array
-from keras_t5gemma.checkpoints.export import ModelTensors, write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import ModelTensors, write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.processes import process_count, process_index
