@@ -52,7 +52,7 @@ class Gemma2Config:
     def __post_init__(self):
         self._t5gemma()  # Checks the fields.
 
-    def tensor_specs(self):
+    def tensors(self):
         """Its tensors: the encoder's of the T5Gemma it would make, each of which has its Gemma 2 name."""
         return [tensor for tensor in tensor_specs(self._t5gemma()) if tensor.stack == "encoder"]
 
