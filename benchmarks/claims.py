@@ -5,7 +5,7 @@
 
 The demo's corpus, tokenizer and two small Gemma 2, pretrained once. Each arm is a T5Gemma trained with PrefixLM for the
 same steps on the same data, once a seed; a seed decides the order of the data and what is drawn at random. What is
-compared is the held-out loss a target token, in nats, of seed i's run in one arm with seed i's run in the other.
+compared is the held-out loss per target token, in nats, of seed i's run in one arm with seed i's run in the other.
 """
 
 import argparse

@@ -13,7 +13,7 @@ many answers as make `--warm-up` tokens: what is compiled or recorded on the way
 first call took besides. A step costs the same however many layers the encoder has; the first token does not.
 `transformers` quantizes nothing here and has no row then.
 
-The floor is the time that the bytes a step must read take: the decoder's weights but for those that make
+The floor is the time that the bytes that a step must read take: the decoder's weights but for those that make
 cross-attention's keys and values, its table once, and the keys and values of the input and of the tokens so far. The
 speed of memory is the best at which PyTorch reads half a gigabyte of float32 on all cores in the same run: in products
 of matrices of several widths with one vector or two, and in a dot product. With one vector the table can be slow.

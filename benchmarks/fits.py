@@ -63,7 +63,7 @@ def topology(name, count):
 
 
 def without_values(make):
-    """The model that `make` gives, its variables and its optimiser's without values."""
+    """The model that `make` gives, its variables and its optimizer's without values."""
     import jax
 
     made = []
@@ -160,7 +160,7 @@ def of_recipe(recipe, layers):
 
 
 def with_layers(stack, layers):
-    """A stack with so many, or with its own where None."""
+    """A stack with so many, or with its own if None."""
     return dataclasses.replace(stack, num_layers=layers) if layers else stack
 
 

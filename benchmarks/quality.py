@@ -5,7 +5,7 @@
     python benchmarks/quality.py FOLDER --backends jax --weights float32 int8
 
 FOLDER keeps what is made once. Quality is that of the demo's toy, a Gemma 2 pretrained on the documentation of Python's
-standard library and adapted with PrefixLM, as in claims.py: loss a target token of held-out documents, in nats; and
+standard library and adapted with PrefixLM, as in claims.py: loss per target token of held-out documents, in nats; and
 greedy answers to held-out prompts, of each of which "as float32" counts the share before the first token that differs
 from float32's on the same backend.
 

@@ -4,7 +4,7 @@
     python benchmarks/utilisation.py --backend torch
     python benchmarks/utilisation.py --pair s s --lengths 64 --tokens-kept 64 --tokens-again 64
 
-bfloat16 weights, gradients and AdamW moments, the chunked loss, each with rematerialisation and without. The batch
+bfloat16 weights, gradients and AdamW moments, the chunked loss, each with rematerialization and without. The batch
 is the largest tried that fits: on JAX by XLA's own account of the compiled step, on PyTorch by two steps that did not
 run out of memory. Seconds are the median of the steps after one to warm up. FLOPs are those the model asks for: two a
 weight of a matrix and token, two a visible pair of positions, head and size for each of attention's products, three

@@ -1,4 +1,4 @@
-"""The published sizes, pairs and checkpoints: one row a size, everything else computed; and where a preset lies."""
+"""The published sizes, pairs and checkpoints: one row per size, everything else computed; and where a preset lies."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from keras_t5gemma.config import StackConfig
 from keras_t5gemma.suggestions import did_you_mean
 
-# One row a stack, from the model cards and `config.json` of google/t5gemma-* (2025):
+# One row per stack, from the model cards and `config.json` of google/t5gemma-* (2025):
 #       layers, hidden, feed-forward, query heads, kv heads, head size
 _SIZES = {
     "s": (8, 512, 1024, 8, 8, 64),
@@ -79,7 +79,7 @@ def stack(size):
         size: one of `STACKS` ("s" .. "9b"), a `StackConfig`, or a mapping of its fields.
 
     Raises:
-        ValueError: where the name is unknown or the value is none of these.
+        ValueError: if the name is unknown or the value is none of these.
     """
     if isinstance(size, StackConfig):
         return size
@@ -107,8 +107,8 @@ def locate(preset, weights=True, *, config=True):
         A `pathlib.Path` to a folder with a `config.json`.
 
     Raises:
-        ValueError: where the name is unknown and no such folder exists, or the folder has no `config.json`.
-        ConnectionError: where the download failed; the message names what was looked for and where.
+        ValueError: if the name is unknown and no such folder exists, or the folder has no `config.json`.
+        ConnectionError: if the download failed; the message names what was looked for and where.
     """
     text = str(preset)
     if text in PRESETS:
@@ -151,7 +151,7 @@ def wants_turns(preset, folder):
         folder: where that lies.
 
     Raises:
-        ValueError: where the folder's `tokenizer_config.json` is not JSON.
+        ValueError: if the folder's `tokenizer_config.json` is not JSON.
     """
     for known in PRESETS.values():
         kaggle = known.kaggle_handle

@@ -30,8 +30,8 @@ def adapted_config(encoder, decoder, encoder_attention="bidirectional", encoder_
             the paper.
 
     Raises:
-        ValueError: where `encoder_heads` is neither.
-        CheckpointError: where their vocabularies differ.
+        ValueError: if `encoder_heads` is neither.
+        CheckpointError: if their vocabularies differ.
     """
     check_choice(encoder_heads, "encoder_heads", ENCODER_HEADS)
     if encoder.vocabulary_size != decoder.vocabulary_size:
@@ -67,8 +67,8 @@ class AdaptedTensors(TensorSource):
         seed: of the random draws; each tensor's depends on the seed and on its name only.
 
     Raises:
-        ValueError: where `cross_attention` or `encoder_heads` is none of these.
-        CheckpointError: where the vocabularies differ, or "self-attention" does not fit: its keys and values read the
+        ValueError: if `cross_attention` or `encoder_heads` is none of these.
+        CheckpointError: if the vocabularies differ, or "self-attention" does not fit: its keys and values read the
             decoder's width, and the encoder's is another.
     """
 
@@ -159,8 +159,8 @@ def resolve_cross_attention(config, cross_attention):
         cross_attention: one of `CROSS_ATTENTIONS`.
 
     Raises:
-        ValueError: where it is none of these.
-        CheckpointError: where "self-attention" was asked for and the stacks' widths differ.
+        ValueError: if it is none of these.
+        CheckpointError: if "self-attention" was asked for and the stacks' widths differ.
     """
     check_choice(cross_attention, "cross_attention", CROSS_ATTENTIONS)
     if cross_attention == "auto":

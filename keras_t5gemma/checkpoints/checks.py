@@ -15,7 +15,7 @@ def check_source(config, source):
         The names that are redundant.
 
     Raises:
-        CheckpointError: where they do not agree; the message names file, tensor, found and expected.
+        CheckpointError: if they do not agree; the message names file, tensor, found and expected.
     """
     for stack in ("encoder", "decoder"):
         check_depth(source, stack, getattr(config, stack))
@@ -31,7 +31,7 @@ def check_depth(source, title, stack):
         stack: the `StackConfig`.
 
     Raises:
-        CheckpointError: where there are fewer tensors than layers.
+        CheckpointError: if there are fewer tensors than layers.
     """
     count = len(source.names())
     if stack.num_layers > count:
@@ -53,7 +53,7 @@ def check_tensors(source, shapes, title):
         The names besides that are known to be redundant.
 
     Raises:
-        CheckpointError: where they do not agree; the message names file, tensor, found and expected.
+        CheckpointError: if they do not agree; the message names file, tensor, found and expected.
     """
     names = set(source.names())
     if missing := sorted(shapes.keys() - names):

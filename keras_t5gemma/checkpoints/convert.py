@@ -45,10 +45,10 @@ def adapt_gemma2_files(
         allow_non_finite: whether weights may be infinities and NaNs; else they are named and refused.
 
     Raises:
-        ValueError: where an argument is none of these.
-        CheckpointError: where a source is no Gemma 2 or damaged, the two do not fit, the folder exists, or the disk
+        ValueError: if an argument is none of these.
+        CheckpointError: if a source is no Gemma 2 or damaged, the two do not fit, the folder exists, or the disk
             has no room.
-        ConnectionError: where a download failed.
+        ConnectionError: if a download failed.
     """
     folders = [locate_gemma2(encoder)]
     sources = [gemma2_source(folders[0])]
@@ -91,8 +91,8 @@ def average_checkpoints(checkpoints, folder, *, weights=None, dtype=None, max_sh
     Args:
         checkpoints: two or more of what `T5GemmaBackbone.from_preset` takes, of one config.
         folder: the path to create, in Hugging Face's format.
-        weights: a number a checkpoint; equal where None. They need not sum to one.
-        dtype: of the mean, as for `adapt_gemma2_files`; the first checkpoint's where None. Sums are float64.
+        weights: a number a checkpoint; equal if None. They need not sum to one.
+        dtype: of the mean, as for `adapt_gemma2_files`; the first checkpoint's if None. Sums are float64.
         max_shard_size: as for `adapt_gemma2_files`.
         allow_non_finite: as for `adapt_gemma2_files`.
 

@@ -26,9 +26,9 @@ def load(make, config, source, *, allow_non_finite=False):
         The model.
 
     Raises:
-        CheckpointError: where a tensor is missing, superfluous, of another shape, no floating-point numbers, or not
+        CheckpointError: if a tensor is missing, superfluous, of another shape, no floating-point numbers, or not
             finite.
-        ValueError: where the model's variables are not those of `config`.
+        ValueError: if the model's variables are not those of `config`.
     """
     check_source(config, source)
     expected = {tensor.path: tensor for tensor in tensor_specs(config)}
@@ -114,7 +114,7 @@ def plain_variables(model):
     """The model's weights by path, of a model without LoRA and not quantized.
 
     Raises:
-        ValueError: where it is either; the message names a variable and the remedy.
+        ValueError: if it is either; the message names a variable and the remedy.
     """
     # `weights` are `variables` without the random state of dropout, which no checkpoint holds.
     variables = {variable.path: variable for variable in model.weights}

@@ -42,7 +42,7 @@ def on_all_processes(action):
         What it returned here.
 
     Raises:
-        CheckpointError: where it raised on another process, with its message; here its own error.
+        CheckpointError: if it raised on another process, with its message; here its own error.
     """
     if process_count() == 1:
         return action()
@@ -89,7 +89,7 @@ def write_on_first(source, tensors, write):
         write: called with a source, on one process.
 
     Raises:
-        CheckpointError: where another process is the one that writes, and it failed.
+        CheckpointError: if another process is the one that writes, and it failed.
     """
     if all(map(is_local, tensors)):
         write(source)

@@ -41,9 +41,9 @@ def t5gemma_source(origin):
         A `Source` with a `T5GemmaConfig`.
 
     Raises:
-        ValueError: where there is no such preset.
-        ConnectionError: where a download failed.
-        CheckpointError: where it is another architecture, damaged or incomplete.
+        ValueError: if there is no such preset.
+        ConnectionError: if a download failed.
+        CheckpointError: if it is another architecture, damaged or incomplete.
     """
     if not isinstance(origin, (str, Path)):
         from keras_t5gemma.checkpoints.keras_formats.models import read_t5gemma
@@ -74,9 +74,9 @@ def gemma2_source(origin):
         A `Source` with a `Gemma2Config`.
 
     Raises:
-        ValueError: where there is no such preset.
-        ConnectionError: where a download failed.
-        CheckpointError: where it is another architecture (Gemma 1 and 3 included), damaged or incomplete.
+        ValueError: if there is no such preset.
+        ConnectionError: if a download failed.
+        CheckpointError: if it is another architecture (Gemma 1 and 3 included), damaged or incomplete.
     """
     if not isinstance(origin, (str, Path)):
         from keras_t5gemma.checkpoints.keras_formats.models import read_gemma2
@@ -101,7 +101,7 @@ def locate_t5gemma(origin):
 
     Raises:
         ValueError, ConnectionError: as `presets.locate`.
-        CheckpointError: where the folder holds neither.
+        CheckpointError: if the folder holds neither.
     """
     folder = presets.locate(origin, config=False)
     has_config = (folder / "config.json").is_file()
@@ -113,7 +113,7 @@ def locate_gemma2(origin):
 
     Raises:
         ValueError, ConnectionError: as `presets.locate`.
-        CheckpointError: where the folder has no `config.json`.
+        CheckpointError: if the folder has no `config.json`.
     """
     name = str(origin)
     if "://" not in name and not Path(name).is_dir() and name not in presets.PRESETS:

@@ -42,7 +42,7 @@ class Row:
 
     @property
     def per_layer(self):
-        """Whether there is one a layer."""
+        """Whether there is one per layer."""
         return "{i}" in self.path
 
 
@@ -158,7 +158,7 @@ def _tensor(row, stack, layer, sizes):
 
 
 def _runs(rows):
-    """Consecutive rows that are all one a layer, or all one a stack."""
+    """Consecutive rows that are all one per layer, or all one per stack."""
     runs = []
     for row in rows:
         if not runs or runs[-1][0] != row.per_layer:

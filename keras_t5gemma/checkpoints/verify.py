@@ -61,7 +61,7 @@ def compare_checkpoints(checkpoint, other):
         A `Difference` for each tensor that is not the same bit for bit, the largest relative one first.
 
     Raises:
-        CheckpointError: where either is damaged, or they are of different configs.
+        CheckpointError: if either is damaged, or they are of different configs.
     """
     mine, theirs = t5gemma_source(checkpoint), t5gemma_source(other)
     if mine.config != theirs.config:
@@ -91,7 +91,7 @@ def check_invariants(checkpoint, encoder, decoder=None, *, length=64, seed=0):
     Args:
         checkpoint: a T5Gemma as adapted, not yet trained.
         encoder: the Gemma 2 its encoder was adapted from, as for `adapt_gemma2`.
-        decoder: that of its decoder; the encoder's where None.
+        decoder: that of its decoder; the encoder's if None.
         length: T, embeddings in the sequence to run.
         seed: of that sequence.
 
@@ -99,7 +99,7 @@ def check_invariants(checkpoint, encoder, decoder=None, *, length=64, seed=0):
         A `Difference` for the hidden states and one for the embeddings of the encoder, and two of the decoder.
 
     Raises:
-        CheckpointError: where a checkpoint is damaged, or the stacks' sizes differ.
+        CheckpointError: if a checkpoint is damaged, or the stacks' sizes differ.
     """
     adapted = t5gemma_source(checkpoint)
     differences = []

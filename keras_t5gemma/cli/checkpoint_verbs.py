@@ -154,9 +154,9 @@ def inspect(
 ):
     """Show what a checkpoint is, its sizes and its tensors, which are checked against its config."""
     with one_line_errors():
-        from keras_t5gemma.cli.inspection import config_table, recognise, tensor_table, totals_table
+        from keras_t5gemma.cli.inspection import config_table, recognize, tensor_table, totals_table
 
-        title, source = recognise(model)
+        title, source = recognize(model)
         console = wide_console()
         console.print(config_table(title, source.config))
         if tensors:

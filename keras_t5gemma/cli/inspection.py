@@ -13,14 +13,14 @@ from keras_t5gemma.checkpoints.sources import gemma2_source, locate_gemma2, loca
 from keras_t5gemma.config import StackConfig
 
 
-def recognise(model):
+def recognize(model):
     """A checkpoint's title and its `Source`, whose tensors are those of its config.
 
     Args:
         model: what `from_preset` or `adapt_gemma2` takes.
 
     Raises:
-        ValueError: where it is another architecture, or its tensors are not those of its config.
+        ValueError: if it is another architecture, or its tensors are not those of its config.
     """
     folder = locate_gemma2(model) if str(model).startswith("gemma2") else locate_t5gemma(model)
     if not (folder / "config.json").is_file():

@@ -36,8 +36,8 @@ def use_backend(backend):
         backend: a `Backend`, or `None` for KERAS_BACKEND, else JAX if it is installed, else Keras's own choice.
 
     Raises:
-        ValueError: where it is none that trains, or Keras already runs on another.
-        ImportError: where it is not installed.
+        ValueError: if it is none that trains, or Keras already runs on another.
+        ImportError: if it is not installed.
     """
     name = backend or os.environ.get("KERAS_BACKEND") or ("jax" if importlib.util.find_spec("jax") else None)
     if name is not None:

@@ -19,7 +19,7 @@ class Result:
         start: "adapted" or "from scratch".
         objective: its name.
         parameters: how many.
-        before: held-out loss a target token before training, in nats.
+        before: held-out loss per target token before training, in nats.
         after: the same after training.
         losses: training loss of each step.
     """

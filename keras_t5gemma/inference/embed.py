@@ -38,7 +38,7 @@ def embed(lm, inputs, pooling="mean", *, batch_size=32, progress=False):
         float32 [N, D of the encoder], in the order of the inputs; without N for a single text.
 
     Raises:
-        ValueError: where there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
+        ValueError: if there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
             or `batch_size` is none of these.
         MemoryError, RuntimeError: as for `generate`.
     """

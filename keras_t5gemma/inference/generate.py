@@ -36,9 +36,9 @@ def generate(
         inputs: with a preprocessor a string, a list of strings, a conversation where the preprocessor is for chats,
             or a dict of `encoder_text` and, to start the answer with, `decoder_text`. Without one a dict of
             `encoder_token_ids` [B, S] and optionally `encoder_padding_mask`, `decoder_token_ids` [B, T] (prompts;
-            `<bos>` where left out) and `decoder_padding_mask`. Or a `tf.data.Dataset` of batches of either.
+            `<bos>` if left out) and `decoder_padding_mask`. Or a `tf.data.Dataset` of batches of either.
         max_length: L, tokens of the result with its decoder prompt; the preprocessor's `decoder_sequence_length`
-            where left out, or the width of `decoder_token_ids` without a preprocessor.
+            if left out, or the width of `decoder_token_ids` without a preprocessor.
         stop_token_ids: ids that end a sequence; "auto" for the tokenizer's `<eos>` and `<end_of_turn>`; None to
             always fill `max_length`.
         strip_prompt: leave the decoder prompt out of the result.
@@ -64,7 +64,7 @@ def generate(
     Raises:
         ValueError: for an empty or over-long prompt, ids outside the vocabulary, a `max_length` too short, or
             options that are out of range, contradict each other or that the sampler cannot meet.
-        MemoryError: where memory does not suffice; the message says about how many rows would fit. The model can
+        MemoryError: if memory does not suffice; the message says about how many rows would fit. The model can
             be used on.
         RuntimeError: if another thread is in `fit`. In a callback of a `fit` it works, as `stream`, `score` and
             `embed` do, and leaves the training as if it had not been.

@@ -58,7 +58,7 @@ class RepetitionPenalty:
         penalty: above 1 discourages, below 1 encourages; 1.2 in the paper.
 
     Raises:
-        ValueError: where `penalty` is not positive.
+        ValueError: if `penalty` is not positive.
     """
 
     penalty: float
@@ -71,8 +71,8 @@ class RepetitionPenalty:
         """Logits [R, V] as [R, V]."""
         ids = sequences.token_ids
         there = ops.broadcast_to(ops.arange(ids.shape[1], dtype="int32") < sequences.index, ids.shape)
-        penalised = ops.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        return ops.where(_listed(ids, there, logits.shape[1]), penalised, logits)
+        penalized = ops.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        return ops.where(_listed(ids, there, logits.shape[1]), penalized, logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class NoRepeatNgrams:
         n: tokens of an n-gram; with 1 no token comes twice.
 
     Raises:
-        ValueError: where `n` is not a positive integer.
+        ValueError: if `n` is not a positive integer.
     """
 
     n: int
@@ -113,7 +113,7 @@ class ForbiddenTokens:
         ids: a sequence of ids.
 
     Raises:
-        ValueError: where `ids` is empty or holds other than ids.
+        ValueError: if `ids` is empty or holds other than ids.
     """
 
     ids: tuple[int, ...]
@@ -143,7 +143,7 @@ class MinimumLength:
         tokens: the least number of new tokens, without the prompt and the one that ends it.
 
     Raises:
-        ValueError: where `tokens` is not a positive integer.
+        ValueError: if `tokens` is not a positive integer.
     """
 
     tokens: int
@@ -176,7 +176,7 @@ class ForcedTokens:
             for, which only rows that did not stop before reach.
 
     Raises:
-        ValueError: where `tokens` is empty or no such mapping.
+        ValueError: if `tokens` is empty or no such mapping.
     """
 
     tokens: Mapping[int, int]
@@ -220,7 +220,7 @@ def check_processors(processors, request):
         request: a `Request`.
 
     Raises:
-        ValueError: where that is no list of callables, an id is outside the vocabulary, a length has no room, or two
+        ValueError: if that is no list of callables, an id is outside the vocabulary, a length has no room, or two
             processors contradict each other.
     """
     is_list = isinstance(processors, (list, tuple))

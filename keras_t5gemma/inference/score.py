@@ -22,7 +22,7 @@ def score(lm, inputs, targets, *, closed=True):
 
     Args:
         inputs: one or more prompts, as for `generate`; a target follows the start of its answer, if it has one.
-        targets: with a preprocessor a string a prompt; without one a row of ids a prompt, of any length, or what
+        targets: with a preprocessor a string per prompt; without one a row of ids per prompt, of any length, or what
             `generate(strip_prompt=True)` gave.
         closed: whether texts are whole answers, whose end (`<eos>`, after `<end_of_turn>` where the preprocessor is
             for chats) counts too, rather than the beginnings of some. Ids are taken as they are.
@@ -32,7 +32,7 @@ def score(lm, inputs, targets, *, closed=True):
         0 after its end. Without B for a single prompt.
 
     Raises:
-        ValueError: where prompts or targets are not as described, or do not match in number.
+        ValueError: if prompts or targets are not as described, or do not match in number.
         MemoryError, RuntimeError: as for `generate`.
     """
     if lm.preprocessor is not None:

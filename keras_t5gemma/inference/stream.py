@@ -42,7 +42,7 @@ def stream(
         max_new_tokens: as for `generate`.
         processors: as for `generate`.
         seed: as for `generate`.
-        chunk_size: tokens decoded between two looks at them, beginning with 1, 2, 4, .... 8 where left out, or 1 on
+        chunk_size: tokens decoded between two looks at them, beginning with 1, 2, 4, .... 8 if left out, or 1 on
             PyTorch; 1 shows each token at once, more cost less time.
 
     Returns:

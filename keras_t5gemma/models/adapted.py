@@ -39,8 +39,8 @@ def adapt_gemma2(
         A `T5GemmaBackbone`.
 
     Raises:
-        ValueError: where an argument is none of these, a checkpoint is no Gemma 2, or the two do not fit.
-        ConnectionError: where a download failed.
+        ValueError: if an argument is none of these, a checkpoint is no Gemma 2, or the two do not fit.
+        ConnectionError: if a download failed.
 
     Example:
         >>> backbone = kt.adapt_gemma2("gemma2_9b_en", "gemma2_2b_en", dtype="bfloat16")

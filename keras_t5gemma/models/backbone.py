@@ -247,7 +247,7 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
             A `keras.distribution.LayoutMap`.
 
         Raises:
-            ValueError: where the mesh is none, or has no axis for the batch.
+            ValueError: if the mesh is none, or has no axis for the batch.
         """
         return layout_map(device_mesh, config, data_axis=data_parallel_dim_name, model_axis=model_parallel_dim_name)
 
@@ -266,9 +266,9 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
                 `quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=32))` does.
 
         Raises:
-            ValueError: where the preset is unknown, or is no T5Gemma.
-            ConnectionError: where a download failed.
-            CheckpointError: where the folder's tensors are not those of its config.
+            ValueError: if the preset is unknown, or is no T5Gemma.
+            ConnectionError: if a download failed.
+            CheckpointError: if the folder's tensors are not those of its config.
         """
         folder = locate_t5gemma(preset)
         saved = _saved_config(folder)

@@ -46,7 +46,7 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
 
     Raises:
         TypeError: for another keyword.
-        ValueError: where the tokenizer's vocabulary is larger than the backbone's.
+        ValueError: if the tokenizer's vocabulary is larger than the backbone's.
 
     Example:
         >>> lm = kt.T5GemmaSeq2SeqLM.from_preset("t5gemma_2b_2b_prefixlm_it", dtype="bfloat16")
@@ -114,9 +114,9 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
 
         Raises:
             TypeError: for a keyword that is none of these.
-            ValueError: where the preset is unknown, or is no T5Gemma.
-            ConnectionError: where a download failed.
-            CheckpointError: where the folder's tensors are not those of its config.
+            ValueError: if the preset is unknown, or is no T5Gemma.
+            ConnectionError: if a download failed.
+            CheckpointError: if the folder's tensors are not those of its config.
         """
         _check_keywords(kwargs, ("dtype", "preprocessor", "buckets"))  # before anything is read
         folder = locate_t5gemma(preset)
@@ -159,7 +159,7 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
                 XLA compile the decoding loops of models of ten million weights and more, on CPUs too.
 
         Raises:
-            ValueError: where `sampler` is none of these, `accumulation_steps` no positive integer or not to be had
+            ValueError: if `sampler` is none of these, `accumulation_steps` no positive integer or not to be had
                 with the loss, or a teacher's vocabulary not the model's.
         """
         sampler = resolve_sampler(sampler)

@@ -73,7 +73,7 @@ def layout_map(device_mesh, config=None, *, data_axis="batch", model_axis="model
         A `LayoutMap` from regular expressions for the paths of variables and of layers' outputs to layouts.
 
     Raises:
-        ValueError: where the mesh is none, or has no `data_axis`.
+        ValueError: if the mesh is none, or has no `data_axis`.
     """
     if not isinstance(device_mesh, keras.distribution.DeviceMesh):
         raise ValueError(f"`device_mesh` must be a `keras.distribution.DeviceMesh`. Received: {device_mesh!r}.")

@@ -191,7 +191,7 @@ class Decoder(Stack):
             encoder_output: [B, S, D of the encoder].
             encoder_padding_mask: int [B, S].
             length: L, the longest sequence it is to hold.
-            ahead: the most tokens that a step will take; any number where None. Sliding layers then keep R = window +
+            ahead: the most tokens that a step will take; any number if None. Sliding layers then keep R = window +
                 ahead positions, where these are fewer than L.
 
         Returns:

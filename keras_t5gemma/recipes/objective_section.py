@@ -18,7 +18,7 @@ def make_objective(section):
         A `PrefixLM`, `SpanCorruption`, `UL2` or `Mixture`; None for "supervised", whose examples are the data's.
 
     Raises:
-        ValueError: where the section is none, or out of range.
+        ValueError: if the section is none, or out of range.
     """
     given = [key for key in ("name", "mixture", "denoisers") if getattr(section, key)]
     if len(given) != 1:

@@ -39,7 +39,7 @@ def recipe_path(recipe):
         recipe: a path, or a name in `recipe_names()`.
 
     Raises:
-        RecipeError: where it is neither.
+        RecipeError: if it is neither.
     """
     path = Path(recipe)
     if not path.suffix and str(recipe) in recipe_names() and not path.is_file():
@@ -66,7 +66,7 @@ def read_recipe(recipe, **overrides):
         A `Recipe`, with every key that the file leaves out at its default.
 
     Raises:
-        RecipeError: where the file is missing, is no TOML, or has an unknown key, a missing one, or one of another type
+        RecipeError: if the file is missing, is no TOML, or has an unknown key, a missing one, or one of another type
             or out of range.
     """
     path = recipe_path(recipe)
@@ -200,7 +200,7 @@ def _check_together(recipe, path):
     taught = recipe.distillation.teacher is not None
     saves = training.steps // training.save_every + bool(training.steps % training.save_every)
     devices = math.prod(hardware.mesh[:1])
-    # A part of a batch has a row a device or more; one device takes parts of any size.
+    # A part of a batch has a row per device or more; one device takes parts of any size.
     rows = math.lcm(devices * training.accumulation_steps if hardware.mesh else 1, hardware.processes)
     for good, message in (
         (bool(model.preset) != bool(model.adapt), "[model]: needs `preset` or `adapt`, and not both."),

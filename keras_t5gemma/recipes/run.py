@@ -45,9 +45,9 @@ def run_recipe(recipe, console=None):
         The path of the trained model.
 
     Raises:
-        RecipeError: where the run in the folder was begun with another recipe.
-        ValueError: where texts, models or devices are not as the recipe says.
-        FloatingPointError: where loss or weights are not finite; the message names the last good checkpoint.
+        RecipeError: if the run in the folder was begun with another recipe.
+        ValueError: if texts, models or devices are not as the recipe says.
+        FloatingPointError: if loss or weights are not finite; the message names the last good checkpoint.
     """
     console = console or Console()
     folder = Path(recipe.output.folder)

@@ -39,7 +39,7 @@ class Packer:
             `(rows, batched)`: lists of ids, and whether `value` was more than one prompt.
 
         Raises:
-            ValueError: where a prompt is empty, no text, or too long.
+            ValueError: if a prompt is empty, no text, or too long.
         """
         prompts, batched = _as_list(value, "encoder_text")
         texts = [self._prompt_text(prompt, _place("encoder_text", i, batched)) for i, prompt in enumerate(prompts)]
@@ -63,7 +63,7 @@ class Packer:
             `(rows, batched)`.
 
         Raises:
-            ValueError: where a value is no text, or too long.
+            ValueError: if a value is no text, or too long.
         """
         texts, batched = _as_list(value, "decoder_text")
         tokenizer = self.tokenizer

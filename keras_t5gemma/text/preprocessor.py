@@ -51,7 +51,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         **kwargs: as for `keras_hub.models.Seq2SeqLMPreprocessor`.
 
     Raises:
-        ValueError: where an argument is none of these.
+        ValueError: if an argument is none of these.
     """
 
     tokenizer_cls = T5GemmaTokenizer
@@ -111,7 +111,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             float32, 0 at padding. Without B for single strings.
 
         Raises:
-            ValueError: where a key is missing or unknown, a prompt is empty, a text is too long, the batches differ
+            ValueError: if a key is missing or unknown, a prompt is empty, a text is too long, the batches differ
                 in size, `y` is given or `sample_weight` has another shape. In a traced `tf.data` pipeline it comes as
                 TensorFlow's `InvalidArgumentError` with the same message.
         """

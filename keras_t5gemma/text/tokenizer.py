@@ -27,7 +27,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     """Text to ids and back with Gemma's vocabulary: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, turns 106 and 107.
 
     It adds no token of its own: `<bos>`, `<eos>` and turns are the preprocessor's. The turn tokens and
-    `<unused0>` .. `<unused98>` are recognised inside text; `<bos>`, `<eos>` and `<pad>` are not (they are read as the
+    `<unused0>` .. `<unused98>` are recognized inside text; `<bos>`, `<eos>` and `<pad>` are not (they are read as the
     plain characters), so text cannot end a sequence. The first text that holds one of them is answered with a warning,
     once per tokenizer, since other libraries want them written there.
 
@@ -42,7 +42,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         **kwargs: as for `keras_hub.tokenizers.SentencePieceTokenizer`.
 
     Raises:
-        ValueError: where the file is missing, is no SentencePiece model, or lacks one of Gemma's special tokens.
+        ValueError: if the file is missing, is no SentencePiece model, or lacks one of Gemma's special tokens.
     """
 
     presets = PRESETS
@@ -165,9 +165,9 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             **kwargs: override what was saved.
 
         Raises:
-            ValueError: where the name is unknown or the folder holds no tokenizer; the message names what was looked
+            ValueError: if the name is unknown or the folder holds no tokenizer; the message names what was looked
                 for and where.
-            ConnectionError: where a download failed.
+            ConnectionError: if a download failed.
         """
         gemma = keras_hub.models.GemmaTokenizer.presets
         if str(preset) not in PRESETS and str(preset) in gemma:
@@ -205,7 +205,7 @@ def keras_options(folder, config_file):
     """The constructor's arguments in a config that Keras saved.
 
     Raises:
-        ValueError: where the file is missing or is no such config.
+        ValueError: if the file is missing or is no such config.
     """
     path = Path(folder) / config_file
     if not path.is_file():

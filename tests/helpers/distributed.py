@@ -34,7 +34,7 @@ LAYOUTS = {
 
 
 def batches():
-    """A dataset whose first two batches, one a process, make the batch of the step on one device."""
+    """A dataset whose first two batches, one per process, make the batch of the step on one device."""
     ids = np.random.default_rng(0).integers(3, CONFIG.vocabulary_size, 4_000, dtype="int32")
     data = kt.pretraining_dataset(ids, None, kt.PrefixLM(14, 10), batch_size=4, num_epochs=1)
     # `MirroredStrategy` averages the means of its replicas, whatever number of tokens each is of.

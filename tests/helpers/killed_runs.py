@@ -37,7 +37,7 @@ JIT = keras.config.backend() == "jax"
 
 
 class Recording:
-    """A model that writes into a variable of its own what it is trained on, a number a step."""
+    """A model that writes into a variable of its own what it is trained on, a number per step."""
 
     def record(self):
         self.trail = self.add_weight(shape=(STEPS,), dtype="int32", initializer="zeros", trainable=False, name="trail")

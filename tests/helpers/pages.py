@@ -67,7 +67,7 @@ def run(page, outcomes, elsewhere=()):
         elsewhere: words of blocks that another test runs.
 
     Raises:
-        AssertionError: where a block has no outcome, or several, or an outcome no block.
+        AssertionError: if a block has no outcome, or several, or an outcome no block.
     """
     names, left = {"__name__": "__main__"}, dict(outcomes)
     for line, text in blocks(page):

@@ -22,7 +22,7 @@ def loud_backbone(config, seed=0, **kwargs):
 
 
 def loud_weights(backbone, seed=0):
-    """An array a weight, drawn in the order of `backbone.weights`."""
+    """An array per weight, drawn in the order of `backbone.weights`."""
     generator = np.random.default_rng(seed)
     for variable in backbone.weights:
         shape = tuple(variable.shape)

@@ -244,7 +244,7 @@ def test_programs_of_options_made_anew_each_time_are_not_kept_for_ever(lm):
         (kt.TopKTopPSampler(k=129), {}, "`k` must be at most 128"),
         ("greedy", {"seed": -1}, "`seed` must be an integer of at least 0"),
         ("greedy", {"max_new_tokens": 3}, "`max_new_tokens` and `max_length` both limit the result"),
-        ("greedy", {"max_length": None, "max_new_tokens": [1, 2]}, "`max_new_tokens` must be .* one a row, 4"),
+        ("greedy", {"max_length": None, "max_new_tokens": [1, 2]}, "`max_new_tokens` must be .* one per row, 4"),
         ("greedy", {"max_length": None, "max_new_tokens": 0}, "`max_new_tokens` must be a positive integer"),
         ("greedy", {"processors": [kt.MinimumLength(16)]}, "leaves room for 15"),
         ("greedy", {"processors": [kt.ForbiddenTokens([128])]}, r"must hold ids in \[0, 128\)"),
@@ -265,7 +265,7 @@ def test_sampler_that_is_too_cold_is_refused(pair):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ([[1], [2]], "`targets` must have a row a prompt, 4"),
+        ([[1], [2]], "`targets` must have a row per prompt, 4"),
         ([[1], [], [2], [3]], "Received in row 1"),
         ([[1], [2], [3], [128]], r"`targets` must be in \[0, 128\)"),
         ("text", "`targets` must be rows of ids"),

@@ -81,7 +81,7 @@ def test_norm():
     def plain(x, scale):
         return x / ops.sqrt(ops.mean(x * x, axis=-1, keepdims=True) + 1e-6) * (1 + scale)
 
-    assert_same(lambda x, scale: norm.recomputed(layer._normalise, x, scale), plain, draw(2, 5, 12), draw(12, seed=1))
+    assert_same(lambda x, scale: norm.recomputed(layer._normalize, x, scale), plain, draw(2, 5, 12), draw(12, seed=1))
 
 
 def test_gated_product():

@@ -68,7 +68,7 @@ def read_t5gemma_config(values, where="config.json"):
         where: its path, for messages.
 
     Raises:
-        CheckpointError: where it is another architecture, or a field is missing, inconsistent or not one we compute.
+        CheckpointError: if it is another architecture, or a field is missing, inconsistent or not one we compute.
     """
     own = values.get("model_type") == OWN_MODEL_TYPE
     _check_architecture(values, OWN_MODEL_TYPE if own else "t5gemma", ARCHITECTURE, where)
@@ -102,7 +102,7 @@ def read_gemma2_config(values, where="config.json"):
     """A `Gemma2Config` from Hugging Face's, as `transformers` 4 or 5 writes it.
 
     Raises:
-        CheckpointError: where it is another architecture (Gemma 1 and 3 included), or a field is missing, inconsistent
+        CheckpointError: if it is another architecture (Gemma 1 and 3 included), or a field is missing, inconsistent
             or not one we compute.
     """
     _check_architecture(values, "gemma2", "Gemma2ForCausalLM", where)
@@ -132,7 +132,7 @@ def write_t5gemma_config(config, dtype, eos_ids=(EOS_ID,)):
         A JSON-ready dict.
 
     Raises:
-        CheckpointError: where `transformers` could not compute the model.
+        CheckpointError: if `transformers` could not compute the model.
     """
     eos_id = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
     special = {"pad_token_id": PAD_ID, "eos_token_id": eos_id, "bos_token_id": BOS_ID}

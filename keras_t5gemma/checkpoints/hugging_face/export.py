@@ -44,9 +44,9 @@ def export_to_hugging_face(
         allow_non_finite: whether weights may be infinities and NaNs; else they are named and refused.
 
     Raises:
-        TypeError: where the folder comes first.
-        ValueError: where the model is quantized, or an argument is none of these.
-        CheckpointError: where the folder exists, a `query_scalar` is no whole number, which `transformers` could not
+        TypeError: if the folder comes first.
+        ValueError: if the model is quantized, or an argument is none of these.
+        CheckpointError: if the folder exists, a `query_scalar` is no whole number, which `transformers` could not
             read, or a weight does not fit in float16 or is not finite.
         RuntimeError: if another thread trains the model.
     """
@@ -105,7 +105,7 @@ def write_checkpoint(
         card: the text of the model card, or None.
 
     Raises:
-        ValueError: where an argument is none of these.
+        ValueError: if an argument is none of these.
         CheckpointError: as for `export_to_hugging_face`.
     """
     if chat and proto is None:
@@ -135,7 +135,7 @@ class ModelTensors(TensorSource):
         backbone: a `T5GemmaBackbone`.
 
     Raises:
-        ValueError: where the backbone is quantized.
+        ValueError: if the backbone is quantized.
     """
 
     def __init__(self, backbone):

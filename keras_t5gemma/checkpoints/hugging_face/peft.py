@@ -37,8 +37,8 @@ def save_lora(model, folder, *, base_model=None):
         base_model: name or path of the model that the adapter is for, which PEFT's `AutoPeftModel` reads.
 
     Raises:
-        ValueError: where the model has no LoRA, or has it on an embedding.
-        CheckpointError: where the folder exists, or a number is not finite.
+        ValueError: if the model has no LoRA, or has it on an embedding.
+        CheckpointError: if the folder exists, or a number is not finite.
         RuntimeError: if another thread trains the model.
     """
     backbone = getattr(model, "backbone", model)
@@ -87,9 +87,9 @@ def load_lora(model, folder):
         folder: with `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
-        CheckpointError: where the files are damaged or do not belong to this model, or hold what Keras's LoRA has not:
+        CheckpointError: if the files are damaged or do not belong to this model, or hold what Keras's LoRA has not:
             other PEFT methods, DoRA, trained biases or embeddings.
-        ValueError: where the model has LoRA on other layers or of another rank.
+        ValueError: if the model has LoRA on other layers or of another rank.
     """
     backbone = getattr(model, "backbone", model)
     folder = Path(folder)
@@ -153,7 +153,7 @@ def _modules(backbone):
     """`(tensor, layer)` of each matrix that LoRA may be on, by the name of Hugging Face's module.
 
     Raises:
-        ValueError: where LoRA is on an embedding.
+        ValueError: if LoRA is on an embedding.
     """
     layers, modules = {layer.path: layer for layer in flatten_layers(backbone)}, {}
     for tensor in tensor_specs(backbone.config):

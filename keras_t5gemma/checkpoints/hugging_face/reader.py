@@ -33,7 +33,7 @@ class CheckpointFolder(TensorSource):
         folder: a path.
 
     Raises:
-        CheckpointError: where there are no weights in safetensors, a shard is missing or damaged, the index names a
+        CheckpointError: if there are no weights in safetensors, a shard is missing or damaged, the index names a
             file outside the folder, or index and shards disagree about which tensors they hold.
     """
 
@@ -130,7 +130,7 @@ class SafetensorsFile:
         path: of the file.
 
     Raises:
-        CheckpointError: where the file is missing, truncated, longer than its header says, or the header is not one.
+        CheckpointError: if the file is missing, truncated, longer than its header says, or the header is not one.
     """
 
     def __init__(self, path):
@@ -275,7 +275,7 @@ def read_json(path):
     """The JSON object in a file, as a dict.
 
     Raises:
-        CheckpointError: where the file is missing or holds anything else.
+        CheckpointError: if the file is missing or holds anything else.
     """
     path = Path(path)
     try:

@@ -47,7 +47,7 @@ def write_tokenizer(folder, proto, chat, vocabulary_size):
         vocabulary_size: the model's V.
 
     Raises:
-        CheckpointError: where `proto` is no SentencePiece model, or has more pieces than the model has rows.
+        CheckpointError: if `proto` is no SentencePiece model, or has more pieces than the model has rows.
     """
     processor = _processor(proto)
     if len(processor) > vocabulary_size:

@@ -32,9 +32,9 @@ def write_tensors(folder, source, max_shard_size="5GB", *, allow_non_finite=Fals
         title: of the progress bar.
 
     Raises:
-        CheckpointError: where a tensor's dtype cannot be written, it is not what the source announced, it is not
+        CheckpointError: if a tensor's dtype cannot be written, it is not what the source announced, it is not
             finite, or the disk has no room.
-        ValueError: where `max_shard_size` is neither.
+        ValueError: if `max_shard_size` is neither.
     """
     folder = Path(folder)
     shards = _shards(source, byte_count(max_shard_size))

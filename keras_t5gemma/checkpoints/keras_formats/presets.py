@@ -29,7 +29,7 @@ class KerasPreset(TensorSource):
         layouts: the `Layout`s of the models it may hold.
 
     Raises:
-        CheckpointError: where it is another model's, a file is missing or damaged, the index names a file outside the
+        CheckpointError: if it is another model's, a file is missing or damaged, the index names a file outside the
             folder, or a tensor is missing or superfluous.
     """
 

@@ -33,8 +33,8 @@ def open_orbax(folder, pattern):
         The checkpoint's own folder, and `{path: tensorstore.TensorStore}`, the paths being keys joined by slashes.
 
     Raises:
-        CheckpointError: where it is no such checkpoint, is damaged, or has a parameter of another name.
-        ImportError: where tensorstore is not installed.
+        CheckpointError: if it is no such checkpoint, is damaged, or has a parameter of another name.
+        ImportError: if tensorstore is not installed.
     """
     folder = _checkpoint_folder(Path(folder))
     metadata = read_json(folder / METADATA_FILE)
@@ -64,7 +64,7 @@ def result(future, title):
     """What a tensorstore's future gives.
 
     Raises:
-        CheckpointError: where it gives none; the message begins with the title.
+        CheckpointError: if it gives none; the message begins with the title.
     """
     try:
         return future.result()

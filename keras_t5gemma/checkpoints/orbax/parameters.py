@@ -97,8 +97,8 @@ def read_orbax_t5gemma(folder, config=None):
         config: a `T5GemmaConfig`, for stacks of other sizes than those in `presets.STACKS`.
 
     Raises:
-        CheckpointError: where it is no such checkpoint, damaged or incomplete, or its sizes are none of the known.
-        ImportError: where tensorstore is not installed.
+        CheckpointError: if it is no such checkpoint, damaged or incomplete, or its sizes are none of the known.
+        ImportError: if tensorstore is not installed.
     """
     folder, arrays = open_orbax(folder, PATHS)
     config = _recognized(folder, arrays) if config is None else config
@@ -114,7 +114,7 @@ class OrbaxTensors(TensorSource):
         config: the `T5GemmaConfig` they should make.
 
     Raises:
-        CheckpointError: where a parameter is missing, superfluous, of another shape or no floating-point numbers.
+        CheckpointError: if a parameter is missing, superfluous, of another shape or no floating-point numbers.
     """
 
     def __init__(self, folder, arrays, config):

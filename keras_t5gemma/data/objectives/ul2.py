@@ -60,7 +60,7 @@ class UL2(Mixed):
         too_few_sentinels: "cap" the length of a denoiser that runs out, or "merge" its spans.
 
     Raises:
-        ValueError: where a value is out of range or unknown.
+        ValueError: if a value is out of range or unknown.
     """
 
     encoder_length: int

@@ -43,7 +43,7 @@ def in_order(dataset, transform, *, seed, shuffle, num_epochs, shuffle_buffer, n
         A `grain.IterDataset`.
 
     Raises:
-        ValueError: where the dataset has no rows, or an argument is out of range.
+        ValueError: if the dataset has no rows, or an argument is out of range.
     """
     shuffle_buffer = integer(shuffle_buffer, "shuffle_buffer")
     num_workers = integer(num_workers, "num_workers", least=0)

@@ -73,7 +73,7 @@ def supervised_dataset(
         A `grain.IterDataset` of `(x, y, sample_weight)`, see `pretraining_dataset`.
 
     Raises:
-        ValueError: where an argument is out of range or there are no rows; and, when it is read, where a row is none of
+        ValueError: if an argument is out of range or there are no rows; and, when it is read, where a row is none of
             these or too long.
     """
     batch_size = integer(batch_size, "batch_size")

@@ -32,14 +32,14 @@ def distillation_dataset(data, objective=None, tokenizer=None):
         data: a Grain dataset of batches `(x, y, sample_weight)`, as `pretraining_dataset` and `supervised_dataset`
             make them, not packed: a causal teacher would see one example from the next.
         objective: what made the examples, for its sentinels and mode tokens; None for pairs.
-        tokenizer: as for `pretraining_dataset`, whose start and pad ids are used; Gemma's where None.
+        tokenizer: as for `pretraining_dataset`, whose start and pad ids are used; Gemma's if None.
 
     Returns:
         The same kind of dataset, with y a dict of int32 arrays: `labels` [B, T]; `teacher_token_ids` and
         `teacher_padding_mask` [B, S + T]; `teacher_positions` [B, T].
 
     Raises:
-        ValueError: where `data` is no such dataset; and, when it is read, where a batch is packed or something else.
+        ValueError: if `data` is no such dataset; and, when it is read, where a batch is packed or something else.
     """
     if not isinstance(data, (grain.MapDataset, grain.IterDataset)):
         raise ValueError(

@@ -79,7 +79,7 @@ def open_bytes(path):
     """A file's bytes, decompressed by its name, as a buffered stream.
 
     Raises:
-        ImportError: where the library for it is not installed.
+        ImportError: if the library for it is not installed.
     """
     if path.suffix == ".gz":
         return gzip.open(path, "rb")

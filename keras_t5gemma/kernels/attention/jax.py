@@ -1,4 +1,4 @@
-"""Attention's gradient on JAX: of what it computes on the way, one number a query and head is kept for it.
+"""Attention's gradient on JAX: of what it computes on the way, one number per query and head is kept for it.
 
 With logits `l`, capped logits `x = cap * tanh(l / cap)` of the visible keys, `log_sum_exp = log(sum(exp(x)))`, weights
 `w = exp(x - log_sum_exp)` and the output `o = w v`, only `log_sum_exp` and `o` are kept. The backward pass computes `l`

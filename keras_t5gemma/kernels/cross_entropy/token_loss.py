@@ -17,7 +17,7 @@ class CrossEntropy:
     label_smoothing: float
 
     def by_token(self, *targets):
-        """What of a chunk's targets is an array [m, ...], a row a token: here all of them."""
+        """What of a chunk's targets is an array [m, ...], a row per token: here all of them."""
         return targets
 
     def of_logits(self, logits, labels, shares, gradients):

@@ -58,7 +58,7 @@ class Fits(RestoresTrainingState):
                 `tf.data.Dataset`, a `keras.utils.PyDataset`, a `torch.utils.data.DataLoader`, a generator.
             y: labels for token ids, [B, T], -100 at positions without one. If None, the decoder's ids moved one to the
                 left. Of texts the preprocessor makes them.
-            batch_size: rows a step, for rows in memory; 32 if None.
+            batch_size: rows per step, for rows in memory; 32 if None.
             sample_weight: [B], one per row; or, for token ids, [B, T], of each label. If None, labels count that are
                 neither -100 nor `<pad>`, at positions of the decoder that are not padding.
             validation_data: as x, or a tuple of x, y and weights.

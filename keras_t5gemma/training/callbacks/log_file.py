@@ -19,7 +19,7 @@ def read_log(run):
         `{column: (steps, values)}`, two lists of numbers; a row that has no value in a column is left out of it.
 
     Raises:
-        ValueError: where there is no log, or a row of it is none.
+        ValueError: if there is no log, or a row of it is none.
     """
     path = Path(run) / LOG_FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():

@@ -86,7 +86,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             weights alone are checked, when they are saved: where a loss scale skips such batches, say.
 
     Raises:
-        ValueError: where an argument is out of range; in `fit`, where the data are not from `data`, or are other data;
+        ValueError: if an argument is out of range; in `fit`, where the data are not from `data`, or are other data;
             if one of the callbacks that get their state back comes after this one, or
             `BackupAndRestore` is among them.
         CheckpointError: in `fit`, where the newest checkpoint is damaged or another model's, or the folder cannot be
@@ -115,7 +115,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 a dict of rows in memory, texts or token ids, as `fit` takes it.
             y: labels, for a dict of token ids.
             sample_weight: for a dict, as `fit` takes it.
-            batch_size: for a dict, rows a step.
+            batch_size: for a dict, rows per step.
             seed: for a dict, of the order of the rows, another one in each epoch; None for the order they have.
 
         Returns:

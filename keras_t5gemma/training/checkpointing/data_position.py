@@ -31,7 +31,7 @@ class NumberedBatches(grain.IterDataset):
         dataset: a `grain.MapDataset` or `grain.IterDataset` of batches.
 
     Raises:
-        ValueError: where `dataset` is neither.
+        ValueError: if `dataset` is neither.
     """
 
     def __init__(self, dataset):
@@ -88,7 +88,7 @@ class NumberedBatches(grain.IterDataset):
             That batch.
 
         Raises:
-            ValueError: where the batch is another; the message says in what.
+            ValueError: if the batch is another; the message says in what.
         """
         number, expected = position["number"], position["last_batch"]
         self.start(number - 1)

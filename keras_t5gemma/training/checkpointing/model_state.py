@@ -45,7 +45,7 @@ def host_copy(model):
 
 
 def description(model):
-    """What a model and its optimiser are, to tell whether a checkpoint is theirs; JSON-ready."""
+    """What a model and its optimizer are, to tell whether a checkpoint is theirs; JSON-ready."""
     backbone = getattr(model, "backbone", model)
     config = backbone.get_config() if isinstance(getattr(backbone, "config", None), T5GemmaConfig) else {}
     optimizer = keras.optimizers.serialize(model.optimizer)
@@ -80,10 +80,10 @@ def build_metrics(model, batch):
 
 
 def check(model, expected, path):
-    """Compares a model and its optimiser with a checkpoint's `description`.
+    """Compares a model and its optimizer with a checkpoint's `description`.
 
     Raises:
-        CheckpointError: where they differ; the message names the checkpoint, what came and what would work.
+        CheckpointError: if they differ; the message names the checkpoint, what came and what would work.
     """
     found = description(model)
     for part, title in (("model", "model's config"), ("optimizer", "optimizer")):
@@ -116,7 +116,7 @@ def check_variables(found, expected, group, path):
 
 
 def restore(model, path, content):
-    """Puts a checkpoint's weights and optimiser state into a model, into the layout of its variables."""
+    """Puts a checkpoint's weights and optimizer state into a model, into the layout of its variables."""
     _restore_backbone(model, [path])
     _restore_groups(model, [(path, content)], ("model", "optimizer"))
 
@@ -134,7 +134,7 @@ def restore_weights(model, checkpoints):
         checkpoints: a list of a path and what is no array, each, oldest first.
 
     Raises:
-        CheckpointError: where one is another model's.
+        CheckpointError: if one is another model's.
     """
     found = [_describe(variable) for variable in model.variables]
     for path, content in checkpoints:

@@ -49,7 +49,7 @@ def begin(folder):
         or None where there is none.
 
     Raises:
-        CheckpointError: where the folder cannot be written to or is of another number of processes, and where a part of
+        CheckpointError: if the folder cannot be written to or is of another number of processes, and where a part of
             the checkpoint is missing or damaged.
     """
     count = process_count()
@@ -121,7 +121,7 @@ def readable_steps(folder):
         A list of the paths of checkpoints, or of the first process's part of them, oldest first.
 
     Raises:
-        CheckpointError: where the folder of a process is missing.
+        CheckpointError: if the folder of a process is missing.
     """
     count, seen = _seen(folder)
     if seen and len(seen) < count:

@@ -80,10 +80,10 @@ class SavedArrays:
 
         Args:
             name: of the array.
-            box: `((start, stop), ...)`, an axis each; the whole array where None.
+            box: `((start, stop), ...)`, an axis each; the whole array if None.
 
         Raises:
-            CheckpointError: where not all of it can be read here, or another part is damaged.
+            CheckpointError: if not all of it can be read here, or another part is damaged.
         """
         box = tuple((0, size) for size in self.shape(name)) if box is None else box
         overlaps = self._overlaps(name, box)

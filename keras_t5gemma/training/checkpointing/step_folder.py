@@ -44,7 +44,7 @@ def prepare(folder):
     """Makes the folder, removes what a killed run left half done, and tries whether files can be written.
 
     Raises:
-        CheckpointError: where they cannot.
+        CheckpointError: if they cannot.
     """
     folder = Path(folder)
     try:
@@ -75,7 +75,7 @@ def write_step(folder, step, content, arrays, model=None):
         The path of the new folder.
 
     Raises:
-        CheckpointError: where the disk has no room.
+        CheckpointError: if the disk has no room.
     """
     target = Path(folder) / step_name(step)
     if target.exists():
@@ -122,7 +122,7 @@ def read_state(path):
     """What is no array of a checkpoint, as it was written; its other files are not looked at.
 
     Raises:
-        CheckpointError: where it is damaged.
+        CheckpointError: if it is damaged.
     """
     file = Path(path) / STATE_FILE
     value = read_json(file)
@@ -136,7 +136,7 @@ def newest(folder):
     """The newest checkpoint of a folder, checked: its path and what is no array; None where there is none.
 
     Raises:
-        CheckpointError: where it is damaged. None other is taken in silence: the message names one that is good.
+        CheckpointError: if it is damaged. None other is taken in silence: the message names one that is good.
     """
     steps = steps_in(folder)
     if not steps:

@@ -63,7 +63,7 @@ class Logits:
             gradient with respect to the student's logits, over the temperature, would be zero.
 
         Raises:
-            ValueError: where the teacher has another vocabulary.
+            ValueError: if the teacher has another vocabulary.
         """
         check_vocabulary(logits.shape[-1], log_p.shape[-1])
         log_q = ops.log_softmax(self.logits(logits) / temperature, axis=-1)
@@ -156,7 +156,7 @@ def live_teacher(model):
     """The teacher that a user means.
 
     Raises:
-        ValueError: where it is none.
+        ValueError: if it is none.
     """
     if isinstance(model, (keras_hub.models.GemmaCausalLM, keras_hub.models.GemmaBackbone)):
         backbone = getattr(model, "backbone", model)
@@ -176,7 +176,7 @@ def check_vocabulary(found, expected):
     """Refuses a teacher whose logits are of other tokens.
 
     Raises:
-        ValueError: where the sizes differ.
+        ValueError: if the sizes differ.
     """
     if found != expected:
         raise ValueError(

@@ -31,7 +31,7 @@ class AdamW(SavesExclusions, LowPrecision, DefaultLearningRate, keras.optimizers
 
     @functools.cached_property
     def tensorflow_updates(self):
-        """A weight's step, compiled; an optimiser's own, because a `tf.function` must not outlive its variables."""
+        """A weight's step, compiled; an optimizer's own, because a `tf.function` must not outlive its variables."""
         return adamw_tensorflow.Updates(self)
 
     def _clip_gradients(self, grads):

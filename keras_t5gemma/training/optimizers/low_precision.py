@@ -33,7 +33,7 @@ class LowPrecision:
         *args: of the Keras optimizer.
         moments_dtype: "float32", or "bfloat16" for moments of bfloat16 weights, which are then rounded stochastically,
             too: half of their memory, for a noise of up to 0.8% in each moment and step.
-        master_weights: whether to keep a float32 copy of each bfloat16 weight, for 4 bytes a parameter. The weight is
+        master_weights: whether to keep a float32 copy of each bfloat16 weight, for 4 bytes per parameter. The weight is
             then the copy's nearest, and no rounding adds to the gradients' noise. What is written into a weight from
             outside counts: the copy starts from there.
         rounding_seed: of stochastic rounding. Its random numbers are a function of seed, step and variable.

@@ -2,7 +2,7 @@
 
 Keras's `gradient_accumulation_steps` takes the plain mean over batches, whatever number of target tokens each has, and
 keeps its sums from step to step. Here a part's loss counts by its share of the whole batch's weight, which is known
-beforehand, and the optimiser sees one gradient a batch: clipping, schedules, counts of steps and checkpoints know
+beforehand, and the optimizer sees one gradient a batch: clipping, schedules, counts of steps and checkpoints know
 nothing of it.
 """
 
@@ -31,7 +31,7 @@ class Accumulation:
         loss: what the model is compiled with; its `reduction` says how the losses of parts add up.
 
     Raises:
-        ValueError: where `steps` is no positive integer, or where it is more than one and `loss` is not a single one
+        ValueError: if `steps` is no positive integer, or where it is more than one and `loss` is not a single one
             that sums or averages.
     """
 

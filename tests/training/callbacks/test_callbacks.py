@@ -39,7 +39,7 @@ def make_model(optimizer, **kwargs):
 
 
 def fit(model, callbacks, batches=None, epochs=1):
-    """Batches of 8; as many as the data has, where left out."""
+    """Batches of 8; as many as the data has, if left out."""
     x, y = (X, Y) if batches is None else (X[: 8 * batches], Y[: 8 * batches])
     return model.fit(x, y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=callbacks)
 

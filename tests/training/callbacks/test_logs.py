@@ -1,4 +1,4 @@
-"""What a run tells of itself: rows of a log that none comes twice in, TensorBoard's files, tokens a second, a bar."""
+"""What a run tells of itself: rows of a log that none comes twice in, TensorBoard's files, tokens per second, a bar."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""The optimiser of a run: its schedule, what it shrinks, what it clips."""
+"""The optimizer of a run: its schedule, what it shrinks, what it clips."""
 
 import keras
 import numpy as np
