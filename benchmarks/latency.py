@@ -13,10 +13,10 @@ heads stay.
 Each program runs in a process of its own. "Total" is the fastest of `--repeats` calls of `generate()` after a first
 one, and "compile" what the first took besides. A step is the difference of two totals, of 200 tokens and of `--short`,
 divided by the difference of their tokens; the first token is the shorter one's total less its steps. "Used" is model
-bandwidth utilisation: the bytes that a step must read (the decoder's weights but for those that make cross-attention's keys
-and values, its table once; the keys and values of the input and of the tokens so far), divided by the step's time and
-the bandwidth of the device. That is measured just before: bytes read plus bytes written where each number of a large
-array is increased in place.
+bandwidth utilisation: the bytes that a step must read (the decoder's weights but for those that make
+cross-attention's keys and values, its table once; the keys and values of the input and of the tokens so far), divided
+by the step's time and the bandwidth of the device. That is measured just before: bytes read plus bytes written where
+each number of a large array is increased in place.
 """
 
 import argparse

@@ -79,7 +79,7 @@ def stack(size):
         size: one of `STACKS` ("s" .. "9b"), a `StackConfig`, or a mapping of its fields.
 
     Raises:
-        ValueError: if the name is unknown or the value is none of these.
+        ValueError: if the name is unknown or the value is invalid.
     """
     if isinstance(size, StackConfig):
         return size

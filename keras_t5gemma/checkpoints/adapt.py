@@ -67,7 +67,7 @@ class AdaptedTensors(TensorSource):
         seed: of the random draws; each tensor's depends on the seed and on its name only.
 
     Raises:
-        ValueError: if `cross_attention` or `encoder_heads` is none of these.
+        ValueError: if `cross_attention` or `encoder_heads` is invalid.
         CheckpointError: if the vocabularies differ, or "self-attention" does not fit: its keys and values read the
             decoder's width, and the encoder's is another.
     """
@@ -159,12 +159,12 @@ def resolve_cross_attention(config, cross_attention):
         cross_attention: one of `CROSS_ATTENTIONS`.
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: if it is invalid.
         CheckpointError: if "self-attention" was asked for and the stacks' widths differ.
     """
     check_choice(cross_attention, "cross_attention", CROSS_ATTENTIONS)
     if cross_attention == "auto":
-        # Dropout and the spread of fresh weights are no part of what the weights were trained to compute.
+        # Dropout and the spread of fresh weights are not part of what the weights were trained to compute.
         encoder, decoder = (
             dataclasses.replace(stack, dropout=0.0, initializer_range=1.0) for stack in (config.encoder, config.decoder)
         )

@@ -45,8 +45,8 @@ def adapt_gemma2_files(
         allow_non_finite: whether weights may be infinities and NaNs; else they are named and refused.
 
     Raises:
-        ValueError: if an argument is none of these.
-        CheckpointError: if a source is no Gemma 2 or damaged, the two do not fit, the folder exists, or the disk
+        ValueError: if an argument is invalid.
+        CheckpointError: if a source is not a Gemma 2 or damaged, the two do not fit, the folder exists, or the disk
             has no room.
         ConnectionError: if a download failed.
     """

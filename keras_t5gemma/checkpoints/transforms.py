@@ -14,7 +14,7 @@ def cast_tensors(source, dtype):
         dtype: "float32", "float16" or "bfloat16"; None for the source as it is, bit for bit.
 
     Raises:
-        ValueError: if `dtype` is none of these.
+        ValueError: if `dtype` is invalid.
     """
     known = {str(dtype): dtype for dtype in DTYPES.values()}
     if dtype is None:

@@ -172,7 +172,8 @@ def _limits(lengths, max_length, max_new_tokens):
     new = np.asarray(max_new_tokens)
     if not np.issubdtype(new.dtype, np.integer) or new.shape not in ((), lengths.shape) or new.min() < 1:
         raise ValueError(
-            f"`max_new_tokens` must be a positive integer, or one per row, {len(lengths)}. Received: {max_new_tokens!r}."
+            f"`max_new_tokens` must be a positive integer, or one per row, {len(lengths)}. Received: "
+            f"{max_new_tokens!r}."
         )
     return (lengths + new).astype("int32")
 

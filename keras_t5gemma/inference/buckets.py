@@ -41,7 +41,7 @@ class Buckets:
         batch: sizes of B, prompts at once. `embed` takes its `batch_size` for the most.
 
     Raises:
-        ValueError: if a size is no positive integer, or they do not ascend.
+        ValueError: if a size is not a positive integer, or they do not ascend.
     """
 
     encoder: Sequence[int] | None = (16,)

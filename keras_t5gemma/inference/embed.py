@@ -39,7 +39,7 @@ def embed(lm, inputs, pooling="mean", *, batch_size=32, progress=False):
 
     Raises:
         ValueError: if there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
-            or `batch_size` is none of these.
+            or `batch_size` is invalid.
         MemoryError, RuntimeError: as for `generate`.
     """
     check_choice(pooling, "pooling", POOLINGS)

@@ -19,7 +19,7 @@ class Sequences:
     """What a processor may look at. R rows: B, or as many as a search keeps for B examples.
 
     Attributes:
-        token_ids: int [R, L]; what stands at `index` and after it is no part of the sequences yet.
+        token_ids: int [R, L]; what stands at `index` and after it is not part of the sequences yet.
         index: the position that the logits are for, a scalar.
         prompt_lengths: int [R]; a row whose prompt is longer than `index` takes its next token from there anyway.
         limits: int [R], the most tokens of a row, its prompt included.

@@ -49,7 +49,7 @@ def stream(
         An iterator of strings that are never empty and hold whole characters only; without a preprocessor of ids.
 
     Raises:
-        ValueError: as for `generate`, at once; for several prompts; for a `chunk_size` that is no positive integer;
+        ValueError: as for `generate`, at once; for several prompts; for a `chunk_size` that is not a positive integer;
             and for beam search and contrastive search, whose first token stands only with the last.
         MemoryError: as for `generate`, when the iterator begins.
     """

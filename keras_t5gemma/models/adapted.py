@@ -39,7 +39,7 @@ def adapt_gemma2(
         A `T5GemmaBackbone`.
 
     Raises:
-        ValueError: if an argument is none of these, a checkpoint is no Gemma 2, or the two do not fit.
+        ValueError: if an argument is invalid, a checkpoint is not a Gemma 2, or the two do not fit.
         ConnectionError: if a download failed.
 
     Example:

@@ -113,7 +113,7 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
                 stored in; `preprocessor`, None to do without; or what the class takes, such as `buckets`.
 
         Raises:
-            TypeError: for a keyword that is none of these.
+            TypeError: for an unknown keyword.
             ValueError: if the preset is unknown, or is no T5Gemma.
             ConnectionError: if a download failed.
             CheckpointError: if the folder's tensors are not those of its config.
@@ -159,7 +159,7 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
                 XLA compile the decoding loops of models of ten million weights and more, on CPUs too.
 
         Raises:
-            ValueError: if `sampler` is none of these, `accumulation_steps` no positive integer or not to be had
+            ValueError: if `sampler` is invalid, `accumulation_steps` is not a positive integer or not available
                 with the loss, or a teacher's vocabulary not the model's.
         """
         sampler = resolve_sampler(sampler)

@@ -111,7 +111,7 @@ def check_run(folder, recipe):
         recipe: a `Recipe`.
 
     Returns:
-        The recipe of the run there, or None where there is none.
+        The recipe of the run there, or None if there is none.
 
     Raises:
         RecipeError: if they differ in what must not change, or the folder holds something else.

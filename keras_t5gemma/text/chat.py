@@ -50,7 +50,7 @@ def format_turns(messages):
 
     Raises:
         ValueError: if there is no message, a role is unknown or out of turn, there is a system message, the last
-            message is not the user's, or a content is no string, an empty question, or holds turn tokens.
+            message is not the user's, or a content is not a string, an empty question, or holds turn tokens.
     """
     if not is_conversation(messages):
         raise ValueError(f'`messages` must be a list of {{"role": ..., "content": ...}}. Received: {messages!r}.')

@@ -63,7 +63,7 @@ class Packer:
             `(rows, batched)`.
 
         Raises:
-            ValueError: if a value is no text, or too long.
+            ValueError: if a value is not a text, or too long.
         """
         texts, batched = _as_list(value, "decoder_text")
         tokenizer = self.tokenizer

@@ -51,7 +51,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         **kwargs: as for `keras_hub.models.Seq2SeqLMPreprocessor`.
 
     Raises:
-        ValueError: if an argument is none of these.
+        ValueError: if an argument is invalid.
     """
 
     tokenizer_cls = T5GemmaTokenizer

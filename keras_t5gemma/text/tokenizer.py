@@ -205,7 +205,7 @@ def keras_options(folder, config_file):
     """The constructor's arguments in a config that Keras saved.
 
     Raises:
-        ValueError: if the file is missing or is no such config.
+        ValueError: if the file is missing or is not such a config.
     """
     path = Path(folder) / config_file
     if not path.is_file():

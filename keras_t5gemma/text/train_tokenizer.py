@@ -40,7 +40,7 @@ def train_tokenizer(texts, vocabulary_size, path=None):
         `tokenizer.model` so does Hugging Face.
 
     Raises:
-        ValueError: if a text is no string, there is no text at all, or the texts cannot fill that vocabulary or
+        ValueError: if a text is not a string, there is no text at all, or the texts cannot fill that vocabulary or
             need a larger one; then nothing is written.
     """
     import sentencepiece

@@ -45,8 +45,8 @@ def export_to_hugging_face(
 
     Raises:
         TypeError: if the folder comes first.
-        ValueError: if the model is quantized, or an argument is none of these.
-        CheckpointError: if the folder exists, a `query_scalar` is no whole number, which `transformers` could not
+        ValueError: if the model is quantized, or an argument is invalid.
+        CheckpointError: if the folder exists, a `query_scalar` is not a whole number, which `transformers` could not
             read, or a weight does not fit in float16 or is not finite.
         RuntimeError: if another thread trains the model.
     """
@@ -105,7 +105,7 @@ def write_checkpoint(
         card: the text of the model card, or None.
 
     Raises:
-        ValueError: if an argument is none of these.
+        ValueError: if an argument is invalid.
         CheckpointError: as for `export_to_hugging_face`.
     """
     if chat and proto is None:

@@ -33,7 +33,7 @@ def open_orbax(folder, pattern):
         The checkpoint's own folder, and `{path: tensorstore.TensorStore}`, the paths being keys joined by slashes.
 
     Raises:
-        CheckpointError: if it is no such checkpoint, is damaged, or has a parameter of another name.
+        CheckpointError: if it is not a checkpoint of this kind, is damaged, or has a parameter of another name.
         ImportError: if tensorstore is not installed.
     """
     folder = _checkpoint_folder(Path(folder))

@@ -104,7 +104,7 @@ def check_weight(name, part, weight):
     """Checks a weight.
 
     Raises:
-        ValueError: if it is no positive whole number; the message names the argument and the part.
+        ValueError: if it is not a positive integer; the message names the argument and the part.
     """
     if not is_integer(weight) or weight < 1:
         raise ValueError(

@@ -30,7 +30,7 @@ class PrefixLM:
         mode_token: an id that stands first in the inputs, within S; `None` for none.
 
     Raises:
-        ValueError: if a length is no positive integer.
+        ValueError: if a length is not a positive integer.
     """
 
     encoder_length: int

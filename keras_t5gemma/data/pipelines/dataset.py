@@ -103,7 +103,7 @@ def pretraining_dataset(
         not packed, else a `grain.IterDataset`.
 
     Raises:
-        ValueError: if an argument is out of range, a text is no string, or the texts are too short for one window
+        ValueError: if an argument is out of range, a text is not a string, or the texts are too short for one window
             or one batch.
     """
     batch_size = integer(batch_size, "batch_size")

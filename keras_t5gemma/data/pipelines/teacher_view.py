@@ -25,7 +25,7 @@ def distillation_dataset(data, objective=None, tokenizer=None):
         inputs      51 52  7 55                     labels       7 53 54  1
         teacher      2 51 52 53 54 55               positions   -1  2  3 -1
 
-    Sentinels, a closing `<eos>` and mode tokens are no text: they have position -1 where they are labels, and padding
+    Sentinels, a closing `<eos>` and mode tokens are no text: they have position -1 if they are labels, and padding
     has, too. So has an example that cannot be put together again because its text holds sentinels of its own.
 
     Args:
@@ -39,7 +39,7 @@ def distillation_dataset(data, objective=None, tokenizer=None):
         `teacher_padding_mask` [B, S + T]; `teacher_positions` [B, T].
 
     Raises:
-        ValueError: if `data` is no such dataset; and, when it is read, where a batch is packed or something else.
+        ValueError: if `data` is another dataset; and, when it is read, where a batch is packed or something else.
     """
     if not isinstance(data, (grain.MapDataset, grain.IterDataset)):
         raise ValueError(

@@ -21,7 +21,7 @@ _BINARY_CHECK_BYTES = 8_000
 class TextFiles(RowStream):
     """Documents of text or JSONL files, one file after the other; no more than a document is in memory.
 
-    Blank lines are no documents. A position is the file, and the byte in it once decompressed: a plain file goes on
+    Blank lines are not documents. A position is the file, and the byte in it once decompressed: a plain file goes on
     there, a compressed one is read up to it.
     """
 
@@ -143,7 +143,7 @@ def _decode(content, place):
     if b"\0" in content:
         raise ValueError(f"{place} holds a NUL byte: the file is binary or not UTF-8.")
     try:
-        # A byte order mark is no part of the text.
+        # A byte order mark is not part of the text.
         return content.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
         number = place.rpartition(" ")[2]

@@ -36,7 +36,7 @@ def resolve_sampler(sampler):
     """The sampler for a name or an instance, keras-hub's beam search exchanged for ours.
 
     Raises:
-        ValueError: if it is no sampler, its temperature not positive, or a beam search asked to return all beams.
+        ValueError: if it is not a sampler, its temperature not positive, or a beam search asked to return all beams.
     """
     if isinstance(sampler, str):
         # keras-hub's `get` returns a name that it does not know as it is.

@@ -18,7 +18,7 @@ def by_xla(model):
     """Whether TensorFlow is to compile decoding loops by XLA where Keras's "auto" would not.
 
     Args:
-        model: a `keras.Model` whose `jit_compile_is_auto` says that nobody asked for it, or for none.
+        model: a `keras.Model` whose `jit_compile_is_auto` says that the user did not ask for it.
     """
     return model.jit_compile_is_auto and model.count_params() >= _WEIGHTS_FOR_XLA
 

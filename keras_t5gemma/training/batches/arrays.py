@@ -229,7 +229,7 @@ def to_rows(name, value, fill, dtype="int32", width=0):
         A numpy array [B, L].
 
     Raises:
-        ValueError: if it is none of these, or has another number type or rank.
+        ValueError: if it is not one of these, or has another number type or rank.
     """
     array = _array(value, fill, dtype, width)
     if array is not None and array.dtype.kind == "f" and name.endswith("_mask") and (array == np.rint(array)).all():

@@ -77,7 +77,7 @@ class Fits(RestoresTrainingState):
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: if the data are none of these, never end, or hold ids outside the vocabulary or shapes that do
+            ValueError: if the data have another form, never end, or hold ids outside the vocabulary or shapes that do
                 not fit; if the model is not compiled.
         """
         if class_weight is not None:

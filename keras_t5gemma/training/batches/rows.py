@@ -36,7 +36,7 @@ def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=
     def batch(rows):
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns = {name: np.stack(column) if name in stacked else column for name, column in columns.items()}
-        # Not packed by Keras, which leaves weights out where there is no y, as beside texts.
+        # Not packed by Keras, which leaves weights out if there is no y, as beside texts.
         return {name: columns[name] for name in x}, columns.get("y"), columns.get("weight")
 
     rows = grain.MapDataset.range(next(iter(lengths.values())))

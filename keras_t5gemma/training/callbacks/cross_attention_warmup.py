@@ -38,7 +38,7 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
         steps: optimizer steps, K; a multiple of `steps_per_execution`, or the rest of its last execution is frozen too.
 
     Raises:
-        ValueError: if `steps` is no positive integer, and in `fit` where the model has no trainable cross-attention
+        ValueError: if `steps` is not a positive integer, and in `fit` where the model has no trainable cross-attention
             or its optimizer keeps moving averages (`use_ema`), which are taken before values are put back.
     """
 

@@ -9,7 +9,7 @@ import xxhash
 
 # Batches prepared ahead, in as many threads: enough to hide their making, and little memory.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-# Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; nobody stores as many.
+# Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; no storage holds as many.
 _ENDLESS = 2**40
 
 

@@ -131,7 +131,7 @@ def restore_weights(model, checkpoints):
 
     Args:
         model: the model.
-        checkpoints: a list of a path and what is no array, each, oldest first.
+        checkpoints: a list of paths and metadata, oldest first.
 
     Raises:
         CheckpointError: if one is another model's.
@@ -148,7 +148,7 @@ def write_model(path, content):
 
     Args:
         path: of the first process's part; the others' are read beside it.
-        content: what is no array of it, with a plain T5Gemma.
+        content: its metadata, with a plain T5Gemma.
     """
     described = content["t5gemma"]
     config = T5GemmaConfig.from_dict(described["config"])
@@ -179,7 +179,7 @@ def random_state():
 def set_random_state(state):
     """Sets what `random_state` gave."""
     if state["keras"] is not None:
-        keras.random.uniform(())  # makes the generator where there is none yet
+        keras.random.uniform(())  # makes the generator if there is none yet
         generator = global_seed_generator()
         generator.state.assign(np.array(state["keras"], generator.state.dtype))
     version, numbers, gauss = state["python"]

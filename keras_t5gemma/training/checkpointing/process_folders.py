@@ -45,8 +45,8 @@ def begin(folder):
         folder: of the run, the same on all processes.
 
     Returns:
-        `(own, found)`: the folder of this process's checkpoints; and the checkpoint's path and what is no array of it,
-        or None where there is none.
+        `(own, found)`: the folder of this process's checkpoints; and the checkpoint's path and metadata,
+        or None if there is none.
 
     Raises:
         CheckpointError: if the folder cannot be written to or is of another number of processes, and where a part of
@@ -71,7 +71,7 @@ def agree_on_checkpoint(folder, own):
         own: of this process's parts.
 
     Returns:
-        This process's part: its path and what is no array; or None where there is no such checkpoint.
+        This process's part: its path and metadata; or None if there is no such checkpoint.
 
     Raises:
         CheckpointError: on all processes, where a part is damaged, or one is missing that was there.
@@ -190,5 +190,5 @@ def _agreed(folder):
             try:
                 found.append(files.read_state(path)["agreed"])
             except CheckpointError:
-                continue  # whether it matters, whoever wants to go on from it will find
+                continue  # whether it matters, shows when a run resumes from it
     return max(found)

@@ -57,7 +57,7 @@ class SavedArrays:
 
     Args:
         path: of a checkpoint, or of a process's part of one, that has been checked.
-        content: what is no array of it.
+        content: its metadata.
     """
 
     def __init__(self, path, content):

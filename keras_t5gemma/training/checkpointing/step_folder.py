@@ -16,7 +16,7 @@ from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, CheckpointError
 
-# In each step's folder: what is no array; arrays; and a T5Gemma's weights as a Hugging Face folder.
+# Files of a step folder: metadata (JSON), arrays (safetensors), and T5Gemma weights as a Hugging Face folder.
 STATE_FILE, ARRAYS_FILE, MODEL_FOLDER = "training.json", "training.safetensors", "model"
 _STEP = re.compile(r"step_(\d{8,})")
 # Hidden: what a killed run left half written (`new_folder` names it so), or half removed.
@@ -67,7 +67,7 @@ def write_step(folder, step, content, arrays, model=None):
     Args:
         folder: of all checkpoints.
         step: the number of batches trained on.
-        content: what is no array, JSON-ready.
+        content: the metadata, JSON-ready.
         arrays: numpy arrays by name.
         model: the arguments of `write_checkpoint` after the folder, or None.
 

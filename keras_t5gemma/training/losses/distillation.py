@@ -29,7 +29,7 @@ class Distillation(VocabularyCrossEntropy):
     What a teacher predicts is in each batch: see `distillation_dataset`. Student's and teacher's logits are made a
     chunk of tokens at a time, and gradients with them, as `VocabularyCrossEntropy` does.
 
-    The teacher is no part of the student: it is not trained, counted or saved with it. A model that was saved while it
+    The teacher is not part of the student: it is not trained, counted or saved with it. A model that was saved while it
     was compiled with this loss comes back without teacher and needs another `compile`.
 
     Args:

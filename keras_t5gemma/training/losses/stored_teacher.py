@@ -118,7 +118,7 @@ class StoredTeacher:
         return (ops.cast(y[TOP_IDS], "int32"), y[TOP_LOGITS], y[LOG_SUMS]), ()
 
 
-# Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; nobody stores as many.
+# Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; no storage holds as many.
 _ENDLESS = 2**40
 
 

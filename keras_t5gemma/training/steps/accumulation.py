@@ -31,7 +31,7 @@ class Accumulation:
         loss: what the model is compiled with; its `reduction` says how the losses of parts add up.
 
     Raises:
-        ValueError: if `steps` is no positive integer, or where it is more than one and `loss` is not a single one
+        ValueError: if `steps` is not a positive integer, or where it is more than one and `loss` is not a single one
             that sums or averages.
     """
 
