@@ -3,7 +3,7 @@
 No model is built and Keras is not imported, so a laptop can make a T5Gemma 9B-2B.
 """
 
-from keras_t5gemma import presets
+from keras_t5gemma import hub
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
@@ -156,7 +156,7 @@ def _write(folder, config, source, *, origin, name, title, facts, **options):
 
     Whether the model reads turns is what was saved, else what the preset's `name` says.
     """
-    proto, saved = read_proto(origin), presets.preprocessor_options(origin)
-    chat = proto is not None and saved.get("chat", presets.wants_turns(name, origin))
+    proto, saved = read_proto(origin), hub.preprocessor_options(origin)
+    chat = proto is not None and saved.get("chat", hub.wants_turns(name, origin))
     card = model_card(title, facts)
     write_checkpoint(folder, config, source, proto=proto, chat=chat, preprocessor=saved, card=card, **options)

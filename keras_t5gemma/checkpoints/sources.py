@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from keras_t5gemma import presets
+from keras_t5gemma import hub, presets
 from keras_t5gemma.checkpoints.checks import check_depth, check_source, check_tensors
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, read_gemma2_config, read_t5gemma_config
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder, read_json
@@ -33,7 +33,7 @@ def t5gemma_source(origin):
     """A T5Gemma, found and checked.
 
     Args:
-        origin: what `presets.locate` takes, in Hugging Face's format, as a Keras preset of this package or of
+        origin: what `hub.locate` takes, in Hugging Face's format, as a Keras preset of this package or of
             keras-hub's own T5Gemma, or as Flax's Orbax checkpoint; or a `keras_hub.models.T5GemmaBackbone` or
             `T5GemmaSeq2SeqLM`.
 
@@ -97,22 +97,22 @@ def gemma2_source(origin):
 
 
 def locate_t5gemma(origin):
-    """The folder of a T5Gemma: as `presets.locate`, and Flax's checkpoints, which have no `config.json`.
+    """The folder of a T5Gemma: as `hub.locate`, and Flax's checkpoints, which have no `config.json`.
 
     Raises:
-        ValueError, ConnectionError: as `presets.locate`.
+        ValueError, ConnectionError: as `hub.locate`.
         CheckpointError: if the folder holds neither.
     """
-    folder = presets.locate(origin, config=False)
+    folder = hub.locate(origin, config=False)
     has_config = (folder / "config.json").is_file()
     return folder if not has_config and is_orbax(folder) else _with_config(folder)
 
 
 def locate_gemma2(origin):
-    """The folder of a Gemma 2: as `presets.locate`, and the names of keras-hub's presets.
+    """The folder of a Gemma 2: as `hub.locate`, and the names of keras-hub's presets.
 
     Raises:
-        ValueError, ConnectionError: as `presets.locate`.
+        ValueError, ConnectionError: as `hub.locate`.
         CheckpointError: if the folder has no `config.json`.
     """
     name = str(origin)
@@ -127,20 +127,20 @@ def locate_gemma2(origin):
                 f"checkpoint is written hf://owner/name.{did_you_mean(name, gemma2)}"
             )
         origin = known[name]["kaggle_handle"]
-    return _with_config(presets.locate(origin, config=False))
+    return _with_config(hub.locate(origin, config=False))
 
 
 def _with_config(folder):
     try:
-        return presets.locate(folder)
+        return hub.locate(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
 
 
 def _is_hugging_face(folder):
-    """As `presets.is_hugging_face`; a `config.json` that tells neither is a damaged checkpoint."""
+    """As `hub.is_hugging_face`; a `config.json` that tells neither is a damaged checkpoint."""
     read_json(folder / "config.json")
     try:
-        return presets.is_hugging_face(folder)
+        return hub.is_hugging_face(folder)
     except ValueError as error:
         raise CheckpointError(str(error)) from error

@@ -5,7 +5,7 @@ import math
 
 from rich.table import Table
 
-from keras_t5gemma import presets
+from keras_t5gemma import hub, presets
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
 from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2
@@ -26,7 +26,7 @@ def recognize(model):
     if not (folder / "config.json").is_file():
         return f"T5Gemma, Flax's Orbax checkpoint, {folder}", t5gemma_source(folder)
     config = read_json(folder / "config.json")
-    if presets.is_hugging_face(folder):
+    if hub.is_hugging_face(folder):
         is_gemma2, where = config["model_type"] == "gemma2", "Hugging Face format"
     else:
         is_gemma2, where = config["registered_name"] in GEMMA2.registered_names, "Keras preset"

@@ -6,7 +6,7 @@ import h5py
 import keras
 import keras_hub
 
-from keras_t5gemma import presets
+from keras_t5gemma import hub, presets
 from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.load import load
@@ -298,7 +298,7 @@ def _zeros(path, shape, dtype):
 
 def _saved_config(folder):
     """The arguments that `save_to_preset` wrote; none for what another program wrote."""
-    if not (folder / "config.json").is_file() or presets.is_hugging_face(folder):
+    if not (folder / "config.json").is_file() or hub.is_hugging_face(folder):
         return {}
     saved = read_json(folder / "config.json")
     return saved["config"] if saved["registered_name"].startswith("keras_t5gemma>") else {}

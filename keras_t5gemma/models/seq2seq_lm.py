@@ -8,6 +8,7 @@ import keras_hub
 
 from keras_t5gemma._keras_internals import track_loss_in_float32
 from keras_t5gemma.checkpoints.sources import locate_t5gemma
+from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, is_hugging_face
 from keras_t5gemma.inference.buckets import Buckets
 from keras_t5gemma.inference.decoding.loop import resolve_sampler
 from keras_t5gemma.inference.embed import embed
@@ -22,7 +23,7 @@ from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.quantization import Quantizes, quantize
 from keras_t5gemma.models.recompilation import Recompiles
 from keras_t5gemma.models.teaching import Taught
-from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, is_hugging_face
+from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer

@@ -8,7 +8,8 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import check_finite, integer
-from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, preprocessor_options, wants_turns
+from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, preprocessor_options, wants_turns
+from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.encoding import Packer, pad_rows
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, open_preset

@@ -11,7 +11,8 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import is_integer
-from keras_t5gemma.presets import PRESETS, is_hugging_face, kaggle_file, locate
+from keras_t5gemma.hub import is_hugging_face, kaggle_file, locate
+from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
 
 HUGGING_FACE_FILE = "tokenizer.model"

@@ -28,7 +28,7 @@ from helpers.tiny import NamedArrays, loud_backbone
 from helpers.tiny_tokenizer import train_tiny_tokenizer
 from keras import ops
 
-from keras_t5gemma import presets
+from keras_t5gemma import hub, presets
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.convert import adapt_gemma2_files, average_checkpoints, convert_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
@@ -223,7 +223,7 @@ def test_adapted_folder_has_the_decoders_tokenizer_and_its_turns(instructed, tmp
     assert (generation.decoder_start_token_id, generation.pad_token_id, generation.bos_token_id) == (2, 0, 2)
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert ("chat_template" in written) == chat
-    assert presets.wants_turns(tmp_path / "out", tmp_path / "out") == chat
+    assert hub.wants_turns(tmp_path / "out", tmp_path / "out") == chat
 
 
 def test_folder_without_tokenizer_files_has_none_after_adapting(gemma2, tmp_path):

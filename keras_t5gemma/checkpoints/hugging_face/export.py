@@ -14,7 +14,7 @@ from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.checkpoints.transforms import cast_tensors
 from keras_t5gemma.concurrency import reading
 from keras_t5gemma.config import BOS_ID
-from keras_t5gemma.presets import PREPROCESSOR_FILE, PREPROCESSOR_OPTIONS
+from keras_t5gemma.hub import PREPROCESSOR_FILE, PREPROCESSOR_OPTIONS
 
 
 def export_to_hugging_face(

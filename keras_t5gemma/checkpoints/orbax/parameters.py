@@ -97,7 +97,7 @@ def read_orbax_t5gemma(folder, config=None):
         config: a `T5GemmaConfig`, for stacks of other sizes than those in `presets.STACKS`.
 
     Raises:
-        CheckpointError: if it is not a checkpoint of this kind, damaged or incomplete, or its sizes are none of the known.
+        CheckpointError: if it is another checkpoint, damaged or incomplete, or its sizes are not known ones.
         ImportError: if tensorstore is not installed.
     """
     folder, arrays = open_orbax(folder, PATHS)
