@@ -165,6 +165,7 @@ class T5GemmaConfig:
 
 
 def _known_fields(cls, values):
+    """A mapping's fields as a dict, once all of them are a dataclass's."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(

@@ -135,6 +135,7 @@ _LOGIN = {
 
 
 def _download(handle, weights=True, path=None):
+    """The local folder, or file, of a checkpoint on a hub."""
     scheme, _, name = handle.partition("://")
     try:
         if scheme == "hf":

@@ -130,6 +130,7 @@ def plain_variables(model):
 
 
 def _match_variables(variables, expected):
+    """Checks that a model has exactly the expected variables, in their shapes."""
     paths = {tensor.path for tensor in expected}
     if different := sorted(paths ^ variables.keys()):
         side = "does not have" if different[0] in paths else "has besides"

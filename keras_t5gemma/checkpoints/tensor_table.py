@@ -168,6 +168,7 @@ def _runs(rows):
 
 
 def _letters(config, stack):
+    """The sizes that the letters of a stack's shapes stand for."""
     sizes = getattr(config, stack)
     return {
         "V": config.vocabulary_size,

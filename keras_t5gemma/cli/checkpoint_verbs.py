@@ -209,6 +209,7 @@ def _check_size(text):
 
 
 def _print_differences(differences, most=20):
+    """Prints the table of what `verify` compared."""
     from rich.table import Table
 
     table = Table()

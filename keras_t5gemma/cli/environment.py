@@ -74,6 +74,7 @@ def _version(package):
 
 
 def _computes_with(backend):
+    """Lines about the backend, from a process of its own: importing it may fail or hang."""
     variables = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **({"KERAS_BACKEND": backend} if backend else {})}
     try:
         result = subprocess.run(

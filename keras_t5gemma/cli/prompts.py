@@ -94,6 +94,7 @@ def _lines(text):
 
 
 def _row(line, place):
+    """One line of a .jsonl file as a dict; an error names the line."""
     try:
         row = json.loads(line)
         prompt = row["prompt"]

@@ -186,6 +186,7 @@ def _without_padding(ids, mask):
 
 
 def _ids_and_mask(inputs, side, default):
+    """One side's token ids and padding mask, as integer arrays [B, L]."""
     ids = inputs.get(f"{side}_token_ids", default)
     ids = np.asarray(ids)
     ids = np.atleast_2d(ids) if ids.ndim < 2 else ids

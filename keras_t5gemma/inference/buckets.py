@@ -173,6 +173,7 @@ def _grown(x, shape):
 
 
 def _ascending(sizes, name):
+    """Sizes as a tuple, once they are positive and ascend."""
     is_sequence = isinstance(sizes, (list, tuple))
     good = is_sequence and all(is_integer(size) and size > 0 for size in sizes)
     if not good or not sizes or list(sizes) != sorted(set(sizes)):

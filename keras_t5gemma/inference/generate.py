@@ -83,6 +83,7 @@ def generate(
 
 
 def _generate_batch(lm, batch, max_length, max_new_tokens, strip_prompt, several, options, draws):
+    """`generate` for one batch: arrays in, the program, and results as the user gets them."""
     if lm.preprocessor is not None:
         batch = lm.preprocessor.generate_preprocess(batch, sequence_length=max_length)
     prompts = prompt_arrays(batch, max_length, lm.backbone.config.vocabulary_size, max_new_tokens)

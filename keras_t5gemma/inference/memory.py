@@ -100,6 +100,7 @@ def is_out_of_memory(error):
 
 
 def _explanation_for(model, asked, arrays, caches):
+    """The message of a `MemoryError`: what the request takes, and about how many rows would fit."""
     config, itemsize = model.backbone.config, _item_bytes(model.backbone.compute_dtype)
     (rows, encoder_length), decoder_length = _sizes(arrays)
     needed = {"activations": activation_bytes(config.encoder, rows, encoder_length, itemsize)}

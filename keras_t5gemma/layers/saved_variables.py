@@ -79,6 +79,7 @@ class SavedAsItIs:
             getattr(self, name).assign(values)
 
     def _check_stored(self, stored, lora):
+        """Refuses arrays of a file that do not fit the layer; the message says what to call instead."""
         where = f"The file's weights do not fit {self.path}:"
         if lora and not self.lora_enabled:
             raise ValueError(

@@ -24,6 +24,7 @@ class Guarded:
 
 
 def _guard(name, turn):
+    """Overrides one of Keras's methods with itself, in its turn among threads and callbacks."""
     method = getattr(keras.Model, name)
 
     @functools.wraps(method)

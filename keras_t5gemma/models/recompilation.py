@@ -72,6 +72,7 @@ class Recompiles(EvaluatesWithoutOptimizer):
         return {**config, "optimizer_is_built": is_built and not self._outdated()}
 
     def _keep_up(self, trains=False):
+        """Forgets compiled functions, and renews the optimizer, if the model's variables have changed."""
         variables = self.weights
         # A program holds these numbers as constants.
         numbers = [variable.trainable for variable in variables]
@@ -86,6 +87,7 @@ class Recompiles(EvaluatesWithoutOptimizer):
             self._renew_optimizer()
 
     def _renew_optimizer(self):
+        """Replaces an outdated optimizer, with a warning."""
         if not self.trainable_variables:
             raise ValueError(
                 "The model has no trainable weights. Set `trainable = True` on the model or on a part of it, or call "
@@ -109,6 +111,7 @@ class Recompiles(EvaluatesWithoutOptimizer):
         return None if known is None or list(map(id, known)) == list(map(id, self.trainable_variables)) else known
 
     def _replace_outdated_optimizer(self):
+        """Makes the optimizer again from its config if it was built for other variables."""
         known = self._outdated()
         if known is None:
             return

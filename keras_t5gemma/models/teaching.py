@@ -58,6 +58,7 @@ class Taught:
 
     @contextlib.contextmanager
     def _carrying_teacher(self, carries=True):
+        """A context in which the teacher's variables are counted among the model's, or not."""
         before = self._carries_teacher
         teacher = self._teacher_variables() if carries and not before and steps_are_functions() else []
         values = [variable.value for variable in teacher]

@@ -48,6 +48,7 @@ def _named(name, section):
 
 
 def _options(name, section):
+    """The keyword arguments of an objective, of the keys that the section states."""
     modes, mode = section.mode_tokens, {"prefixlm": "S", "span_corruption": "R"}.get(name)
     options = {}
     if modes:

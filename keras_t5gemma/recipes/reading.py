@@ -146,6 +146,7 @@ def _table(cls, values, path, place):
 
 
 def _value(hint, value, limits, path, place):
+    """One value as its type, once it is within its limits; an error names file and key."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # X | None: TOML has no null, so a value that is there is an X
         return _value(arguments[0], value, limits, path, place)
@@ -179,6 +180,7 @@ def _value(hint, value, limits, path, place):
 
 
 def _list(hint, value, limits, path, place):
+    """A list of values, each as its type."""
     if hint is str and isinstance(value, str):
         value = [value]  # one source needs no brackets
     least, most = limits.get("least_items", 0), limits.get("most_items", math.inf)

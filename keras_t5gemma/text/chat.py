@@ -87,6 +87,7 @@ def check_no_turn_tokens(text, what):
 
 
 def _role(index, message):
+    """A message's role in Gemma's turns, once it may stand at this place."""
     role = message.get("role")
     if role == "system":
         raise ValueError(

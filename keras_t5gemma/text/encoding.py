@@ -83,6 +83,7 @@ class Packer:
         return [[tokenizer.start_token_id, *row] for row in rows], batched
 
     def _prompt_text(self, prompt, place):
+        """The text of a prompt: itself, or in turns if the preprocessor is for chats."""
         if isinstance(prompt, str):
             if not (prompt.strip() if self.chat else prompt):
                 raise ValueError(f"{place} is empty: the encoder needs at least one token.")

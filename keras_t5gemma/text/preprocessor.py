@@ -239,6 +239,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         return _unbatch((*encoder, *pad_rows(decoder, decoder_length, self.tokenizer.pad_token_id)), batched)
 
     def _rows(self, prompts, answers, encoder_length, decoder_length, *, closed):
+        """Rows of ids of prompts and answers, and whether they came as batches."""
         packer = Packer(self.tokenizer, self.chat, self.truncate)
         encoder, batched = packer.prompts(prompts, encoder_length)
         if answers is None:

@@ -82,6 +82,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return tokenizer
 
     def _take(self, proto, what):
+        """Reads a SentencePiece model; the one before stays if that fails."""
         kept, self.proto = self.proto, None  # see `_set_proto_tf`
         try:
             if proto == b"":
@@ -131,6 +132,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return super().detokenize(inputs)
 
     def _warn_of_special_tokens(self, texts):
+        """Warns, once per tokenizer, of texts that spell out `<bos>`, `<eos>` or `<pad>`."""
         if self._has_warned:
             return
         texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
@@ -221,6 +223,7 @@ def keras_options(folder, config_file):
 
 
 def _read_model(folder, name):
+    """The bytes of a tokenizer's file; an error says where it was looked for."""
     path = folder / name
     if not path.is_file():
         raise ValueError(

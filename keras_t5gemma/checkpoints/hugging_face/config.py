@@ -177,6 +177,7 @@ def layer_pattern(types):
 
 
 def _read_stack(values, where, dropout):
+    """A `StackConfig` of one stack's section, strictly: fields that change the computation have known values."""
     fields = {}
     for ours, theirs, default in _FIELDS:
         if theirs not in values and default is _REQUIRED:
@@ -209,6 +210,7 @@ def _read_stack(values, where, dropout):
 
 
 def _layer_pattern(values, num_layers, where):
+    """The shortest pattern that gives a list of layer types when it is repeated."""
     types = values.get("layer_types")
     if types is None:
         return tuple(LAYER_TYPES.values())  # What `transformers` fills in: Gemma 2's alternation.
@@ -220,6 +222,7 @@ def _layer_pattern(values, num_layers, where):
 
 
 def _rope_wavelength(values, where):
+    """The base of RoPE's frequencies, in the form of `transformers` 4 or 5."""
     parameters = values.get("rope_parameters") or {}
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise _wrong(where, "rope_parameters", parameters, "rope_type default")
@@ -231,6 +234,7 @@ def _rope_wavelength(values, where):
 
 
 def _write_stack(stack, name):
+    """The section of one stack, the inverse of `_read_stack`."""
     scalar = stack.head_dim if stack.query_scalar is None else stack.query_scalar
     if scalar != int(scalar):
         raise CheckpointError(

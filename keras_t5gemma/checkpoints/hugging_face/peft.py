@@ -182,6 +182,7 @@ def _targets(layers, modules):
 
 
 def _checked_config(path):
+    """The adapter's config, if Keras's LoRA can do everything in it."""
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: the adapter's `peft_type` is {config.get('peft_type')!r}. Expected 'LORA'.")

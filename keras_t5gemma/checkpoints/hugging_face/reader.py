@@ -90,6 +90,7 @@ class CheckpointFolder(TensorSource):
         return self._files[name]
 
     def _open_shards(self):
+        """`{tensor: its shard}`, once the index and the shards agree."""
         index = self.folder / INDEX_FILE
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -204,6 +205,7 @@ class SafetensorsFile:
             )
 
     def _parse_checksums(self, metadata):
+        """The checksums in the header's metadata, by tensor; none if there are none."""
         if not isinstance(metadata, dict):
             raise CheckpointError(f"The header of {self.path} has {metadata!r:.80} as `__metadata__`.")
         if CHECKSUMS_KEY not in metadata:
@@ -216,6 +218,7 @@ class SafetensorsFile:
         return checksums
 
     def _parse(self, header, data_begin, size):
+        """The tensors of a header, once their data fill the file without holes or overlaps."""
         tensors = {}
         for name, value in header.items():
             tensors[name] = self._entry(name, value, data_begin)
@@ -233,6 +236,7 @@ class SafetensorsFile:
         return tensors
 
     def _entry(self, name, value, data_begin):
+        """One tensor's entry of the header, checked by itself."""
         try:
             format_dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
             numbers = [*shape, begin, end]

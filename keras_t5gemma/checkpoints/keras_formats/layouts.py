@@ -128,6 +128,7 @@ def expected_tensors(config):
 
 
 def _gemma2_config(values, where):
+    """A `Gemma2Config` of the config of keras-hub's Gemma backbone."""
     for name in ("use_post_ffw_norm", "use_post_attention_norm"):
         if not values.get(name):
             raise CheckpointError(
@@ -160,6 +161,7 @@ def _gemma2_config(values, where):
 
 
 def _keras_hub_t5gemma_config(values, where):
+    """A `T5GemmaConfig` of the config of keras-hub's T5Gemma backbone."""
     for name, default, expected in (
         ("attention_bias", False, False),
         ("hidden_activation", "gelu_approximate", "gelu_approximate"),
@@ -178,6 +180,8 @@ def _keras_hub_t5gemma_config(values, where):
 
 
 def _keras_hub_stack(values, stack):
+    """One stack's `StackConfig` of keras-hub's T5Gemma config."""
+
     def own(name):
         return values[f"{stack}_{name}"]
 

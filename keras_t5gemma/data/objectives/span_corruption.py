@@ -202,6 +202,7 @@ class SpanCorruption:
         return Example(inputs, targets, complete=True)
 
     def _fit_around(self, ids, protected, rng):
+        """The ids and a mask whose spans avoid protected ids; ids are cut off until inputs and targets fit."""
         while True:
             if protected.all():
                 raise ValueError(f"All {len(ids)} ids are protected: there is nothing to corrupt. Received: {ids}.")

@@ -100,6 +100,7 @@ class UL2(Mixed):
         return tuple(parts)
 
     def _mode_token(self, denoiser):
+        """The mode token of a denoiser, or None."""
         if self.mode_tokens is None:
             return None
         if denoiser.mode not in self.mode_tokens:

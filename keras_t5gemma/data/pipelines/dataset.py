@@ -203,6 +203,7 @@ class _Examples:
 
 
 def _token_stream(texts, tokenizer, eos):
+    """All documents as one array of token ids, each document closed by `<eos>`."""
     if tokenizer is None and isinstance(texts, np.ndarray) and texts.ndim == 1 and texts.dtype.kind in "iu":
         return texts
     stream = array.array("i")

@@ -161,6 +161,7 @@ class _JoinedIterator(grain.DatasetIterator):
         self._length = -offset
 
     def _take(self, length):
+        """The next `length` ids of the joined documents; fewer at the end."""
         while self._length < length:
             state = self._parent.get_state()
             try:
@@ -259,6 +260,7 @@ class _PackedIterator(grain.DatasetIterator):
             self._fill()
 
     def _fill(self):
+        """Packs the next examples into rows, in a random order."""
         self._before = self._parent.get_state()
         examples = []
         for example in self._parent:

@@ -117,6 +117,7 @@ def _rebuilt(inputs, labels, sentinels):
 
 
 def _checked(batch):
+    """`(x, labels, weights)` of a batch, if it is one that a teacher can read."""
     if not (isinstance(batch, tuple) and len(batch) == 3 and isinstance(batch[0], Mapping)):
         raise ValueError(
             f"`data` must hold batches `(x, y, sample_weight)` with a dict of token ids as x, as `pretraining_dataset` "

@@ -210,6 +210,7 @@ def _are_paths(data):
 
 
 def _paths(data):
+    """The files that names and patterns stand for, in order."""
     paths = []
     for name in [data] if isinstance(data, (str, Path)) else data:
         found = [name] if Path(name).exists() else sorted(glob.glob(str(name), recursive=True))
@@ -227,6 +228,7 @@ def _paths(data):
 
 
 def _format(paths, format):
+    """The one format of all files, by their names if it is not given."""
     if format is not None:
         check_choice(format, "format", sorted(set(FORMATS.values())))
         return format

@@ -40,6 +40,7 @@ class _FilesIterator(RowIterator):
         self._documents = None
 
     def next_row(self):
+        """The next document, of the next file if one ends."""
         paths = self.rows.paths
         while self._position["file"] < len(paths):
             path = paths[self._position["file"]]
@@ -65,6 +66,7 @@ class _FilesIterator(RowIterator):
         self._documents = None
 
     def _row(self, content, place):
+        """A document from its bytes: a line, or a whole file."""
         text = _decode(content, place)
         if not self.rows.is_json:
             return text
@@ -140,6 +142,7 @@ def _zstd_errors(path):
 
 
 def _decode(content, place):
+    """Bytes as text; an error names the file and the place."""
     if b"\0" in content:
         raise ValueError(f"{place} holds a NUL byte: the file is binary or not UTF-8.")
     try:

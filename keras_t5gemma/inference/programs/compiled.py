@@ -124,6 +124,7 @@ class Program:
             return self._function_with_seeds(seeds, arguments)
 
     def _run_tensorflow(self, seeds, arguments, is_new=False):
+        """Runs as a `tf.function`, traced again if the model has other variables by now."""
         import tensorflow as tf
 
         if self._model.run_eagerly:
@@ -149,6 +150,7 @@ class Program:
         self._compiled = None
 
     def _run_jax(self, seeds, arguments, is_new=False):  # noqa: ARG002 for TensorFlow's
+        """Runs under `jax.jit`, with the variables' values as arguments."""
         if self._model.run_eagerly:
             return self._function_with_seeds(seeds, arguments)
         if self._compiled is None:

@@ -64,6 +64,7 @@ class RecordedStep:
             return self._run(token_ids, cache, index)
 
     def _run(self, token_ids, cache, index):
+        """Replays the recording for these shapes, or makes it once they have come up often enough."""
         leaves = keras.tree.flatten(cache)
         if not self._goes_on(leaves):
             self._last.key = self._key(token_ids, leaves)

@@ -71,6 +71,7 @@ def _by_blocks(settings, *inputs):
 
 
 def _by_blocks_forward(settings, query, key, value, *of_mask):
+    """The output of all blocks, and what the backward pass keeps."""
     mask = settings.mask(*of_mask)
 
     def block(rows, of_block):
@@ -89,6 +90,7 @@ def _by_blocks_forward(settings, query, key, value, *of_mask):
 
 
 def _by_blocks_backward(settings, kept, upstream):
+    """The gradients of query, key and value: a loop over blocks that sums those of keys and values."""
     (query, key, value, *of_mask), attended, log_sum_exp = kept
     mask = settings.mask(*of_mask)
 

@@ -23,6 +23,7 @@ def sums_and_gradients(token_loss, targets, x, table, train_table):
 
 @functools.cache
 def _program(token_loss, train_table):
+    """The loop over chunks as one TensorFlow function, for one token loss."""
     between = _between_products(token_loss)
 
     @tf.function

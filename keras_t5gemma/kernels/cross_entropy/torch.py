@@ -109,6 +109,7 @@ def in_place(token_loss, logits, workspace, *targets):
 
 
 def _cross_entropy_in_place(loss, logits, workspace, labels, shares):
+    """`in_place` of a `CrossEntropy`: every step overwrites the logits or the workspace."""
     if loss.cap is not None:
         torch.div(logits, loss.cap, out=workspace).tanh_()
         torch.mul(workspace, loss.cap, out=logits)

@@ -60,6 +60,7 @@ class Stream:
             yield batch
 
     def _next(self):
+        """The next batch of this pass, or the mark of its end."""
         fresh = self._pass is None
         if fresh:
             if self._used_up:

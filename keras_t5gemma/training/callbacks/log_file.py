@@ -35,6 +35,7 @@ def read_log(run):
 
 
 def _rows(path):
+    """The rows of a log file as dicts of numbers."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, 2):

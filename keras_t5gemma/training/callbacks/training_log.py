@@ -136,6 +136,7 @@ class _Events:
 
 
 def _event_files():
+    """TensorBoard's classes, imported if a log is written for it."""
     try:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary

@@ -257,6 +257,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         return self._number == self._data.ends if self._steps is None else self._batch >= self._steps
 
     def _save(self, epoch, batch, watched=None, ended_by=None):
+        """Copies everything to the host, and has the thread write it."""
         self._wait()
         # Here and now: the next step changes all of it.
         described, arrays, model = state.host_copy(self.model)
@@ -312,6 +313,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         raise FloatingPointError(f"{why} {good}")
 
     def _restore(self, path, content):
+        """Gives the model, the data and the random generators the state of a checkpoint."""
         state.check(self.model, content["run"], path)
         if content["run"]["steps_per_epoch"] != self._steps:
             raise ValueError(

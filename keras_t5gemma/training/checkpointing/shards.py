@@ -113,6 +113,7 @@ class SavedArrays:
         return overlaps if sum(map(_volume, overlaps)) == _volume(box) else None
 
     def _open(self, path):
+        """Adds a folder's file of arrays: the regions of each array, and where they lie."""
         file = safe_open(path / files.ARRAYS_FILE, framework="numpy")
         for key in file.keys():  # noqa: SIM118 it is no dict
             shard = _SHARD.fullmatch(key)

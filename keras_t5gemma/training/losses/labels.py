@@ -37,6 +37,7 @@ def labels_and_weights(labels, weights, shape=None):
 
 
 def _check_shape(name, found, expected):
+    """Refuses labels or weights that do not fit the logits."""
     if expected is None:
         return
     found, expected = tuple(found), tuple(expected)

@@ -45,6 +45,7 @@ class AdamW(SavesExclusions, LowPrecision, DefaultLearningRate, keras.optimizers
         super()._apply_weight_decay(variables)
 
     def _update_all(self, grads, variables, learning_rate):
+        """As Keras's, in one pass over the weights where the backend has one."""
         if not self._is_fused(variables):
             super()._update_all(grads, variables, learning_rate)
             return

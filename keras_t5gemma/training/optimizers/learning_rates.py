@@ -147,6 +147,7 @@ class DefaultLearningRate:
             keras.optimizers.Optimizer.learning_rate.fset(self, value)
 
     def _warn_of_warm_up(self, value):
+        """Warns if the rate is set within the warm-up."""
         steps = getattr(self._learning_rate, "warmup_steps", 0)
         step = int(ops.convert_to_numpy(self.iterations.value))
         if step < steps:

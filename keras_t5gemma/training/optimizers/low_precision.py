@@ -174,6 +174,7 @@ class LowPrecision:
             super()._apply_weight_decay(others)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """As Keras's, with what the step needs to know of the whole update."""
         if not any(is_bfloat16(variable) for variable in trainable_variables):
             self._update_all(grads, trainable_variables, learning_rate)
             return
