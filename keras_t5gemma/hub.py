@@ -1,10 +1,16 @@
 """Where presets lie: built-in names, hubs and folders, in Hugging Face's or Keras's format."""
 
-import json
+import dataclasses
 from pathlib import Path
 
+from keras_t5gemma import strict_json
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import did_you_mean
+
+CONFIG_FILE = "config.json"
+# Beside a Hugging Face checkpoint: what this package's preprocessor was told. Other programs ignore the file.
+PREPROCESSOR_FILE = "keras_t5gemma_preprocessor.json"
+PREPROCESSOR_OPTIONS = ("encoder_sequence_length", "decoder_sequence_length", "chat", "truncate")
 
 
 def locate(preset, weights=True, *, config=True):
@@ -39,80 +45,108 @@ def locate(preset, weights=True, *, config=True):
             f"({', '.join(list(PRESETS)[:3])}, ...; `keras-t5gemma presets` lists them). A hub checkpoint is written "
             f"hf://owner/name or kaggle://owner/model/keras/variation.{did_you_mean(text, PRESETS)}"
         )
-    if config and not (folder / "config.json").is_file():
+    if config and not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds no `config.json`, so it is neither a Keras preset nor a Hugging Face folder.")
     return folder
 
 
-def is_hugging_face(folder):
-    """Whether a located folder is in Hugging Face format (`model_type`) rather than Keras's (`registered_name`)."""
-    path = Path(folder) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if isinstance(config, dict) and ("model_type" in config or "registered_name" in config):
-        return "model_type" in config
-    raise ValueError(f"{path} has neither `model_type` (Hugging Face) nor `registered_name` (Keras).")
+@dataclasses.dataclass(frozen=True)
+class PresetFolder:
+    """A checkpoint's folder that has been found, and its `config.json`, which is parsed once.
 
-
-def wants_turns(preset, folder):
-    """Whether a preset is instruction-tuned: by its name where it is published, else by having a chat template.
-
-    Args:
-        preset: what `from_preset` was given.
-        folder: where that lies.
-
-    Raises:
-        ValueError: if the folder's `tokenizer_config.json` is not JSON.
+    Attributes:
+        path: a `pathlib.Path`.
+        name: what was asked for: a preset's name, a hub's handle or the path.
+        config: the parsed `config.json`, a dict; None if there is none.
     """
-    for known in PRESETS.values():
-        kaggle = known.kaggle_handle
-        if str(preset) in (known.name, known.hf_handle, kaggle, kaggle.rpartition("/")[0]):
-            return known.instruction_tuned
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return False
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds a JSON {type(config).__name__}. Expected an object.")
-    return bool(config.get("chat_template"))
+
+    path: Path
+    name: str
+    config: dict | None
+
+    def __truediv__(self, file):
+        return self.path / file
+
+    def __fspath__(self):
+        return str(self.path)
+
+    def __str__(self):
+        return str(self.path)
+
+    @property
+    def is_hugging_face(self):
+        """Whether it is in Hugging Face's format (`model_type`), not in Keras's (`registered_name`).
+
+        Raises:
+            ValueError: if it is in neither.
+        """
+        if self.config is not None and ("model_type" in self.config or "registered_name" in self.config):
+            return "model_type" in self.config
+        path = self.path / CONFIG_FILE
+        raise ValueError(f"{path} has neither `model_type` (Hugging Face) nor `registered_name` (Keras).")
+
+    @property
+    def instruction_tuned(self):
+        """Whether the model reads prompts in turns: by its name if it is published, else if it has a chat template.
+
+        Raises:
+            ValueError: if the folder's `tokenizer_config.json` is not a JSON object.
+        """
+        for known in PRESETS.values():
+            kaggle = known.kaggle_handle
+            if self.name in (known.name, known.hf_handle, kaggle, kaggle.rpartition("/")[0]):
+                return known.instruction_tuned
+        if (self.path / "chat_template.jinja").is_file():
+            return True
+        path = self.path / "tokenizer_config.json"
+        return path.is_file() and bool(strict_json.read_object(path).get("chat_template"))
+
+    def preprocessor_options(self, keras_file="preprocessor.json"):
+        """What the checkpoint says of its preprocessor, in Keras's or Hugging Face's format.
+
+        Args:
+            keras_file: the preprocessor's config in Keras's format.
+
+        Returns:
+            Those of `PREPROCESSOR_OPTIONS` that were saved, by name.
+
+        Raises:
+            ValueError: if the file is not a JSON object with options.
+        """
+        path = next((self / name for name in (PREPROCESSOR_FILE, keras_file) if (self / name).is_file()), None)
+        if path is None:
+            return {}
+        try:
+            saved = strict_json.read_object(path)
+            saved = saved if path.name == PREPROCESSOR_FILE else saved["config"]
+            return {name: saved[name] for name in PREPROCESSOR_OPTIONS if name in saved}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a preprocessor's config ({type(error).__name__}: {error}).") from error
 
 
-# Beside a Hugging Face checkpoint: what this package's preprocessor was told. Other programs ignore the file.
-PREPROCESSOR_FILE = "keras_t5gemma_preprocessor.json"
-PREPROCESSOR_OPTIONS = ("encoder_sequence_length", "decoder_sequence_length", "chat", "truncate")
-
-
-def preprocessor_options(folder, keras_file="preprocessor.json"):
-    """What a checkpoint says of its preprocessor, in Keras's or Hugging Face's format.
+def open_preset(origin, weights=True, *, config_file=CONFIG_FILE):
+    """The folder of a preset, downloaded if it is not there yet, with its config.
 
     Args:
-        folder: the checkpoint's.
-        keras_file: the preprocessor's config in Keras's format.
+        origin: as for `locate`; or a `PresetFolder`, which is returned as it is.
+        weights: as for `locate`.
+        config_file: a file that is there in a folder without `config.json`, such as a saved tokenizer's alone; None
+            for a folder of any kind, such as Flax's checkpoints.
 
     Returns:
-        Those of `PREPROCESSOR_OPTIONS` that were saved, by name.
+        A `PresetFolder`.
 
     Raises:
-        ValueError: if the file is not JSON, or not an object with options.
+        ValueError: as `locate`, and if `config.json` is not a JSON object.
+        ConnectionError: as `locate`.
     """
-    path = next(
-        (Path(folder) / name for name in (PREPROCESSOR_FILE, keras_file) if (Path(folder) / name).is_file()), None
-    )
-    if path is None:
-        return {}
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        saved = saved if path.name == PREPROCESSOR_FILE else saved["config"]
-        return {name: saved[name] for name in PREPROCESSOR_OPTIONS if name in saved}
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a preprocessor's config ({type(error).__name__}: {error}).") from error
+    if isinstance(origin, PresetFolder):
+        return origin
+    folder = Path(str(origin))
+    if config_file is None or not (folder / config_file).is_file():
+        folder = locate(origin, weights, config=config_file is not None)
+    path = folder / CONFIG_FILE
+    return PresetFolder(folder, str(origin), strict_json.read_object(path) if path.is_file() else None)
 
 
 def kaggle_file(handle, path):

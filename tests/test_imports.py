@@ -13,6 +13,7 @@ PACKAGE = Path(keras_t5gemma.__file__).parent
 # A module imports only from a lower rank or from its own folder. Everything in a folder has the folder's rank.
 RANKS = {
     "checks": 0,
+    "strict_json": 0,
     "suggestions": 0,
     "registration": 0,
     "_keras_internals": 0,

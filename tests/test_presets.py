@@ -9,7 +9,7 @@ from keras import ops
 from keras_t5gemma import hub
 from keras_t5gemma.checkpoints.tensor_table import parameter_count
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
-from keras_t5gemma.hub import is_hugging_face, locate
+from keras_t5gemma.hub import locate, open_preset
 from keras_t5gemma.layers.initialization import weights_from
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.presets import PAIRS, PRESETS, STACKS, stack
@@ -143,11 +143,11 @@ def test_locate_downloads_nothing_that_would_be_unpickled(monkeypatch, tmp_path)
 )
 def test_is_hugging_face_reads_the_format_off_the_config(config, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert is_hugging_face(tmp_path) is expected
+    assert open_preset(tmp_path).is_hugging_face is expected
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("{}", "neither"), ("[]", "neither")])
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("{}", "neither"), ("[]", "Expected an object")])
 def test_is_hugging_face_with_another_config_says_what_is_wrong(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        is_hugging_face(tmp_path)
+        assert open_preset(tmp_path).is_hugging_face

@@ -6,11 +6,10 @@ import h5py
 import keras
 import keras_hub
 
-from keras_t5gemma import hub, presets
+from keras_t5gemma import presets
 from keras_t5gemma._keras_internals import flatten_layers
-from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.load import load
-from keras_t5gemma.checkpoints.sources import locate_t5gemma, t5gemma_source
+from keras_t5gemma.checkpoints.sources import open_t5gemma, t5gemma_source
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.layers import lora
 from keras_t5gemma.layers.initialization import weights_from
@@ -270,7 +269,7 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
             ConnectionError: if a download failed.
             CheckpointError: if the folder's tensors are not those of its config.
         """
-        folder = locate_t5gemma(preset)
+        folder = open_t5gemma(preset)
         saved = _saved_config(folder)
         if "quantization" in saved or "lora" in saved:
             # In Keras's own format alone. It builds the whole model first: with zeros, nothing is drawn.
@@ -297,8 +296,6 @@ def _zeros(path, shape, dtype):
 
 
 def _saved_config(folder):
-    """The arguments that `save_to_preset` wrote; none for what another program wrote."""
-    if not (folder / "config.json").is_file() or hub.is_hugging_face(folder):
-        return {}
-    saved = read_json(folder / "config.json")
-    return saved["config"] if saved["registered_name"].startswith("keras_t5gemma>") else {}
+    """The arguments that `save_to_preset` wrote; none if another program wrote the folder."""
+    saved = folder.config or {}
+    return saved["config"] if str(saved.get("registered_name")).startswith("keras_t5gemma>") else {}

@@ -7,8 +7,8 @@ import keras
 import keras_hub
 
 from keras_t5gemma._keras_internals import track_loss_in_float32
-from keras_t5gemma.checkpoints.sources import locate_t5gemma
-from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, is_hugging_face
+from keras_t5gemma.checkpoints.sources import open_t5gemma
+from keras_t5gemma.hub import PREPROCESSOR_OPTIONS
 from keras_t5gemma.inference.buckets import Buckets
 from keras_t5gemma.inference.decoding.loop import resolve_sampler
 from keras_t5gemma.inference.embed import embed
@@ -120,15 +120,13 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
             CheckpointError: if the folder's tensors are not those of its config.
         """
         _check_keywords(kwargs, ("dtype", "preprocessor", "buckets"))  # before anything is read
-        folder = locate_t5gemma(preset)
+        folder = open_t5gemma(preset)
         backbone_kwargs = {name: kwargs.pop(name) for name in ("dtype",) if name in kwargs}
         backbone = cls.backbone_cls.from_preset(folder, load_weights=load_weights, **backbone_kwargs)
         if "preprocessor" not in kwargs:
-            # A Keras preset of a model without preprocessor has none; any other checkpoint has a tokenizer.
-            is_flax = not (folder / "config.json").is_file()  # holds parameters only
-            has_one = not is_flax and (is_hugging_face(folder) or (folder / PREPROCESSOR_FILE).is_file())
-            # By the preset's name, not its folder: the name says whether it is instruction-tuned.
-            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset) if has_one else None
+            # A Keras preset of a model without preprocessor has none; Flax's checkpoints hold parameters only.
+            has_one = folder.config is not None and (folder.is_hugging_face or (folder / PREPROCESSOR_FILE).is_file())
+            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(folder) if has_one else None
         return cls(backbone, **kwargs)
 
     def compile(

@@ -8,11 +8,11 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import check_finite, integer
-from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, preprocessor_options, wants_turns
+from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, open_preset
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.encoding import Packer, pad_rows
-from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, open_preset
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 
 KERAS_CONFIG_FILE = "preprocessor.json"
 
@@ -214,9 +214,9 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         Raises:
             ValueError, ConnectionError: as for `T5GemmaTokenizer.from_preset`.
         """
-        folder, _ = open_preset(preset, config_file)
+        folder = open_preset(preset, weights=False, config_file=config_file)
         tokenizer = kwargs.pop("tokenizer", None) or cls.tokenizer_cls.from_preset(folder)
-        options = {"chat": wants_turns(preset, folder), **preprocessor_options(folder, config_file)}
+        options = {"chat": folder.instruction_tuned, **folder.preprocessor_options(config_file)}
         return cls(tokenizer, **{**options, **kwargs})
 
     def _encoder_length(self, value):

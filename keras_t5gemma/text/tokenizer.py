@@ -11,7 +11,7 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import is_integer
-from keras_t5gemma.hub import is_hugging_face, kaggle_file, locate
+from keras_t5gemma.hub import kaggle_file, open_preset
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
 
@@ -176,32 +176,12 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         if str(preset) not in PRESETS and str(preset) in gemma:
             handle = gemma[str(preset)]["kaggle_handle"]
             return cls(proto=kaggle_file(handle, _KERAS_FILE.format("tokenizer")).read_bytes(), **kwargs)
-        folder, hugging_face = open_preset(preset, config_file)
-        if hugging_face:
+        folder = open_preset(preset, weights=False, config_file=config_file)
+        if folder.config is not None and folder.is_hugging_face:
             return cls(proto=_read_model(folder, HUGGING_FACE_FILE), **kwargs)
         options = keras_options(folder, config_file)
         model = _KERAS_FILE.format(Path(config_file).stem)
         return cls.from_config({**options, **kwargs, "proto": _read_model(folder, model)})
-
-
-def open_preset(preset, config_file):
-    """A preset's folder, and whether it is in Hugging Face format.
-
-    Args:
-        preset: as for `locate`, or a folder that holds nothing but a saved tokenizer or preprocessor.
-        config_file: the file that tells such a folder.
-
-    Returns:
-        `(folder, hugging_face)`.
-
-    Raises:
-        ValueError, ConnectionError: as for `locate` and `is_hugging_face`.
-    """
-    folder = Path(str(preset))
-    if (folder / config_file).is_file() and not (folder / "config.json").is_file():
-        return folder, False
-    folder = locate(preset, weights=False)
-    return folder, is_hugging_face(folder)
 
 
 def keras_options(folder, config_file):
@@ -210,7 +190,7 @@ def keras_options(folder, config_file):
     Raises:
         ValueError: if the file is missing or is not such a config.
     """
-    path = Path(folder) / config_file
+    path = folder / config_file
     if not path.is_file():
         raise ValueError(
             f"Looked for the tokenizer's `{config_file}` in {folder}, a Keras preset. Found: {_list(folder)}."
@@ -235,4 +215,4 @@ def _read_model(folder, name):
 
 
 def _list(folder):
-    return ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    return ", ".join(sorted(path.name for path in Path(folder).iterdir())) or "nothing"

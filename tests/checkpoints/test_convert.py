@@ -223,7 +223,7 @@ def test_adapted_folder_has_the_decoders_tokenizer_and_its_turns(instructed, tmp
     assert (generation.decoder_start_token_id, generation.pad_token_id, generation.bos_token_id) == (2, 0, 2)
     written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert ("chat_template" in written) == chat
-    assert hub.wants_turns(tmp_path / "out", tmp_path / "out") == chat
+    assert hub.open_preset(tmp_path / "out").instruction_tuned == chat
 
 
 def test_folder_without_tokenizer_files_has_none_after_adapting(gemma2, tmp_path):

@@ -6,20 +6,18 @@ endian, the header's length; the header, a JSON object {name: {dtype, shape, dat
 `CheckpointError` that names the file and the tensor, and so that no tensor but the one asked for is ever mapped.
 """
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
+from keras_t5gemma import strict_json
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, CheckpointError, TensorSource, checksum
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# The format's own limit on a header; it also keeps a corrupt length, or a file that is no JSON, from filling memory.
-MAX_HEADER_BYTES = 100_000_000
-# Digits of an integer: 64 bits, more than any size. Of longer ones neither products nor messages could be made.
-_MAX_DIGITS = 20
+# The format's own limit on a header; it also keeps a corrupt length from filling memory.
+MAX_HEADER_BYTES = strict_json.MAX_BYTES
 # In the header's `__metadata__`, as JSON text {name: 16 hexadecimal digits}: what `tensors.checksum` gives.
 CHECKSUMS_KEY = "xxh3_64"
 
@@ -31,14 +29,16 @@ class CheckpointFolder(TensorSource):
 
     Args:
         folder: a path.
+        config: the folder's `config.json`, if it has been parsed already.
 
     Raises:
         CheckpointError: if there are no weights in safetensors, a shard is missing or damaged, the index names a
             file outside the folder, or index and shards disagree about which tensors they hold.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, config=None):
         self.folder = Path(folder)
+        self._config = config
         if (self.folder / WEIGHTS_FILE).is_file():
             file = SafetensorsFile(self.folder / WEIGHTS_FILE)
             self._files = dict.fromkeys(file.tensors, file)
@@ -54,7 +54,9 @@ class CheckpointFolder(TensorSource):
     @property
     def config(self):
         """The folder's `config.json`, parsed."""
-        return read_json(self.folder / "config.json")
+        if self._config is None:
+            self._config = read_json(self.folder / "config.json")
+        return self._config
 
     def names(self):
         """The tensors' names, in the order of the file or of the index."""
@@ -281,40 +283,14 @@ def read_json(path):
     Raises:
         CheckpointError: if the file is missing or holds anything else.
     """
-    path = Path(path)
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} has {size} bytes. Expected JSON of at most {MAX_HEADER_BYTES}.")
-            file.seek(0)
-            text = file.read(size)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return _json_object(text, str(path))
+        return strict_json.read_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _json_object(text, where):
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error!s:.400}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}. Expected an object.")
-    return value
-
-
-def _unique(pairs):
-    """A dict of JSON's pairs, refusing names that come twice, of which Python would keep the last in silence."""
-    values = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"the name {name!r} comes twice")
-        values[name] = value
-    return values
-
-
-def _integer(text):
-    if len(text.lstrip("-")) > _MAX_DIGITS:
-        raise ValueError(f"the number {text[:_MAX_DIGITS]}... has {len(text)} digits")
-    return int(text)
+        return strict_json.parse_object(text, where)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

@@ -27,16 +27,17 @@ class KerasPreset(TensorSource):
     Args:
         folder: a path.
         layouts: the `Layout`s of the models it may hold.
+        config: the folder's `config.json`, if it has been parsed already.
 
     Raises:
         CheckpointError: if it is another model's, a file is missing or damaged, the index names a file outside the
             folder, or a tensor is missing or superfluous.
     """
 
-    def __init__(self, folder, layouts):
+    def __init__(self, folder, layouts, config=None):
         self.folder = Path(folder)
         path = self.folder / CONFIG_FILE
-        saved = read_json(path)
+        saved = read_json(path) if config is None else config
         name = saved.get("registered_name")
         layout = next((layout for layout in layouts if name in layout.registered_names), None)
         if layout is None:
