@@ -98,7 +98,7 @@ def _dense_product(x, kernel):
 
 
 def _forward(x, kernel):
-    return _dense_product(x, kernel), (x, kernel)
+    return _rows_product(x, kernel).astype(x.dtype), (x, kernel)
 
 
 def _backward(saved, gradient):
