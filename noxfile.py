@@ -1,15 +1,27 @@
 """`nox -s tests` runs the tests on each backend in turn, `nox -s lint` the linters, in the environment nox runs in.
 
 One environment holds all three backends: to make three of them would take three times as long and test nothing more.
+`lowest` and `newest` need other versions, so they make environments of their own, by uv, and download much.
 """
 
+import os
 import sys
+from pathlib import Path
 
 import nox
 
 BACKENDS = ("jax", "tensorflow", "torch")
 
 nox.options.sessions = ["lint", "tests"]
+
+
+# In the order of tests/conftest.py: by itself loadfile leaves files with few tests, slow ones among them, for last.
+ORDER = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+HEADS = ("git+https://github.com/keras-team/keras", "git+https://github.com/keras-team/keras-hub")
+
+
+def environment(backend):
+    return {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
 @nox.session(venv_backend="none")
@@ -20,10 +32,15 @@ def tests(session, backend):
     Two processes: most of the time goes into compiling tiny models, which takes one core and up to 2 GB. A file's tests
     stay together, since they share their models.
     """
-    environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    # In the order of tests/conftest.py: by itself loadfile leaves files with few tests, slow ones among them, for last.
-    order = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    session.run(sys.executable, "-m", "pytest", *order, *session.posargs, env=environment)
+    session.run(sys.executable, "-m", "pytest", *ORDER, *session.posargs, env=environment(backend))
+
+
+@nox.session(venv_backend="none")
+def quick(session):
+    """Tests that are not marked slow, on one backend: KERAS_BACKEND, or JAX."""
+    marks = "not slow and not gpu and not network"
+    backend = os.environ.get("KERAS_BACKEND", "jax")
+    session.run(sys.executable, "-m", "pytest", *ORDER, "-m", marks, *session.posargs, env=environment(backend))
 
 
 @nox.session(venv_backend="none")
@@ -31,3 +48,39 @@ def lint(session):
     """Errors, style and formatting."""
     session.run(sys.executable, "-m", "ruff", "check", ".")
     session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
+
+
+@nox.session(venv_backend="none")
+def docs(session):
+    """The site, into build/site: `pip install -e '.[docs]'` first. A warning is an error."""
+    session.run(sys.executable, "docs/generate.py")
+    session.run(sys.executable, "-m", "mkdocs", "build", "--strict")
+
+
+@nox.session(venv_backend="none")
+def api(session):
+    """Writes tests/api/public_api.txt again, after a change of the public surface that is meant."""
+    session.run(sys.executable, "docs/surface.py", "tests/api/public_api.txt")
+
+
+@nox.session(venv_backend="uv", python="3.11")
+@nox.parametrize("backend", BACKENDS, ids=BACKENDS)
+def lowest(session, backend):
+    """Tests with the oldest versions that pyproject.toml allows."""
+    # The tests pin PyTorch, their oracle: here it is the oldest, too.
+    (torch,) = nox.project.load_toml("pyproject.toml")["project"]["optional-dependencies"]["torch"]
+    overrides = Path(session.create_tmp()) / "overrides.txt"
+    overrides.write_text(torch.replace(">=", "=="), encoding="utf-8")
+    session.install("--resolution", "lowest-direct", "--override", str(overrides), "-e", ".[test]")
+    session.run("python", "-m", "pytest", *ORDER, *session.posargs, env=environment(backend))
+
+
+@nox.session(venv_backend="uv")
+@nox.parametrize("versions", ["releases", "heads"], ids=["releases", "heads"])
+@nox.parametrize("backend", BACKENDS, ids=BACKENDS)
+def newest(session, backend, versions):
+    """Tests with the newest Keras, keras-hub and JAX: releases and candidates, or the heads of their repositories."""
+    session.install("-e", ".[test]")
+    packages = ("keras", "keras-hub") if versions == "releases" else HEADS
+    session.install("--upgrade", "--prerelease", "allow", *packages, "jax")
+    session.run("python", "-m", "pytest", *ORDER, *session.posargs, env=environment(backend))

@@ -5,65 +5,147 @@ once Keras is, whose `load_model` must find the package's classes.
 """
 
 import importlib
+from typing import TYPE_CHECKING
 
 from keras_t5gemma.registration import register_with_keras
 
 __version__ = "0.1.0"
 
-# Public name -> the module that holds it.
+if TYPE_CHECKING:
+    # Checkpoints on disk
+    from keras_t5gemma.checkpoints.convert import adapt_gemma2_files as adapt_gemma2_files
+    from keras_t5gemma.checkpoints.convert import average_checkpoints as average_checkpoints
+    from keras_t5gemma.checkpoints.convert import convert_checkpoint as convert_checkpoint
+    from keras_t5gemma.checkpoints.hugging_face.export import export_to_hugging_face as export_to_hugging_face
+    from keras_t5gemma.checkpoints.hugging_face.peft import load_lora as load_lora
+    from keras_t5gemma.checkpoints.hugging_face.peft import save_lora as save_lora
+    from keras_t5gemma.checkpoints.tensor_source import CheckpointError as CheckpointError
+
+    # What a model is
+    from keras_t5gemma.config import StackConfig as StackConfig
+    from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
+
+    # Data: objectives, pipelines, sources
+    from keras_t5gemma.data.objectives.by_name import objective as objective
+    from keras_t5gemma.data.objectives.mixture import Mixture as Mixture
+    from keras_t5gemma.data.objectives.prefix_lm import PrefixLM as PrefixLM
+    from keras_t5gemma.data.objectives.span_corruption import Denoiser as Denoiser
+    from keras_t5gemma.data.objectives.span_corruption import SpanCorruption as SpanCorruption
+    from keras_t5gemma.data.objectives.ul2 import UL2 as UL2
+    from keras_t5gemma.data.pipelines.dataset import pretraining_dataset as pretraining_dataset
+    from keras_t5gemma.data.pipelines.packing import packed_arrays as packed_arrays
+    from keras_t5gemma.data.pipelines.supervised import supervised_dataset as supervised_dataset
+    from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset as distillation_dataset
+    from keras_t5gemma.data.sources.open import text_source as text_source
+
+    # Inference: samplers, processors, buckets
+    from keras_t5gemma.inference.buckets import Buckets as Buckets
+    from keras_t5gemma.inference.logits_processors import ForbiddenTokens as ForbiddenTokens
+    from keras_t5gemma.inference.logits_processors import ForcedTokens as ForcedTokens
+    from keras_t5gemma.inference.logits_processors import MinimumLength as MinimumLength
+    from keras_t5gemma.inference.logits_processors import NoRepeatNgrams as NoRepeatNgrams
+    from keras_t5gemma.inference.logits_processors import RepetitionPenalty as RepetitionPenalty
+    from keras_t5gemma.inference.samplers.beam import BeamSampler as BeamSampler
+    from keras_t5gemma.inference.samplers.top_k_top_p import TopKTopPSampler as TopKTopPSampler
+
+    # Models
+    from keras_t5gemma.models.adapted import adapt_gemma2 as adapt_gemma2
+    from keras_t5gemma.models.backbone import T5GemmaBackbone as T5GemmaBackbone
+    from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM as T5GemmaSeq2SeqLM
+    from keras_t5gemma.models.sharding import layout_map as layout_map
+
+    # The published models
+    from keras_t5gemma.presets import PAIRS as PAIRS
+    from keras_t5gemma.presets import PRESETS as PRESETS
+    from keras_t5gemma.presets import STACKS as STACKS
+
+    # Recipes
+    from keras_t5gemma.recipes.reading import read_recipe as read_recipe
+    from keras_t5gemma.recipes.run import run_recipe as run_recipe
+
+    # Text
+    from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor as T5GemmaSeq2SeqLMPreprocessor
+    from keras_t5gemma.text.tokenizer import T5GemmaTokenizer as T5GemmaTokenizer
+    from keras_t5gemma.text.train_tokenizer import train_tokenizer as train_tokenizer
+
+    # Training: losses, optimizers, callbacks, checkpoints of a run
+    from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup as CrossAttentionWarmup
+    from keras_t5gemma.training.callbacks.plots import plot_runs as plot_runs
+    from keras_t5gemma.training.callbacks.training_log import TrainingLog as TrainingLog
+    from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint as TrainingCheckpoint
+    from keras_t5gemma.training.checkpointing.weights import load_training_weights as load_training_weights
+    from keras_t5gemma.training.checkpointing.weights import training_weights as training_weights
+    from keras_t5gemma.training.evaluation import held_out_by_part as held_out_by_part
+    from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy as VocabularyCrossEntropy
+    from keras_t5gemma.training.losses.distillation import Distillation as Distillation
+    from keras_t5gemma.training.losses.stored_teacher import StoredTeacher as StoredTeacher
+    from keras_t5gemma.training.losses.stored_teacher import store_teacher_logits as store_teacher_logits
+    from keras_t5gemma.training.optimizers.factory import optimizer as optimizer
+
+# Public name -> its module, for `__getattr__`. The imports above say the same to type checkers, editors and
+# the reference pages, none of which runs this file; a test in tests/api compares the two.
 _MODULES = {
-    "PAIRS": "presets",
-    "PRESETS": "presets",
-    "STACKS": "presets",
+    # Checkpoints on disk
+    "adapt_gemma2_files": "checkpoints.convert",
+    "average_checkpoints": "checkpoints.convert",
+    "convert_checkpoint": "checkpoints.convert",
+    "export_to_hugging_face": "checkpoints.hugging_face.export",
+    "load_lora": "checkpoints.hugging_face.peft",
+    "save_lora": "checkpoints.hugging_face.peft",
+    "CheckpointError": "checkpoints.tensor_source",
+    # What a model is
     "StackConfig": "config",
     "T5GemmaConfig": "config",
-    "T5GemmaTokenizer": "text.tokenizer",
-    "T5GemmaSeq2SeqLMPreprocessor": "text.preprocessor",
-    "train_tokenizer": "text.train_tokenizer",
-    "Denoiser": "data.objectives.span_corruption",
+    # Data: objectives, pipelines, sources
+    "objective": "data.objectives.by_name",
     "Mixture": "data.objectives.mixture",
     "PrefixLM": "data.objectives.prefix_lm",
+    "Denoiser": "data.objectives.span_corruption",
     "SpanCorruption": "data.objectives.span_corruption",
     "UL2": "data.objectives.ul2",
-    "objective": "data.objectives.by_name",
-    "distillation_dataset": "data.pipelines.teacher_view",
-    "packed_arrays": "data.pipelines.packing",
     "pretraining_dataset": "data.pipelines.dataset",
+    "packed_arrays": "data.pipelines.packing",
     "supervised_dataset": "data.pipelines.supervised",
+    "distillation_dataset": "data.pipelines.teacher_view",
     "text_source": "data.sources.open",
-    "CrossAttentionWarmup": "training.callbacks.cross_attention_warmup",
-    "TrainingCheckpoint": "training.checkpointing.callback",
-    "load_training_weights": "training.checkpointing.weights",
-    "training_weights": "training.checkpointing.weights",
-    "BeamSampler": "inference.samplers.beam",
+    # Inference: samplers, processors, buckets
+    "Buckets": "inference.buckets",
     "ForbiddenTokens": "inference.logits_processors",
     "ForcedTokens": "inference.logits_processors",
     "MinimumLength": "inference.logits_processors",
     "NoRepeatNgrams": "inference.logits_processors",
     "RepetitionPenalty": "inference.logits_processors",
+    "BeamSampler": "inference.samplers.beam",
     "TopKTopPSampler": "inference.samplers.top_k_top_p",
-    "TrainingLog": "training.callbacks.training_log",
-    "held_out_by_part": "training.evaluation",
+    # Models
+    "adapt_gemma2": "models.adapted",
+    "T5GemmaBackbone": "models.backbone",
+    "T5GemmaSeq2SeqLM": "models.seq2seq_lm",
+    "layout_map": "models.sharding",
+    # The published models
+    "PAIRS": "presets",
+    "PRESETS": "presets",
+    "STACKS": "presets",
+    # Recipes
+    "read_recipe": "recipes.reading",
+    "run_recipe": "recipes.run",
+    # Text
+    "T5GemmaSeq2SeqLMPreprocessor": "text.preprocessor",
+    "T5GemmaTokenizer": "text.tokenizer",
+    "train_tokenizer": "text.train_tokenizer",
+    # Training: losses, optimizers, callbacks, checkpoints of a run
+    "CrossAttentionWarmup": "training.callbacks.cross_attention_warmup",
     "plot_runs": "training.callbacks.plots",
+    "TrainingLog": "training.callbacks.training_log",
+    "TrainingCheckpoint": "training.checkpointing.callback",
+    "load_training_weights": "training.checkpointing.weights",
+    "training_weights": "training.checkpointing.weights",
+    "held_out_by_part": "training.evaluation",
+    "VocabularyCrossEntropy": "training.losses.cross_entropy",
     "Distillation": "training.losses.distillation",
     "StoredTeacher": "training.losses.stored_teacher",
     "store_teacher_logits": "training.losses.stored_teacher",
-    "VocabularyCrossEntropy": "training.losses.cross_entropy",
     "optimizer": "training.optimizers.factory",
-    "adapt_gemma2": "models.adapted",
-    "adapt_gemma2_files": "checkpoints.convert",
-    "average_checkpoints": "checkpoints.convert",
-    "convert_checkpoint": "checkpoints.convert",
-    "CheckpointError": "checkpoints.tensor_source",
-    "export_to_hugging_face": "checkpoints.hugging_face.export",
-    "load_lora": "checkpoints.hugging_face.peft",
-    "save_lora": "checkpoints.hugging_face.peft",
-    "T5GemmaBackbone": "models.backbone",
-    "Buckets": "inference.buckets",
-    "layout_map": "models.sharding",
-    "T5GemmaSeq2SeqLM": "models.seq2seq_lm",
-    "read_recipe": "recipes.reading",
-    "run_recipe": "recipes.run",
 }
 
 __all__ = ["__version__", *sorted(_MODULES)]  # noqa: PLE0604 the table above is all strings

@@ -18,7 +18,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Figures are drawn into files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
-# Files that take long: begun last, one of two processes would still be at them when the other has nothing left to do.
+# Files that take long: their tests are marked slow. They come first: begun last, one of two processes would still be
+# at them when the other has nothing left to do.
 _SLOW = (
     "test_sharded_runs.py",
     "test_distribution.py",
@@ -37,6 +38,10 @@ def quick_collections():
     gc.freeze()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items):
-    """Slow files first, everything else as it was."""
+    """Slow files are marked and come first, everything else stays as it was."""
+    for item in items:
+        if item.path.name in _SLOW:
+            item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in _SLOW)

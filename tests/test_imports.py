@@ -1,6 +1,7 @@
 """The layers of the package: who may import whom, and what an import costs."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,29 +11,13 @@ import pytest
 import keras_t5gemma
 
 PACKAGE = Path(keras_t5gemma.__file__).parent
-# A module imports only from a lower rank or from its own folder. Everything in a folder has the folder's rank.
+ARCHITECTURE = PACKAGE.parent / "docs" / "architecture.md"
+# A module imports only from a lower rank or from its own folder. Everything in a folder has the folder's rank. From the
+# table of docs/architecture.md: a rank, then modules and folders.
 RANKS = {
-    "checks": 0,
-    "strict_json": 0,
-    "suggestions": 0,
-    "registration": 0,
-    "_keras_internals": 0,
-    "concurrency": 1,
-    "config": 1,
-    "presets": 2,
-    "hub": 3,
-    "kernels": 2,
-    "layers": 3,
-    "text": 4,
-    "data": 3,
-    "checkpoints": 5,
-    # Above checkpoints, in whose format a run's weights are saved; below models, whose face joins these two.
-    "training": 6,
-    "inference": 6,
-    "models": 7,
-    "recipes": 8,
-    "demo": 8,
-    "cli": 9,
+    name: int(rank)
+    for rank, names in re.findall(r"^\| (\d+) \| (.+?) \|", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
+    for name in re.findall(r"`(\w+)(?:\.py|/)`", names)
 }
 # What these import at module level must not need Keras: they answer in a fraction of a second, or run in workers.
 WITHOUT_KERAS = (
@@ -104,6 +89,10 @@ def imports(path):
             assert "*" not in {alias.name for alias in node.names}, f"{path}: star import"
             # `from package import module` names a module too.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_every_module_and_folder_has_a_rank():
+    assert set(RANKS) == {name.partition(".")[0] for name in modules().values()} - {"__init__"}
 
 
 @pytest.mark.parametrize(("path", "name"), modules().items(), ids=modules().values())

@@ -73,8 +73,12 @@ def trained_lora_alone(names, histories):
 
 
 def readme(histories):
-    def tuned(names):
+    def answered(names):
         assert names["lm"].preprocessor.chat  # the stand-in answers to the name of an instruction-tuned preset
+        assert is_text(names["lm"].generate("Why is the sky blue?", max_length=8))
+
+    def tuned(names):
+        assert names["lm"].preprocessor.chat
         assert trained_lora_alone(names, histories)
 
     def adapted(names):
@@ -98,7 +102,12 @@ def readme(histories):
         config = names["backbone"].config
         assert (config.encoder, config.decoder.num_layers) == (STACKS["s"], 4)
 
-    return {"enable_lora(8)": tuned, "my-t5gemma": adapted, "kt.StackConfig(": own}
+    return {
+        "print(lm.generate(": answered,
+        "enable_lora(8)": tuned,
+        "my-t5gemma": adapted,
+        "kt.StackConfig(": own,
+    }
 
 
 def checkpoints(_):
