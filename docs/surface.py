@@ -222,7 +222,8 @@ def _members(node, module):
                 # A function of another module as a method.
                 found, _ = _definition(item.value.id, where)
                 if isinstance(found, ast.FunctionDef):
-                    members.setdefault(item.targets[0].id, f"{item.targets[0].id}({_without_first(found.args)})")
+                    arguments = ast.unparse(found.args).partition(", ")[2]
+                    members.setdefault(item.targets[0].id, f"{item.targets[0].id}({arguments})")
                 continue
             if not isinstance(item, ast.FunctionDef) or item.name.startswith("_") or item.name in members:
                 continue

@@ -15,7 +15,7 @@ from keras_t5gemma.inference.embed import embed
 from keras_t5gemma.inference.generate import decoding_step, generate, generate_step
 from keras_t5gemma.inference.programs.compiled import Programs
 from keras_t5gemma.inference.programs.recorded_torch import recorded
-from keras_t5gemma.inference.score import score
+from keras_t5gemma.inference.score import score, score_step
 from keras_t5gemma.inference.stream import stream
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
@@ -63,8 +63,10 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
     # What a trained model is asked. As functions they read from top to bottom, see `inference`.
     generate = generate
     generate_step = generate_step
+    decoding_step = decoding_step
     stream = stream
     score = score
+    score_step = score_step
     embed = embed
 
     def __init__(self, backbone, preprocessor=None, *, buckets=None, **kwargs):
