@@ -1,0 +1,139 @@
+"""Writes the tables of README.md from `results/*.jsonl`: of each configuration the newest row.
+
+    python benchmarks/report.py             # rewrites the part between the markers
+    python benchmarks/report.py --check     # exits with 1 if README.md is stale
+
+Needs the standard library only.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from topics import TOPICS
+
+FOLDER = Path(__file__).parent
+README = FOLDER / "README.md"
+RESULTS = FOLDER / "results"
+START, END = "<!-- tables: python benchmarks/report.py -->\n", "<!-- end of tables -->\n"
+
+
+def rows(file):
+    """All rows of a file, in its order."""
+    return [json.loads(line) for line in (RESULTS / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def newest(topic):
+    """The newest row of each configuration; of rows with one date the last."""
+    found = {}
+    for row in rows(topic.file):
+        if row["topic"] == topic.name:
+            key = topic.key(row)
+            if key not in found or row["date"] >= found[key]["date"]:
+                found[key] = row
+    return list(found.values())
+
+
+def peer_text(topic, row):
+    """The peers' numbers, each with its unit."""
+    texts = []
+    for peer in row["peer"]:
+        more = [str(peer[name]) for name in ("backend", "dtype") if name in peer and peer[name] != row.get(name)]
+        name = peer["program"] + (f" ({', '.join(more)})" if more else "")
+        numbers = [column.text(peer) for column in topic.measured if column.form and peer.get(column.field) is not None]
+        texts.append(f"{name} {', '.join(numbers)}")
+    return "; ".join(texts)
+
+
+def aim_text(topic, row):
+    """Each aim, and whether it is met."""
+    return "; ".join(_one_aim(topic, row, aim) for aim in row["aim"])
+
+
+def _one_aim(topic, row, aim):
+    column = next(column for column in topic.measured if column.field == aim["field"])
+    value, unit = column.number(row), column.unit
+    if aim["of"] is not None:
+        peers = [peer for peer in row["peer"] if peer["program"] == aim["of"]]
+        if aim["of"] == "best peer":
+            peers = [peer for peer in row["peer"] if peer["program"] != "floor"]
+        others = [column.number(peer) for peer in peers if column.number(peer)]
+        if value is None or not others:
+            return f"{column.heading}: {aim['of']} not measured beside it"
+        value, unit = value / min(others), f" of {aim['of']}"
+        text = f"{value:.2f}{unit}"
+    else:
+        text = column.text(row) if value is not None else "not measured"
+    bound, word = (aim["at_most"], "at most") if "at_most" in aim else (aim["at_least"], "at least")
+    if value is None:
+        return f"{column.heading}: {text}"
+    # Rounded as it is shown, so that a reader finds the verdict in the numbers.
+    shown = round(value, 2) if aim["of"] else value
+    met = shown <= bound if "at_most" in aim else shown >= bound
+    return f"{column.heading}: {text}, {word} {bound:g}: {'met' if met else '**missed**'}"
+
+
+def machine_text(machine):
+    """E.g. "2 cores, AMD EPYC (Zen 4)"."""
+    cores = f"{machine['cores']} cores" if machine["cores"] else None
+    return ", ".join(filter(None, (machine["gpu"], cores, machine["cpu"]))) or "unknown"
+
+
+def table(topic):
+    """A topic's heading and table."""
+    found = newest(topic)
+    columns = [c for c in (*topic.configuration, *topic.measured) if any(c.text(row) for row in found)]
+    headings = [column.heading for column in columns]
+    cells = [[column.text(row) for column in columns] for row in found]
+    right = [column.form != "" for column in columns]
+    for heading, text in (("beside", peer_text), ("aim", aim_text)):
+        if any(text(topic, row) for row in found):
+            headings.append(heading)
+            right.append(False)
+            for line, row in zip(cells, found, strict=True):
+                line.append(text(topic, row))
+    machines = dict.fromkeys(machine_text(row["machine"]) for row in found)
+    if len(machines) > 1:
+        headings.append("machine")
+        right.append(False)
+        for line, row in zip(cells, found, strict=True):
+            line.append(machine_text(row["machine"]))
+    headings.append("measured")
+    right.append(False)
+    for line, row in zip(cells, found, strict=True):
+        line.append(row["date"] + (", busy" if row["idle"] is False else ""))
+    about = [f"{topic.about} " if topic.about else ""]
+    about += [f"Machine: {next(iter(machines))}."] if len(machines) == 1 else []
+    lines = [f"### {topic.name}", "", "".join(about).strip(), ""]
+    lines += [_line(headings), _line("---:" if one else "---" for one in right), *map(_line, cells)]
+    return "\n".join(line for i, line in enumerate(lines) if line or i != 2) + "\n"
+
+
+def _line(cells):
+    return "| " + " | ".join(cells) + " |"
+
+
+def report():
+    """README.md as it should be."""
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(START)
+    _, _, after = rest.partition(END)
+    return before + START + "\n" + "\n".join(table(topic) for topic in TOPICS) + "\n" + END + after
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 if README.md is stale.")
+    arguments = parser.parse_args()
+    text = report()
+    if not arguments.check:
+        README.write_text(text, encoding="utf-8")
+    elif text != README.read_text(encoding="utf-8"):
+        sys.exit("benchmarks/README.md is stale: run `python benchmarks/report.py`.")
+
+
+if __name__ == "__main__":
+    main()
