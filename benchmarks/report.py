@@ -27,14 +27,32 @@ def rows(file):
 
 
 def newest(topic):
-    """The newest row of each configuration; of rows with one date the last."""
-    found = {}
-    for row in rows(topic.file):
+    """`[(row, newer row or None)]` for each configuration: see README.md. Of rows with one date the last is newest."""
+    groups = {}
+    for row in sorted(rows(topic.file), key=lambda row: row["date"]):
         if row["topic"] == topic.name:
-            key = topic.key(row)
-            if key not in found or row["date"] >= found[key]["date"]:
-                found[key] = row
-    return list(found.values())
+            groups.setdefault(topic.key(row), []).append(row)
+    found = []
+    for key in sorted(groups) if topic.is_sorted else groups:
+        last = groups[key][-1]
+        shown = next((row for row in reversed(groups[key]) if has_peers(topic, row)), last)
+        found.append((shown, last if shown is not last else None))
+    return found
+
+
+def has_peers(topic, row):
+    """Whether all that the row's aims compare with was measured."""
+    return all(aim["of"] is None or peers_numbers(topic, row, aim) for aim in row["aim"])
+
+
+def peers_numbers(topic, row, aim):
+    """The numbers that an aim compares with."""
+    column = next(column for column in topic.measured if column.field == aim["field"])
+    if aim["of"] == "best peer":
+        peers = [peer for peer in row["peer"] if peer["program"] != "floor"]
+    else:
+        peers = [peer for peer in row["peer"] if peer["program"] == aim["of"]]
+    return [number for peer in peers if (number := column.number(peer))]
 
 
 def peer_text(topic, row):
@@ -43,9 +61,25 @@ def peer_text(topic, row):
     for peer in row["peer"]:
         more = [str(peer[name]) for name in ("backend", "dtype") if name in peer and peer[name] != row.get(name)]
         name = peer["program"] + (f" ({', '.join(more)})" if more else "")
-        numbers = [column.text(peer) for column in topic.measured if column.form and peer.get(column.field) is not None]
-        texts.append(f"{name} {', '.join(numbers)}")
+        texts.append(f"{name} {numbers_text(topic, peer)}")
     return "; ".join(texts)
+
+
+def numbers_text(topic, row):
+    """All numbers of a row or peer, with units."""
+    known = [column for column in topic.measured if column.form and row.get(column.field) is not None]
+    return ", ".join(column.text_with_unit(row) for column in known)
+
+
+def when(topic, row, newer, notes):
+    """The date of a row, its notes' numbers, and the newer numbers that were measured without its peers."""
+    text = row["date"] + (", busy" if row["idle"] is False else "")
+    text += f" ({notes.index(row['note']) + 1})" if "note" in row else ""
+    return (
+        text
+        if newer is None
+        else f"{text}; newer, alone: {numbers_text(topic, newer)}, {when(topic, newer, None, notes)}"
+    )
 
 
 def aim_text(topic, row):
@@ -55,16 +89,13 @@ def aim_text(topic, row):
 
 def _one_aim(topic, row, aim):
     column = next(column for column in topic.measured if column.field == aim["field"])
-    value, unit = column.number(row), column.unit
+    value = column.number(row)
     if aim["of"] is not None:
-        peers = [peer for peer in row["peer"] if peer["program"] == aim["of"]]
-        if aim["of"] == "best peer":
-            peers = [peer for peer in row["peer"] if peer["program"] != "floor"]
-        others = [column.number(peer) for peer in peers if column.number(peer)]
+        others = peers_numbers(topic, row, aim)
         if value is None or not others:
             return f"{column.heading}: {aim['of']} not measured beside it"
-        value, unit = value / min(others), f" of {aim['of']}"
-        text = f"{value:.2f}{unit}"
+        value /= min(others)
+        text = f"{value:.2f} of {aim['of']}"
     else:
         text = column.text(row) if value is not None else "not measured"
     bound, word = (aim["at_most"], "at most") if "at_most" in aim else (aim["at_least"], "at least")
@@ -73,7 +104,7 @@ def _one_aim(topic, row, aim):
     # Rounded as it is shown, so that a reader finds the verdict in the numbers.
     shown = round(value, 2) if aim["of"] else value
     met = shown <= bound if "at_most" in aim else shown >= bound
-    return f"{column.heading}: {text}, {word} {bound:g}: {'met' if met else '**missed**'}"
+    return f"{column.heading}: {text}, {word} {bound:,g}: {'met' if met else '**missed**'}"
 
 
 def machine_text(machine):
@@ -84,7 +115,8 @@ def machine_text(machine):
 
 def table(topic):
     """A topic's heading and table."""
-    found = newest(topic)
+    with_newer = newest(topic)
+    found = [row for row, _ in with_newer]
     columns = [c for c in (*topic.configuration, *topic.measured) if any(c.text(row) for row in found)]
     headings = [column.heading for column in columns]
     cells = [[column.text(row) for column in columns] for row in found]
@@ -103,13 +135,16 @@ def table(topic):
             line.append(machine_text(row["machine"]))
     headings.append("measured")
     right.append(False)
-    for line, row in zip(cells, found, strict=True):
-        line.append(row["date"] + (", busy" if row["idle"] is False else ""))
+    notes = list(dict.fromkeys(row["note"] for pair in with_newer for row in pair if row and "note" in row))
+    for line, (row, newer) in zip(cells, with_newer, strict=True):
+        line.append(when(topic, row, newer, notes))
     about = [f"{topic.about} " if topic.about else ""]
     about += [f"Machine: {next(iter(machines))}."] if len(machines) == 1 else []
     lines = [f"### {topic.name}", "", "".join(about).strip(), ""]
     lines += [_line(headings), _line("---:" if one else "---" for one in right), *map(_line, cells)]
-    return "\n".join(line for i, line in enumerate(lines) if line or i != 2) + "\n"
+    if notes:
+        lines += ["", "; ".join(f"({i}) {note}" for i, note in enumerate(notes, 1)) + "."]
+    return "\n".join(lines) + "\n"
 
 
 def _line(cells):
