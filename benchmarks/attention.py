@@ -49,7 +49,7 @@ def ways(backend):
 
 
 def tokamax(implementation, query, key, value, mask, cap):
-    """Which the package does not use: see benchmarks/RESULTS.md."""
+    """Tokamax's attention, unused by the package: see benchmarks/log/2026-11-27-tokamax-attention.md."""
     import tokamax as library
     from absl import flags
 

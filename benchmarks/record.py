@@ -20,6 +20,7 @@ from pathlib import Path
 from topics import problems
 
 FOLDER = Path(__file__).parent
+RESULTS = FOLDER / "results"
 VARIABLES = ("TF_NUM_INTEROP_THREADS", "TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "GLIBC_TUNABLES", "XLA_FLAGS")
 PACKAGES = ("keras", "keras-hub", "jax", "tensorflow", "torch", "transformers")
 
@@ -45,7 +46,7 @@ def record(arguments, rows):
     for row in complete:
         if found := problems(row, file):
             raise ValueError(f"{found} in {row}")
-    with (FOLDER / "results" / f"{file}.jsonl").open("a", encoding="utf-8") as lines:
+    with (RESULTS / f"{file}.jsonl").open("a", encoding="utf-8") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in complete)
 
 
