@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from `results/*.jsonl`: of each configuration the newest row.
+"""Writes README.md's tables from `results/*.jsonl`, of each configuration the newest row, and its list of `log/`.
 
     python benchmarks/report.py             # rewrites the part between the markers
     python benchmarks/report.py --check     # exits with 1 if README.md is stale
@@ -30,7 +30,7 @@ def newest(topic):
     """`[(row, newer row or None)]` for each configuration: see README.md. Of rows with one date the last is newest."""
     groups = {}
     for row in sorted(rows(topic.file), key=lambda row: row["date"]):
-        if row["topic"] == topic.name:
+        if row["topic"] == topic.name and (row["program"] == "keras-t5gemma" or topic.shows("program")):
             groups.setdefault(topic.key(row), []).append(row)
     found = []
     for key in sorted(groups) if topic.is_sorted else groups:
@@ -151,12 +151,23 @@ def _line(cells):
     return "| " + " | ".join(cells) + " |"
 
 
+def log():
+    """A line per experiment, the newest day first."""
+    lines = ["## Experiments", ""]
+    for path in sorted(
+        (FOLDER / "log").glob("*.md"), key=lambda path: (-int(path.name[:10].replace("-", "")), path.name)
+    ):
+        title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        lines.append(f"- [{title}](log/{path.name})")
+    return "\n".join(lines) + "\n"
+
+
 def report():
     """README.md as it should be."""
     text = README.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    return before + START + "\n" + "\n".join(table(topic) for topic in TOPICS) + "\n" + END + after
+    return before + START + "\n" + "\n".join([*map(table, TOPICS), log()]) + "\n" + END + after
 
 
 def main():

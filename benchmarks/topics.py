@@ -86,6 +86,10 @@ class Topic:
         """All names of fields that are the topic's own."""
         return {column.field for column in (*self.configuration, *self.measured)} | set(self.hidden)
 
+    def shows(self, field):
+        """Whether a field has a column."""
+        return any(column.field == field for column in (*self.configuration, *self.measured))
+
     def key(self, row):
         """Equal for rows of one configuration; sorts by text and size of number."""
         values = [row[name] for name in (*(column.field for column in self.configuration), *self.hidden)]
