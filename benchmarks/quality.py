@@ -30,6 +30,8 @@ import sys
 import time
 from pathlib import Path
 
+import record
+
 # By name: the dtype that is loaded, and how it is quantized then, matrices and tables: a mode, and int4's block size.
 WEIGHTS = {
     "float32": ("float32", None, None),
@@ -222,6 +224,25 @@ def memory_row(result, reference):
     return (*megabytes, f"{result['ms']:.1f}", f"{result['ms'] / reference['ms']:.2f}")
 
 
+def recorded(arguments, backend, name, result, reference):
+    """A row for results/."""
+    if arguments.memory:
+        megabytes = {f"{key}_mb": result[key] / 1e6 for key in ("promised", "loaded", "load_peak", "generate_peak")}
+        common = {"topic": "Memory of quantized weights", "backend": backend, "model": "s_s"}
+        return {**common, "vocabulary_size": 256_000, "weights": name, **megabytes, "token_ms": result["ms"]}
+    return {
+        "topic": "Quantized",
+        "backend": backend,
+        "weights": name,
+        "loss_nats": result["loss"],
+        "perplexity": math.exp(result["loss"]),
+        "perplexity_change_percent": 100 * (math.exp(result["loss"] - reference["loss"]) - 1),
+        "as_float32_percent": 100 * result["agreement"],
+        "weights_mb": result["bytes"] / 1e6,
+        "size_to_float32": result["bytes"] / reference["bytes"],
+    }
+
+
 def print_table(arguments):
     from rich.console import Console
     from rich.table import Table
@@ -241,6 +262,8 @@ def print_table(arguments):
             reference = reference or result
             cells = row(result, reference) if result else ("failed",)
             table.add_row(backend, name, *cells)
+            if result:
+                record.record(arguments, [recorded(arguments, backend, name, result, reference)])
             print(backend, name, *cells, flush=True)
     Console(width=140).print(table)
 
@@ -256,6 +279,7 @@ def main():
     parser.add_argument("--pretraining-steps", type=int, default=1000, help="Of the Gemma 2.")
     parser.add_argument("--steps", type=int, default=300, help="Of the T5Gemma.")
     parser.add_argument("--only", choices=list(WEIGHTS), help=argparse.SUPPRESS)
+    record.add_options(parser)
     arguments = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "jax")
     if arguments.only:
