@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 
+import record
 from rich.console import Console
 from rich.table import Table
 
@@ -48,7 +49,7 @@ def ways(backend):
 
 
 def tokamax(implementation, query, key, value, mask, cap):
-    """Which the package does not use: see benchmarks/RESULTS.md."""
+    """Tokamax's attention, unused by the package: see benchmarks/log/2026-11-27-tokamax-attention.md."""
     import tokamax as library
     from absl import flags
 
@@ -113,6 +114,7 @@ def main():
     parser.add_argument("--backend", default="jax", choices=["jax", "torch"])
     parser.add_argument("--lengths", nargs="*", type=int, default=[1024, 4096, 16384])
     parser.add_argument("--repeats", type=int, default=10)
+    record.add_options(parser)
     arguments = parser.parse_args()
     os.environ["KERAS_BACKEND"] = arguments.backend
     import numpy as np
@@ -143,18 +145,25 @@ def main():
             for name, way in ways(arguments.backend).items():
                 call, with_gradients, wait = runners(arguments.backend, way, mask)
                 row = [f"{length:,}", kind, name]
+                numbers = {"forward_ms": None, "with_gradients_ms": None, "error": None}
                 try:
                     forward, found = measure(call, wait, tensors, arguments.repeats)
                     row.append(f"{forward:.2f}")
+                    numbers["forward_ms"] = forward
                     both, _ = measure(with_gradients, wait, tensors, arguments.repeats)
                     row.append(f"{both:.2f}")
+                    numbers["with_gradients_ms"] = both
                     if expected is not None:
                         found = ops.convert_to_numpy(ops.cast(found, "float32"))
-                        row.append(f"{np.linalg.norm(found - expected) / np.linalg.norm(expected):.1e}")
+                        numbers["error"] = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+                        row.append(f"{numbers['error']:.1e}")
                 except Exception as error:  # out of memory, or not for this chip: a row says so
                     row.append(f"{type(error).__name__}: {str(error)[:60]}")
                 table.add_row(*row)
                 print(*row, flush=True)
+                configuration = {"topic": "Attention's kernels", "backend": arguments.backend, "length": length}
+                configuration |= {"kind": kind, "way": name, "dtype": "bfloat16", "batch": 1}
+                record.record(arguments, [configuration | numbers])
     Console(width=140).print(table)
 
 

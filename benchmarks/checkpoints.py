@@ -13,12 +13,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import own_process
+import record
 from rich.console import Console
 from rich.table import Table
 
@@ -26,7 +27,7 @@ from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, write_t5gemma_config
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.presets import STACKS
 
@@ -91,7 +92,7 @@ def write_gemma2(folder, size, sparse):
 def timed(*command):
     """(seconds with everything on disk, peak MB) of a command."""
     start = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=own_process.environment())
     _, status, usage = os.wait4(process.pid, 0)
     os.sync()
     if status:
@@ -103,7 +104,8 @@ def size_of(folder):
     return sum(path.stat().st_size for path in Path(folder).iterdir())
 
 
-def benchmark_adapt(folder, encoder, decoder, repeats):
+def benchmark_adapt(folder, arguments):
+    encoder, decoder, repeats = arguments.encoder, arguments.decoder, arguments.repeats
     sources = {}
     for size in (encoder, decoder):
         sources[size] = folder / f"gemma2-{size}"
@@ -114,67 +116,49 @@ def benchmark_adapt(folder, encoder, decoder, repeats):
     for heading in ("run", "GB out", "adapt s", "cp s", "adapt / cp", "adapt peak MB", "largest tensor MB"):
         table.add_column(heading, justify="right")
     out, copy = folder / "out", folder / "copy"
-    program = "from keras_t5gemma.cli import app; app()"
+    rows = []
     for run in range(1, repeats + 1):
         for path in (out, copy):
             shutil.rmtree(path, ignore_errors=True)
         os.sync()
-        adapt = (sys.executable, "-c", program, "adapt", str(sources[encoder]), str(sources[decoder]), str(out))
+        adapt = own_process.command("command_line", "adapt", sources[encoder], sources[decoder], out)
         seconds, peak = timed(*adapt)
         copied, _ = timed("cp", "-r", "--reflink=never", str(out), str(copy))
         largest = max(STACKS[size].hidden_dim for size in (encoder, decoder)) * VOCABULARY_SIZE * 2 / 2**20
         row = (size_of(out) / 1e9, seconds, copied, seconds / copied, peak, largest)
+        rows.append(row)
         table.add_row(str(run), *(f"{value:.2f}" for value in row))
+    _, seconds, copied, _, peak, largest = map(list, zip(*rows, strict=True))
+    row = {
+        "topic": "From file to file",
+        "backend": None,
+        "encoder": encoder,
+        "decoder": decoder,
+        "dtype": "bfloat16",
+        "seconds": seconds,
+        "peak_mib": max(peak),
+        "largest_tensor_mib": largest[0],
+        "peer": [{"program": "cp", "seconds": copied}],
+        "aim": [
+            {"field": "seconds", "at_most": 1.5, "of": "cp"},
+            {"field": "peak_mib", "at_most": round(largest[0] + 1e9 / 2**20), "of": None},
+        ],
+    }
+    record.record(arguments, [row])
     Console(width=120).print(table)
 
 
-LOAD = """
-import json, sys, time
-which, folder = sys.argv[1:]
-import keras, keras_hub
-from keras import ops
-if which == "ours":
-    import keras_t5gemma as kt
-    cls = kt.T5GemmaBackbone
-else:
-    cls = keras_hub.models.T5GemmaBackbone
-ops.convert_to_numpy(ops.matmul(ops.ones((64, 64)), ops.ones((64, 64))))
-def memory(field):
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-before, start = memory("VmRSS"), time.perf_counter()
-model = cls.from_preset(folder, dtype="bfloat16")
-for weight in model.weights:
-    ops.convert_to_numpy(ops.sum(ops.cast(weight[:1], "float32")))
-seconds = time.perf_counter() - start
-print(json.dumps([seconds, memory("VmHWM") - before, memory("VmRSS") - before]))
-"""
-MAKE_KERAS_HUB = """
-import sys, keras, keras_hub
-from keras_hub.models import T5GemmaBackbone
-types = ["sliding_attention", "full_attention"] * 4
-sizes = dict(hidden_dim=512, intermediate_dim=1024, num_layers=8, num_attention_heads=8, num_key_value_heads=8)
-sizes |= dict(head_dim=64, layer_types=types)
-both = {f"{stack}_{name}": value for stack in ("encoder", "decoder") for name, value in sizes.items()}
-model = T5GemmaBackbone(vocabulary_size=256000, query_pre_attn_scalar=64, sliding_window=4096,
-    attn_logit_softcapping=50.0, final_logit_softcapping=30.0, cross_attention_hidden_size=512, dtype="bfloat16",
-    **both)
-model.save_to_preset(sys.argv[1])
-"""
-
-
-def benchmark_load(folder, repeats):
+def benchmark_load(folder, arguments):
+    repeats = arguments.repeats
     config = T5GemmaConfig(STACKS["s"], STACKS["s"])
     ours, theirs = folder / "t5gemma-s-s", folder / "keras-hub-s-s"
     if not ours.exists():
         with new_folder(ours) as partial:
             write_json(partial / "config.json", write_t5gemma_config(config, "bfloat16"))
-            write_tensors(partial, RandomTensors({tensor.name: tensor.stored_shape for tensor in tensors(config)}))
+            write_tensors(partial, RandomTensors({tensor.name: tensor.stored_shape for tensor in tensor_specs(config)}))
     backends = [name for name in ("jax", "tensorflow", "torch") if importlib.util.find_spec(name)]
-    quiet = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     if not theirs.exists():
-        environment = {**quiet, "KERAS_BACKEND": backends[0]}
-        subprocess.run([sys.executable, "-c", MAKE_KERAS_HUB, theirs], check=True, env=environment)
+        own_process.run(backends[0], "save_keras_hub_preset", theirs, check=True)
     weights = size_of(ours) / 2**20
     table = Table(title=f"Loading Small-Small in bfloat16, {weights:.0f} MB of weights; medians of {repeats}")
     for heading in ("backend", "program", "from", "seconds", "to keras-hub", "peak MB above import", "peak / weights"):
@@ -187,13 +171,7 @@ def benchmark_load(folder, repeats):
                 ("keras-t5gemma", "ours", ours),
                 ("keras-t5gemma", "ours", theirs),
             ):
-                result = subprocess.run(
-                    [sys.executable, "-c", LOAD, which, str(source)],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                    env={**quiet, "KERAS_BACKEND": backend},
-                )
+                result = own_process.run(backend, "load", which, source, check=True)
                 runs.setdefault((program, source.name), []).append(json.loads(result.stdout.splitlines()[-1]))
         medians = {key: np.median(values, axis=0) for key, values in runs.items()}
         reference = medians["keras-hub", theirs.name][0]
@@ -201,7 +179,28 @@ def benchmark_load(folder, repeats):
             form = "safetensors" if source == ours.name else "h5"
             row = (f"{seconds:.2f}", f"{seconds / reference:.2f}", f"{peak:.0f}", f"{peak / weights:.2f}")
             table.add_row(backend, program, form, *row)
+        record.record(arguments, loading_rows(backend, runs, theirs.name, weights))
     Console(width=120).print(table)
+
+
+def loading_rows(backend, runs, theirs, weights):
+    """Rows of the runs `{(program, folder): [(seconds, peak, rest)]}` on a backend."""
+    numbers = {}
+    for (program, source), values in runs.items():
+        seconds, peaks, _ = map(list, zip(*values, strict=True))
+        peak = float(np.median(peaks))
+        numbers[program, "h5" if source == theirs else "safetensors"] = {
+            "seconds": seconds,
+            "peak_mib": peak,
+            "peak_to_weights": peak / weights,
+        }
+    peer = {"program": "keras-hub", "format": "h5", **numbers.pop(("keras-hub", "h5"))}
+    aims = [
+        {"field": "seconds", "at_most": 0.5, "of": "keras-hub"},
+        {"field": "peak_to_weights", "at_most": 1.3, "of": None},
+    ]
+    common = {"topic": "Loading", "backend": backend, "model": "s_s", "dtype": "bfloat16", "weights_mib": weights}
+    return [{**common, "format": form, **row, "peer": [peer], "aim": aims} for (_, form), row in numbers.items()]
 
 
 def main():
@@ -213,14 +212,15 @@ def main():
     parser.add_argument("--encoder", default="2b", choices=STACKS)
     parser.add_argument("--decoder", default="2b", choices=STACKS)
     parser.add_argument("--repeats", type=int, default=3)
+    record.add_options(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if arguments.what == "load":
-            benchmark_load(folder, arguments.repeats)
+            benchmark_load(folder, arguments)
         else:
-            benchmark_adapt(folder, arguments.encoder, arguments.decoder, arguments.repeats)
+            benchmark_adapt(folder, arguments)
 
 
 if __name__ == "__main__":

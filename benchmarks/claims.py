@@ -5,7 +5,7 @@
 
 The demo's corpus, tokenizer and two small Gemma 2, pretrained once. Each arm is a T5Gemma trained with PrefixLM for the
 same steps on the same data, once a seed; a seed decides the order of the data and what is drawn at random. What is
-compared is the held-out loss a target token, in nats, of seed i's run in one arm with seed i's run in the other.
+compared is the held-out loss per target token, in nats, of seed i's run in one arm with seed i's run in the other.
 """
 
 import argparse
@@ -20,6 +20,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import keras_hub
+import record
 from rich.console import Console
 from rich.table import Table
 
@@ -129,6 +130,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="Runs an arm; at least 2, for a spread.")
     parser.add_argument("--steps", type=int, default=300, help="Of each run.")
     parser.add_argument("--pretraining-steps", type=int, default=1000, help="Of the large Gemma 2; half for the small.")
+    record.add_options(parser)
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error("--seeds must be at least 2")
@@ -143,8 +145,12 @@ def main():
     table = Table(title=f"Held-out loss, nats a target token: mean and standard deviation of {arguments.seeds} seeds")
     table.add_column("arm")
     table.add_column("loss", justify="right")
+    common = {"backend": keras.backend.backend(), "seeds": arguments.seeds, "steps": arguments.steps}
+    rows = []
     for name, values in losses.items():
         table.add_row(name, spread(values))
+        numbers = {"loss_nats_mean": statistics.mean(values), "loss_nats_deviation": statistics.stdev(values)}
+        rows.append({"topic": "The papers' claims at toy size", **common, "arm": name, **numbers})
     console.print(table)
     table = Table(title="Claims: loss of the second arm minus that of the first, seed by seed")
     for heading in ("claim", "arms", "difference", "seeds in favour"):
@@ -153,6 +159,13 @@ def main():
         differences = [w - b for b, w in zip(losses[better], losses[worse], strict=True)]
         favour = f"{sum(d > 0 for d in differences)} of {len(differences)}"
         table.add_row(claim, f"{better} / {worse}", spread(differences), favour)
+        numbers = {
+            "difference_nats_mean": statistics.mean(differences),
+            "difference_nats_deviation": statistics.stdev(differences),
+            "seeds_in_favour": sum(d > 0 for d in differences),
+        }
+        rows.append({"topic": "Differences between arms", **common, "claim": claim, **numbers})
+    record.record(arguments, rows)
     console.print(table)
     console.print(f"{time.monotonic() - start:.0f} s in all, on {keras.backend.backend()}.")
 

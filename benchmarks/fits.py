@@ -21,6 +21,7 @@ import os
 import time
 from unittest import mock
 
+import record
 from rich.console import Console
 from rich.table import Table
 
@@ -63,7 +64,7 @@ def topology(name, count):
 
 
 def without_values(make):
-    """The model that `make` gives, its variables and its optimiser's without values."""
+    """The model that `make` gives, its variables and its optimizer's without values."""
     import jax
 
     made = []
@@ -160,7 +161,7 @@ def of_recipe(recipe, layers):
 
 
 def with_layers(stack, layers):
-    """A stack with so many, or with its own where None."""
+    """A stack with so many, or with its own if None."""
     return dataclasses.replace(stack, num_layers=layers) if layers else stack
 
 
@@ -175,6 +176,7 @@ def main():
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--batches", nargs="*", type=int, default=[4])
     parser.add_argument("--rematerialize", action="store_true")
+    record.add_options(parser)
     arguments = parser.parse_args()
     os.environ |= {"KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
 
@@ -200,19 +202,40 @@ def main():
         with scope:
             lm = without_values(make)
             for batch in arguments.batches:
-                row = measured(lm, arguments.length, batch, place)
+                state, work, seconds = measured(lm, arguments.length, batch, place)
+                tokens = f"{arguments.length:,} + {arguments.length:,}"
+                row = (tokens, str(batch), f"{state + work:.1f}", f"{work:.1f}", f"{seconds:.0f}")
                 table.add_row(*row)
+                numbers = {"memory_gb": state + work, "work_gb": work, "compile_s": seconds}
+                record.record(arguments, [{**recorded(arguments, batch, devices), **numbers}])
                 print(*row, flush=True)
     Console(width=120).print(table)
 
 
 def measured(lm, length, batch, place):
-    """Compiles a batch's step, for a row of the table."""
+    """Compiles a batch's step: `(GB of weights and moments, GB at work, seconds)`."""
     start = time.perf_counter()
     memory = compiled(lm, length, batch, place).memory_analysis()
     state, work = (x / 1e9 for x in (memory.argument_size_in_bytes, memory.temp_size_in_bytes))
-    seconds = time.perf_counter() - start
-    return f"{length:,} + {length:,}", str(batch), f"{state + work:.1f}", f"{work:.1f}", f"{seconds:.0f}"
+    return state, work, time.perf_counter() - start
+
+
+def recorded(arguments, batch, devices):
+    """A row for results/, without its numbers."""
+    common = {"backend": "jax", "length": arguments.length, "layers": arguments.layers}
+    if arguments.recipe:
+        count = math.prod(arguments.mesh)
+        recipe = {"recipe": arguments.recipe, "devices": f"{count} x {devices[0].device_kind}"}
+        return {"topic": "Published recipes, by XLA's account", **common, **recipe}
+    return {
+        "topic": "Batches that fit, by XLA's account",
+        **common,
+        "device": devices[0].device_kind,
+        "pair": "_".join(arguments.pair),
+        "dtype": arguments.dtype,
+        "activations": "again" if arguments.rematerialize else "kept",
+        "batch": batch,
+    }
 
 
 if __name__ == "__main__":

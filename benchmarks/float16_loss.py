@@ -10,6 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import record
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "training"))
 
@@ -19,6 +21,7 @@ def main():
     parser.add_argument("--pieces", type=int, default=256_000)
     parser.add_argument("--tokens", type=int, default=4_096)
     parser.add_argument("--width", type=int, default=64)
+    record.add_options(parser)
     options = parser.parse_args()
     import keras
     from test_float16_loss import errors
@@ -28,6 +31,16 @@ def main():
         f"{keras.config.backend()}: {options.pieces:,} pieces, {options.tokens:,} tokens, width {options.width}: "
         f"hidden states {of_hidden:.3%}, table {of_table:.3%}"
     )
+    row = {
+        "topic": "Float16",
+        "backend": keras.config.backend(),
+        "pieces": options.pieces,
+        "tokens": options.tokens,
+        "width": options.width,
+        "hidden_states_percent": 100 * float(of_hidden),
+        "table_percent": 100 * float(of_table),
+    }
+    record.record(options, [row])
 
 
 if __name__ == "__main__":

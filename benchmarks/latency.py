@@ -13,10 +13,10 @@ heads stay.
 Each program runs in a process of its own. "Total" is the fastest of `--repeats` calls of `generate()` after a first
 one, and "compile" what the first took besides. A step is the difference of two totals, of 200 tokens and of `--short`,
 divided by the difference of their tokens; the first token is the shorter one's total less its steps. "Used" is model
-bandwidth utilisation: the bytes a step must read (the decoder's weights but for those that make cross-attention's keys
-and values, its table once; the keys and values of the input and of the tokens so far), divided by the step's time and
-the bandwidth of the device. That is measured just before: bytes read plus bytes written where each number of a large
-array is increased in place.
+bandwidth utilisation: the bytes that a step must read (the decoder's weights but for those that make
+cross-attention's keys and values, its table once; the keys and values of the input and of the tokens so far), divided
+by the step's time and the bandwidth of the device. That is measured just before: bytes read plus bytes written where
+each number of a large array is increased in place.
 """
 
 import argparse
@@ -28,6 +28,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+
+import record
 
 # By program: the encoder's and the decoder's size; Gemma 2 has no encoder.
 PROGRAMS = {
@@ -236,6 +238,26 @@ def print_table(lines):
     Console(width=140).print(table)
 
 
+def recorded(lines):
+    """A row per encoder-decoder, beside the Gemma 2 of its decoder's size."""
+    fields = ("total_s", "step_ms", "first_token_ms", "bandwidth_gb_s", "compile_s")
+    numbers = {
+        line["program"]: {**{field: line[field] for field in fields}, "bandwidth_share": line["utilisation"]}
+        for line in lines
+    }
+    rows = []
+    for line in lines:
+        encoder, decoder = PROGRAMS[line["program"]]
+        gemma2 = f"gemma2_{decoder}"
+        if encoder:
+            configuration = {name: line[name] for name in ("backend", "program", "dtype", "scale", "inputs", "tokens")}
+            peers = [{"program": gemma2, **numbers[gemma2]}] if gemma2 in numbers else []
+            aims = [{"field": "bandwidth_share", "at_least": 0.6, "of": None}]
+            topic = {"topic": "Latency of an encoder-decoder", "batch": 1}
+            rows.append({**topic, **configuration, **numbers[line["program"]], "peer": peers, "aim": aims})
+    return rows
+
+
 def run_all(arguments):
     """The lines of all programs, each from a process of its own; a failed one has none."""
     wanted = [name for pair in arguments.pairs for name in (f"gemma2_{PROGRAMS[pair][1]}", pair)]
@@ -264,6 +286,7 @@ def main():
     parser.add_argument("--tokens", type=int, default=200, help="Tokens out.")
     parser.add_argument("--short", type=int, default=8, help="Tokens of the shorter answer.")
     parser.add_argument("--repeats", type=int, default=3)
+    record.add_options(parser)
     arguments = parser.parse_args()
     os.environ["KERAS_BACKEND"] = arguments.backend
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -275,6 +298,7 @@ def main():
     lines = [json.loads(line) for line in arguments.table.open()] if arguments.table else run_all(arguments)
     if lines:
         print_table(lines)
+        record.record(arguments, recorded(lines))
 
 
 if __name__ == "__main__":

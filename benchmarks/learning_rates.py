@@ -17,6 +17,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import keras
+import record
 from rich.console import Console
 from rich.table import Table
 
@@ -71,6 +72,7 @@ def main():
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])
     parser.add_argument("--rates", nargs="+", type=float, default=[2e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--steps", type=int, default=300)
+    record.add_options(parser)
     arguments = parser.parse_args()
     tables = {
         name: Table("width", "what trains", "before", *map(str, arguments.rates), title=f"{name}: loss, by rate")
@@ -90,6 +92,19 @@ def main():
                 best = min(losses)
                 cells = (f"[bold]{loss:.2f}[/]" if loss == best else f"{loss:.2f}" for loss in losses)
                 table.add_row(str(width), what, f"{before:.2f}", *cells)
+                row = {
+                    "topic": "Learning rates",
+                    "backend": keras.config.backend(),
+                    "optimizer": name,
+                    "width": width,
+                    "what_trains": what,
+                    "steps": arguments.steps,
+                    "batch": BATCH,
+                    "rates": arguments.rates,
+                    "loss_before_nats": before,
+                    "loss_nats": losses,
+                }
+                record.record(arguments, [row])
     for table in tables.values():
         Console().print(table)
 

@@ -15,86 +15,12 @@ input tokens: memory is the peak above what they left. TensorFlow then runs what
 import argparse
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 
+import own_process
+import record
 from rich.console import Console
 from rich.table import Table
-
-MEASURE = """
-import json, sys, time
-import numpy as np
-import keras
-import keras_t5gemma as kt
-kt.T5GemmaBackbone
-length, dtype = int(sys.argv[1]), sys.argv[2]
-def memory(field):
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
-open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
-encoder = kt.T5GemmaBackbone("s", "s", dtype=dtype).encoder
-built = memory("VmRSS") - before
-ids = np.random.default_rng(0).integers(3, 256000, (1, length), dtype="int32")
-mask = np.ones_like(ids)
-backend = keras.config.backend()
-if backend == "jax":
-    import jax
-    values = [[variable.value for variable in group] for group in
-        (encoder.trainable_variables, encoder.non_trainable_variables)]
-    compiled = jax.jit(lambda trainable, rest, *args: encoder.stateless_call(trainable, rest, *args)[0])
-    run = lambda: compiled(*values, ids, mask).block_until_ready()
-elif backend == "tensorflow":
-    import tensorflow as tf
-    compiled = tf.function(encoder)
-    run = lambda: compiled(tf.constant(ids), tf.constant(mask))
-else:
-    import torch
-    def run():
-        with torch.no_grad():
-            return encoder(torch.from_numpy(ids), torch.from_numpy(mask))
-times = []
-for _ in range(2):
-    start = time.perf_counter()
-    output = keras.ops.convert_to_numpy(keras.ops.cast(run(), "float32"))
-    times.append(time.perf_counter() - start)
-assert np.isfinite(output).all()
-print(json.dumps([*times, built, memory("VmHWM") - before]))
-"""
-
-WAYS_IN = """
-import json, sys, time
-import numpy as np
-import keras
-import keras_t5gemma as kt
-way_in, length, layers, rematerialize = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "True"
-def memory(field):
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status") if line.startswith(field))
-stack = kt.StackConfig(layers, 512, 1024, 8, 8, 64)
-backbone = kt.T5GemmaBackbone(stack, stack, vocabulary_size=32000)
-backbone.rematerialize = rematerialize
-lm = kt.T5GemmaSeq2SeqLM(backbone)
-lm.compile(optimizer=keras.optimizers.SGD(0.01))
-def call(length):
-    ids = np.random.default_rng(0).integers(3, 32000, (1, length), dtype="int32")
-    prompts = {"encoder_token_ids": ids, "encoder_padding_mask": np.ones_like(ids)}
-    answers = ids[:, :16]
-    x = {**prompts, "decoder_token_ids": answers, "decoder_padding_mask": np.ones_like(answers)}
-    return {
-        "predict": lambda: lm.predict(x, verbose=0),
-        "evaluate": lambda: lm.evaluate(x, answers, verbose=0),
-        "fit": lambda: lm.fit(x, answers, verbose=0),
-        "embed": lambda: lm.embed(prompts),
-        "score": lambda: lm.score(prompts, answers),
-    }[way_in]()
-for short in (64, 96, 128):
-    call(short)
-open("/proc/self/clear_refs", "w").write("5")
-before = memory("VmRSS")
-start = time.perf_counter()
-call(length)
-print(json.dumps([time.perf_counter() - start, memory("VmHWM") - before]))
-"""
 
 
 def main():
@@ -105,6 +31,7 @@ def main():
     parser.add_argument("--ways-in", nargs="*", help="Of predict, evaluate, fit, embed and score; the encoder if none.")
     parser.add_argument("--layers", type=int, default=8, help="Of each stack, for --ways-in.")
     parser.add_argument("--rematerialize", action="store_true", help="For --ways-in.")
+    record.add_options(parser)
     arguments = parser.parse_args()
     if arguments.ways_in:
         return measure_ways_in(arguments)
@@ -113,7 +40,7 @@ def main():
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     for backend in (name for name in arguments.backends if importlib.util.find_spec(name)):
         for length in arguments.lengths:
-            result = run(backend, MEASURE, length, arguments.dtype)
+            result = own_process.run(backend, "encode_long_input", length, arguments.dtype)
             if result.returncode:
                 table.add_row(backend, f"{length:,}", f"failed ({result.returncode})")
                 print(result.stderr[-2000:], file=sys.stderr)
@@ -122,6 +49,20 @@ def main():
             row = (f"{first:.1f}", f"{seconds:.1f}", f"{built / 1024:.2f}", f"{peak / 1024:.2f}")
             table.add_row(backend, f"{length:,}", *row)
             print(backend, f"{length:,}", *row, flush=True)
+            row = {
+                "topic": "Long inputs",
+                "backend": backend,
+                "model": "s_s",
+                "vocabulary_size": 256_000,
+                "dtype": arguments.dtype,
+                "length": length,
+                "first_run_s": first,
+                "seconds": [seconds],
+                "model_gib": built / 1024,
+                "peak_gib": peak / 1024,
+                "aim": peak_aim(length),
+            }
+            record.record(arguments, [row])
     Console(width=100).print(table)
 
 
@@ -131,7 +72,8 @@ def measure_ways_in(arguments):
     for backend in (name for name in arguments.backends if importlib.util.find_spec(name)):
         for way_in in arguments.ways_in:
             for length in arguments.lengths:
-                result = run(backend, WAYS_IN, way_in, length, arguments.layers, arguments.rematerialize)
+                options = (way_in, length, arguments.layers, arguments.rematerialize)
+                result = own_process.run(backend, "call_long_input", *options)
                 if result.returncode:
                     print(
                         backend, way_in, f"{length:,}: failed ({result.returncode})", result.stderr[-2000:], flush=True
@@ -139,17 +81,26 @@ def measure_ways_in(arguments):
                     continue
                 seconds, peak = json.loads(result.stdout.splitlines()[-1])
                 print(backend, way_in, f"{length:,}: {seconds:.1f}, {peak / 1024:.2f}", flush=True)
+                row = {
+                    "topic": "Long inputs by the way in",
+                    "backend": backend,
+                    "way_in": way_in,
+                    "layers": arguments.layers,
+                    "length": length,
+                    "rematerialize": arguments.rematerialize,
+                    "dtype": "float32",
+                    "vocabulary_size": 32_000,
+                    "targets": 16,
+                    "seconds": [seconds],
+                    "peak_gib": peak / 1024,
+                    "aim": peak_aim(length) if arguments.layers == 2 else [],
+                }
+                record.record(arguments, [row])
 
 
-def run(backend, program, *arguments):
-    """A program in a process of its own, on a backend."""
-    return subprocess.run(
-        [sys.executable, "-c", program, *map(str, arguments)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
+def peak_aim(length):
+    """At most 3 GB at 16,384 tokens."""
+    return [{"field": "peak_gib", "at_most": 3.0, "of": None}] if length == 16_384 else []
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import warnings
 
 import grain
 import numpy as np
+import record
 
 from keras_t5gemma.data.objectives.by_name import RECIPES, objective
 from keras_t5gemma.data.objectives.mixture import Mixture
@@ -73,6 +74,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=512, help="S and T")
     parser.add_argument("--seconds", type=float, default=2.0, help="for each number")
+    record.add_options(parser)
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -90,6 +92,19 @@ def main():
         whole, _ = measure(inner, texts, arguments.seconds, documents="whole")
         packed, fill = measure(inner, texts, arguments.seconds, documents="whole", pack=True)
         print(f"{name:20}{joined / 1e6:10.2f}{whole / 1e6:10.2f}{packed / 1e6:10.2f}{fill:10.1%}")
+        row = {
+            "topic": "Objectives",
+            "backend": None,
+            "objective": name,
+            "encoder_length": arguments.length,
+            "decoder_length": arguments.length,
+            "cores": 1,
+            "joined_million_ids_per_s": joined / 1e6,
+            "whole_million_ids_per_s": whole / 1e6,
+            "packed_million_ids_per_s": packed / 1e6,
+            "fill_percent": 100 * float(fill),
+        }
+        record.record(arguments, [row])
 
 
 if __name__ == "__main__":

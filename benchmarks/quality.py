@@ -5,7 +5,7 @@
     python benchmarks/quality.py FOLDER --backends jax --weights float32 int8
 
 FOLDER keeps what is made once. Quality is that of the demo's toy, a Gemma 2 pretrained on the documentation of Python's
-standard library and adapted with PrefixLM, as in claims.py: loss a target token of held-out documents, in nats; and
+standard library and adapted with PrefixLM, as in claims.py: loss per target token of held-out documents, in nats; and
 greedy answers to held-out prompts, of each of which "as float32" counts the share before the first token that differs
 from float32's on the same backend.
 
@@ -29,6 +29,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import record
 
 # By name: the dtype that is loaded, and how it is quantized then, matrices and tables: a mode, and int4's block size.
 WEIGHTS = {
@@ -222,6 +224,25 @@ def memory_row(result, reference):
     return (*megabytes, f"{result['ms']:.1f}", f"{result['ms'] / reference['ms']:.2f}")
 
 
+def recorded(arguments, backend, name, result, reference):
+    """A row for results/."""
+    if arguments.memory:
+        megabytes = {f"{key}_mb": result[key] / 1e6 for key in ("promised", "loaded", "load_peak", "generate_peak")}
+        common = {"topic": "Memory of quantized weights", "backend": backend, "model": "s_s"}
+        return {**common, "vocabulary_size": 256_000, "weights": name, **megabytes, "token_ms": result["ms"]}
+    return {
+        "topic": "Quantized",
+        "backend": backend,
+        "weights": name,
+        "loss_nats": result["loss"],
+        "perplexity": math.exp(result["loss"]),
+        "perplexity_change_percent": 100 * (math.exp(result["loss"] - reference["loss"]) - 1),
+        "as_float32_percent": 100 * result["agreement"],
+        "weights_mb": result["bytes"] / 1e6,
+        "size_to_float32": result["bytes"] / reference["bytes"],
+    }
+
+
 def print_table(arguments):
     from rich.console import Console
     from rich.table import Table
@@ -241,6 +262,8 @@ def print_table(arguments):
             reference = reference or result
             cells = row(result, reference) if result else ("failed",)
             table.add_row(backend, name, *cells)
+            if result:
+                record.record(arguments, [recorded(arguments, backend, name, result, reference)])
             print(backend, name, *cells, flush=True)
     Console(width=140).print(table)
 
@@ -256,6 +279,7 @@ def main():
     parser.add_argument("--pretraining-steps", type=int, default=1000, help="Of the Gemma 2.")
     parser.add_argument("--steps", type=int, default=300, help="Of the T5Gemma.")
     parser.add_argument("--only", choices=list(WEIGHTS), help=argparse.SUPPRESS)
+    record.add_options(parser)
     arguments = parser.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "jax")
     if arguments.only:

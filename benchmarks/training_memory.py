@@ -14,8 +14,8 @@ CARDS = (16, 24, 40, 80)
 STATE_SHARE = 0.8
 # LoRA's factors, of rank 8 by default, are less than a hundredth of the weights; each takes 16 bytes in float32.
 LORA_SHARE = 0.01
-# Title, bytes a parameter of weights, gradients, moments of matrices, moments of embeddings, and float32 copies.
-# Adafactor's moments, a row and a column a matrix, are less than a hundredth of a byte.
+# Title, bytes per parameter of weights, gradients, moments of matrices, moments of embeddings, and float32 copies.
+# Adafactor's moments, a row and a column per matrix, are less than a hundredth of a byte.
 SETTINGS = (
     ("float32, mixed", "AdamW", 4, 4, 8, 8, 0),
     ("float32, mixed", "Muon", 4, 4, 4, 8, 0),
@@ -39,7 +39,7 @@ def bytes_per_parameter(setting):
 def optimizer_table():
     """A row a dtype and optimizer."""
     lines = [
-        "| weights | optimizer | weights | gradients | moments | float32 copies | bytes a parameter |",
+        "| weights | optimizer | weights | gradients | moments | float32 copies | bytes per parameter |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for setting in SETTINGS:

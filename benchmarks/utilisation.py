@@ -4,7 +4,7 @@
     python benchmarks/utilisation.py --backend torch
     python benchmarks/utilisation.py --pair s s --lengths 64 --tokens-kept 64 --tokens-again 64
 
-bfloat16 weights, gradients and AdamW moments, the chunked loss, each with rematerialisation and without. The batch
+bfloat16 weights, gradients and AdamW moments, the chunked loss, each with rematerialization and without. The batch
 is the largest tried that fits: on JAX by XLA's own account of the compiled step, on PyTorch by two steps that did not
 run out of memory. Seconds are the median of the steps after one to warm up. FLOPs are those the model asks for: two a
 weight of a matrix and token, two a visible pair of positions, head and size for each of attention's products, three
@@ -21,6 +21,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import record
 from rich.console import Console
 from rich.table import Table
 
@@ -100,7 +101,7 @@ def random_batch(vocabulary_size, length, batch):
 
 def print_tried(step, start):
     """A line for a batch that was compiled or tried."""
-    took = time.perf_counter() - start
+    took = step.compile_seconds = time.perf_counter() - start
     print(f"{step.batch} x {step.length} + {step.length}: {step.bytes / 1e9:.1f} GB, {took:.0f} s", flush=True)
 
 
@@ -211,6 +212,7 @@ def main():
     parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s by the data sheet: of an H100 or H200.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backend", default="jax", choices=["jax", "torch"])
+    record.add_options(parser)
     arguments = parser.parse_args()
     os.environ["KERAS_BACKEND"] = arguments.backend
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
@@ -247,6 +249,23 @@ def main():
         row += (f"{2 * step.batch * length / took:,.0f}", f"{rate / 1e12:.0f}")
         table.add_row(*row, f"{rate / arguments.peak:.2f}", f"{rate / reached:.2f}")
         print(*row, f"{rate / arguments.peak:.3f}", flush=True)
+        numbers = {
+            "topic": "Model FLOP utilisation",
+            "backend": arguments.backend,
+            "pair": "_".join(arguments.pair),
+            "dtype": "bfloat16",
+            "length": length,
+            "activations": kept,
+            "batch": step.batch,
+            "memory_gb": step.bytes / 1e9,
+            "seconds": took,
+            "tokens_per_s": 2 * step.batch * length / took,
+            "tflop_per_s": rate / 1e12,
+            "share_of_peak": rate / arguments.peak,
+            "share_of_product": rate / reached,
+            "compile_s": getattr(step, "compile_seconds", None),
+        }
+        record.record(arguments, [numbers])
     Console(width=140).print(table)
 
 

@@ -145,7 +145,7 @@ def _sources():
 
 
 def _results():
-    return next(path for path in ("benchmarks/README.md", "benchmarks/RESULTS.md") if (ROOT / path).is_file())
+    return "benchmarks/README.md"
 
 
 def _read(path):

@@ -217,8 +217,15 @@ def _constructor(node, module):
 
 def _members(node, module):
     members = {}
-    for cls, _ in _bases(node, module):
+    for cls, where in _bases(node, module):
         for item in cls.body:
+            if isinstance(item, ast.Assign) and isinstance(item.value, ast.Name):
+                # A function of another module as a method.
+                found, _ = _definition(item.value.id, where)
+                if isinstance(found, ast.FunctionDef):
+                    arguments = ast.unparse(found.args).partition(", ")[2]
+                    members.setdefault(item.targets[0].id, f"{item.targets[0].id}({arguments})")
+                continue
             if not isinstance(item, ast.FunctionDef) or item.name.startswith("_") or item.name in members:
                 continue
             decorators = {ast.unparse(decorator) for decorator in item.decorator_list}

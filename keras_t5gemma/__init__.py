@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from keras_t5gemma.checkpoints.convert import adapt_gemma2_files as adapt_gemma2_files
     from keras_t5gemma.checkpoints.convert import average_checkpoints as average_checkpoints
     from keras_t5gemma.checkpoints.convert import convert_checkpoint as convert_checkpoint
-    from keras_t5gemma.checkpoints.export import export_to_hugging_face as export_to_hugging_face
+    from keras_t5gemma.checkpoints.hugging_face.export import export_to_hugging_face as export_to_hugging_face
     from keras_t5gemma.checkpoints.hugging_face.peft import load_lora as load_lora
     from keras_t5gemma.checkpoints.hugging_face.peft import save_lora as save_lora
     from keras_t5gemma.checkpoints.tensor_source import CheckpointError as CheckpointError
@@ -89,7 +89,7 @@ _MODULES = {
     "adapt_gemma2_files": "checkpoints.convert",
     "average_checkpoints": "checkpoints.convert",
     "convert_checkpoint": "checkpoints.convert",
-    "export_to_hugging_face": "checkpoints.export",
+    "export_to_hugging_face": "checkpoints.hugging_face.export",
     "load_lora": "checkpoints.hugging_face.peft",
     "save_lora": "checkpoints.hugging_face.peft",
     "CheckpointError": "checkpoints.tensor_source",

@@ -66,6 +66,7 @@ class RestoresTrainingState:
     _give_back = None
 
     def _get_jax_state(self, *, purge_model_variables=False, **groups):
+        """As Keras's, and remembers how to give the variables their values back."""
         if purge_model_variables:
             variables = self.variables + self.metrics_variables
             if groups.get("optimizer_variables"):
@@ -132,6 +133,7 @@ class EvaluatesWithoutOptimizer:
             self._only_evaluates = before
 
     def _symbolic_build(self, *args, **kwargs):
+        """As Keras's, without an optimizer that has no state yet if the model is only evaluated."""
         optimizer = self.optimizer
         if not self._only_evaluates or optimizer is None or optimizer.built:
             return super()._symbolic_build(*args, **kwargs)
@@ -154,7 +156,7 @@ def variable_array(variable):
 
 def flatten_layers(model):
     """A model's layers, nested ones included, the model itself first. Keras lists them in no public way."""
-    return model._flatten_layers()
+    return list(model._flatten_layers())
 
 
 def optimized_variables(optimizer):

@@ -93,7 +93,7 @@ def check_token_ids(x, vocabulary_size):
     """Checks the token ids among model inputs that are numpy arrays; anything else passes.
 
     Raises:
-        ValueError: where an id is not in `[0, vocabulary_size)`; the message names the input.
+        ValueError: if an id is not in `[0, vocabulary_size)`; the message names the input.
     """
     if not isinstance(x, Mapping):
         return

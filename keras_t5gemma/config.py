@@ -36,7 +36,7 @@ class StackConfig:
         initializer_range: standard deviation of freshly drawn kernels and embeddings; 0.02 as in `transformers`.
 
     Raises:
-        ValueError: where a value is out of range; the message names the field.
+        ValueError: if a value is out of range; the message names the field.
     """
 
     num_layers: int
@@ -104,7 +104,7 @@ class StackConfig:
         """A config from a mapping of fields.
 
         Raises:
-            ValueError: where a key is unknown, a required one is missing, or a value is out of range.
+            ValueError: if a key is unknown, a required one is missing, or a value is out of range.
         """
         return cls(**_known_fields(cls, values))
 
@@ -122,7 +122,7 @@ class T5GemmaConfig:
         tie_embeddings: whether the output projection is the decoder's embedding table.
 
     Raises:
-        ValueError: where a value is out of range; the message names the field.
+        ValueError: if a value is out of range; the message names the field.
     """
 
     encoder: StackConfig
@@ -159,12 +159,13 @@ class T5GemmaConfig:
         """A config from a mapping of fields.
 
         Raises:
-            ValueError: where a key is unknown, a required one is missing, or a value is out of range.
+            ValueError: if a key is unknown, a required one is missing, or a value is out of range.
         """
         return cls(**_known_fields(cls, values))
 
 
 def _known_fields(cls, values):
+    """A mapping's fields as a dict, once all of them are a dataclass's."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(

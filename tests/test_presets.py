@@ -6,12 +6,13 @@ import json
 import pytest
 from keras import ops
 
-from keras_t5gemma import presets
+from keras_t5gemma import hub
 from keras_t5gemma.checkpoints.tensor_table import parameter_count
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from keras_t5gemma.hub import locate, open_preset
 from keras_t5gemma.layers.initialization import weights_from
 from keras_t5gemma.models.backbone import T5GemmaBackbone
-from keras_t5gemma.presets import PAIRS, PRESETS, STACKS, is_hugging_face, locate, stack
+from keras_t5gemma.presets import PAIRS, PRESETS, STACKS, stack
 
 # As published with the checkpoints, to the unit.
 PUBLISHED_PARAMETERS = {
@@ -128,7 +129,7 @@ def test_locate_downloads_nothing_that_would_be_unpickled(monkeypatch, tmp_path)
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert presets.locate("t5gemma_b_b_prefixlm") == tmp_path
+    assert hub.locate("t5gemma_b_b_prefixlm") == tmp_path
     assert asked["name"] == "google/t5gemma-b-b-prefixlm"
     fetched = [
         name for name in CHECKPOINT_FILES if any(fnmatch.fnmatch(name, pattern) for pattern in asked["patterns"])
@@ -142,11 +143,11 @@ def test_locate_downloads_nothing_that_would_be_unpickled(monkeypatch, tmp_path)
 )
 def test_is_hugging_face_reads_the_format_off_the_config(config, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert is_hugging_face(tmp_path) is expected
+    assert open_preset(tmp_path).is_hugging_face is expected
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("{}", "neither"), ("[]", "neither")])
+@pytest.mark.parametrize(("text", "message"), [("{", "is not JSON"), ("{}", "neither"), ("[]", "Expected an object")])
 def test_is_hugging_face_with_another_config_says_what_is_wrong(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
-        is_hugging_face(tmp_path)
+        assert open_preset(tmp_path).is_hugging_face

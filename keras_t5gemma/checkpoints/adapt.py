@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import TABLE, tensors
+from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.suggestions import check_choice
 
@@ -30,8 +30,8 @@ def adapted_config(encoder, decoder, encoder_attention="bidirectional", encoder_
             the paper.
 
     Raises:
-        ValueError: where `encoder_heads` is neither.
-        CheckpointError: where their vocabularies differ.
+        ValueError: if `encoder_heads` is neither.
+        CheckpointError: if their vocabularies differ.
     """
     check_choice(encoder_heads, "encoder_heads", ENCODER_HEADS)
     if encoder.vocabulary_size != decoder.vocabulary_size:
@@ -67,8 +67,8 @@ class AdaptedTensors(TensorSource):
         seed: of the random draws; each tensor's depends on the seed and on its name only.
 
     Raises:
-        ValueError: where `cross_attention` or `encoder_heads` is none of these.
-        CheckpointError: where the vocabularies differ, or "self-attention" does not fit: its keys and values read the
+        ValueError: if `cross_attention` or `encoder_heads` is invalid.
+        CheckpointError: if the vocabularies differ, or "self-attention" does not fit: its keys and values read the
             decoder's width, and the encoder's is another.
     """
 
@@ -91,7 +91,7 @@ class AdaptedTensors(TensorSource):
         self._head_dim = stack.head_dim
         self._sources = {"encoder": encoder.tensors, "decoder": decoder.tensors}
         self._seed = seed
-        self._tensors = {tensor.name: tensor for tensor in tensors(self.config)}
+        self._tensors = {tensor.name: tensor for tensor in tensor_specs(self.config)}
 
     def names(self):
         """The names in a Hugging Face T5Gemma."""
@@ -159,12 +159,12 @@ def resolve_cross_attention(config, cross_attention):
         cross_attention: one of `CROSS_ATTENTIONS`.
 
     Raises:
-        ValueError: where it is none of these.
-        CheckpointError: where "self-attention" was asked for and the stacks' widths differ.
+        ValueError: if it is invalid.
+        CheckpointError: if "self-attention" was asked for and the stacks' widths differ.
     """
     check_choice(cross_attention, "cross_attention", CROSS_ATTENTIONS)
     if cross_attention == "auto":
-        # Dropout and the spread of fresh weights are no part of what the weights were trained to compute.
+        # Dropout and the spread of fresh weights are not part of what the weights were trained to compute.
         encoder, decoder = (
             dataclasses.replace(stack, dropout=0.0, initializer_range=1.0) for stack in (config.encoder, config.decoder)
         )

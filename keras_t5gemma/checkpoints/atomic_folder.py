@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is complete."""
+"""A folder that appears under its name only once it is complete."""
 
 import contextlib
 import errno
@@ -29,7 +29,7 @@ def new_folder(folder):
         The `pathlib.Path` to write into.
 
     Raises:
-        CheckpointError: where the target exists, another process is writing it, or the disk is full.
+        CheckpointError: if the target exists, another process is writing it, or the disk is full.
     """
     target = Path(folder)
     _check_absent(target, "exists already. Choose another folder, or remove it first")
@@ -69,7 +69,7 @@ def check_space(folder, nbytes):
         nbytes: what is going to be written there.
 
     Raises:
-        CheckpointError: where less is free.
+        CheckpointError: if less is free.
     """
     free = shutil.disk_usage(folder).free
     if free < nbytes:

@@ -1,7 +1,7 @@
-"""Whether a source's tensors are those of its config, without reading any data."""
+"""Checks that a source's tensors are those of its config, without reading any numbers."""
 
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 
 
 def check_source(config, source):
@@ -15,11 +15,11 @@ def check_source(config, source):
         The names that are redundant.
 
     Raises:
-        CheckpointError: where they do not agree; the message names file, tensor, found and expected.
+        CheckpointError: if they do not agree; the message names file, tensor, found and expected.
     """
     for stack in ("encoder", "decoder"):
         check_depth(source, stack, getattr(config, stack))
-    return check_tensors(source, {tensor.name: tensor.stored_shape for tensor in tensors(config)}, "T5Gemma")
+    return check_tensors(source, {tensor.name: tensor.stored_shape for tensor in tensor_specs(config)}, "T5Gemma")
 
 
 def check_depth(source, title, stack):
@@ -31,7 +31,7 @@ def check_depth(source, title, stack):
         stack: the `StackConfig`.
 
     Raises:
-        CheckpointError: where there are fewer tensors than layers.
+        CheckpointError: if there are fewer tensors than layers.
     """
     count = len(source.names())
     if stack.num_layers > count:
@@ -53,7 +53,7 @@ def check_tensors(source, shapes, title):
         The names besides that are known to be redundant.
 
     Raises:
-        CheckpointError: where they do not agree; the message names file, tensor, found and expected.
+        CheckpointError: if they do not agree; the message names file, tensor, found and expected.
     """
     names = set(source.names())
     if missing := sorted(shapes.keys() - names):

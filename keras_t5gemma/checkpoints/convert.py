@@ -3,12 +3,11 @@
 No model is built and Keras is not imported, so a laptop can make a T5Gemma 9B-2B.
 """
 
-from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
-from keras_t5gemma.checkpoints.export import write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
 from keras_t5gemma.checkpoints.hugging_face.tokenizer import read_proto
-from keras_t5gemma.checkpoints.sources import gemma2_source, locate_gemma2, locate_t5gemma, t5gemma_source
+from keras_t5gemma.checkpoints.sources import gemma2_source, open_gemma2, open_t5gemma, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.checkpoints.transforms import MeanTensors, cast_tensors
 
@@ -45,15 +44,15 @@ def adapt_gemma2_files(
         allow_non_finite: whether weights may be infinities and NaNs; else they are named and refused.
 
     Raises:
-        ValueError: where an argument is none of these.
-        CheckpointError: where a source is no Gemma 2 or damaged, the two do not fit, the folder exists, or the disk
+        ValueError: if an argument is invalid.
+        CheckpointError: if a source is not a Gemma 2 or damaged, the two do not fit, the folder exists, or the disk
             has no room.
-        ConnectionError: where a download failed.
+        ConnectionError: if a download failed.
     """
-    folders = [locate_gemma2(encoder)]
+    folders = [open_gemma2(encoder)]
     sources = [gemma2_source(folders[0])]
     if decoder is not None and decoder != encoder:
-        folders.append(locate_gemma2(decoder))
+        folders.append(open_gemma2(decoder))
         sources.append(gemma2_source(folders[1]))
     adapted = AdaptedTensors(
         sources[0],
@@ -77,7 +76,6 @@ def adapt_gemma2_files(
         adapted.config,
         cast_tensors(adapted, dtype),
         origin=folders[-1],
-        name=encoder if decoder is None else decoder,
         title="T5Gemma adapted from Gemma 2",
         facts=options,
         max_shard_size=max_shard_size,
@@ -91,8 +89,8 @@ def average_checkpoints(checkpoints, folder, *, weights=None, dtype=None, max_sh
     Args:
         checkpoints: two or more of what `T5GemmaBackbone.from_preset` takes, of one config.
         folder: the path to create, in Hugging Face's format.
-        weights: a number a checkpoint; equal where None. They need not sum to one.
-        dtype: of the mean, as for `adapt_gemma2_files`; the first checkpoint's where None. Sums are float64.
+        weights: a number a checkpoint; equal if None. They need not sum to one.
+        dtype: of the mean, as for `adapt_gemma2_files`; the first checkpoint's if None. Sums are float64.
         max_shard_size: as for `adapt_gemma2_files`.
         allow_non_finite: as for `adapt_gemma2_files`.
 
@@ -103,7 +101,7 @@ def average_checkpoints(checkpoints, folder, *, weights=None, dtype=None, max_sh
     checkpoints = list(checkpoints)
     if len(checkpoints) < 2:
         raise ValueError(f"`checkpoints` needs two or more to average. Received: {checkpoints}.")
-    folders = [locate_t5gemma(checkpoint) for checkpoint in checkpoints]
+    folders = [open_t5gemma(checkpoint) for checkpoint in checkpoints]
     sources = [t5gemma_source(folder) for folder in folders]
     for origin, source in zip(folders[1:], sources[1:], strict=True):
         if source.config != sources[0].config:
@@ -115,7 +113,6 @@ def average_checkpoints(checkpoints, folder, *, weights=None, dtype=None, max_sh
         sources[0].config,
         mean,
         origin=folders[0],
-        name=checkpoints[0],
         title="Mean of T5Gemma checkpoints",
         facts=facts | {"weights": weights or "equal"},
         max_shard_size=max_shard_size,
@@ -136,14 +133,13 @@ def convert_checkpoint(checkpoint, folder, *, dtype=None, max_shard_size="5GB", 
     Raises:
         ValueError, CheckpointError, ConnectionError: as for `adapt_gemma2_files`.
     """
-    origin = locate_t5gemma(checkpoint)
+    origin = open_t5gemma(checkpoint)
     source = t5gemma_source(origin)
     _write(
         folder,
         source.config,
         cast_tensors(source.tensors, dtype),
         origin=origin,
-        name=checkpoint,
         title="T5Gemma",
         facts={"converted from": checkpoint, "dtype": dtype or "as the source"},
         max_shard_size=max_shard_size,
@@ -151,12 +147,12 @@ def convert_checkpoint(checkpoint, folder, *, dtype=None, max_shard_size="5GB", 
     )
 
 
-def _write(folder, config, source, *, origin, name, title, facts, **options):
+def _write(folder, config, source, *, origin, title, facts, **options):
     """Writes a folder with the tokenizer and the preprocessor's options found at `origin`.
 
-    Whether the model reads turns is what was saved, else what the preset's `name` says.
+    Whether the model reads turns is what was saved, else what the preset's name says.
     """
-    proto, saved = read_proto(origin), presets.preprocessor_options(origin)
-    chat = proto is not None and saved.get("chat", presets.wants_turns(name, origin))
+    proto, saved = read_proto(origin), origin.preprocessor_options()
+    chat = proto is not None and saved.get("chat", origin.instruction_tuned)
     card = model_card(title, facts)
     write_checkpoint(folder, config, source, proto=proto, chat=chat, preprocessor=saved, card=card, **options)

@@ -1,12 +1,12 @@
-"""Where weights come from: a folder, a hub, a preset or a model in memory, each as a config and lazy tensors."""
+"""Where weights come from: a folder, a hub, a preset or a model in memory, as a config and lazy tensors."""
 
 import dataclasses
 from pathlib import Path
 
-from keras_t5gemma import presets
+from keras_t5gemma import hub, presets
 from keras_t5gemma.checkpoints.checks import check_depth, check_source, check_tensors
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, read_gemma2_config, read_t5gemma_config
-from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder, read_json
+from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2, KERAS_HUB_T5GEMMA, OWN
 from keras_t5gemma.checkpoints.keras_formats.presets import KerasPreset
 from keras_t5gemma.checkpoints.orbax.files import is_orbax
@@ -33,7 +33,7 @@ def t5gemma_source(origin):
     """A T5Gemma, found and checked.
 
     Args:
-        origin: what `presets.locate` takes, in Hugging Face's format, as a Keras preset of this package or of
+        origin: what `hub.locate` takes, in Hugging Face's format, as a Keras preset of this package or of
             keras-hub's own T5Gemma, or as Flax's Orbax checkpoint; or a `keras_hub.models.T5GemmaBackbone` or
             `T5GemmaSeq2SeqLM`.
 
@@ -41,23 +41,23 @@ def t5gemma_source(origin):
         A `Source` with a `T5GemmaConfig`.
 
     Raises:
-        ValueError: where there is no such preset.
-        ConnectionError: where a download failed.
-        CheckpointError: where it is another architecture, damaged or incomplete.
+        ValueError: if there is no such preset.
+        ConnectionError: if a download failed.
+        CheckpointError: if it is another architecture, damaged or incomplete.
     """
-    if not isinstance(origin, (str, Path)):
+    if not isinstance(origin, (str, Path, hub.PresetFolder)):
         from keras_t5gemma.checkpoints.keras_formats.models import read_t5gemma
 
         source = Source(*read_t5gemma(origin))
     else:
-        folder = locate_t5gemma(origin)
-        if not (folder / "config.json").is_file():
-            source = Source(*read_orbax_t5gemma(folder))
+        folder = open_t5gemma(origin)
+        if folder.config is None:
+            source = Source(*read_orbax_t5gemma(folder.path))
         elif not _is_hugging_face(folder):
-            tensors = KerasPreset(folder, (KERAS_HUB_T5GEMMA, OWN))
+            tensors = KerasPreset(folder, (KERAS_HUB_T5GEMMA, OWN), folder.config)
             source = Source(tensors.config, tensors)
         else:
-            tensors = CheckpointFolder(folder)
+            tensors = CheckpointFolder(folder, folder.config)
             source = Source(read_t5gemma_config(tensors.config, str(folder / "config.json")), tensors)
     check_source(source.config, source.tensors)
     return source
@@ -74,21 +74,21 @@ def gemma2_source(origin):
         A `Source` with a `Gemma2Config`.
 
     Raises:
-        ValueError: where there is no such preset.
-        ConnectionError: where a download failed.
-        CheckpointError: where it is another architecture (Gemma 1 and 3 included), damaged or incomplete.
+        ValueError: if there is no such preset.
+        ConnectionError: if a download failed.
+        CheckpointError: if it is another architecture (Gemma 1 and 3 included), damaged or incomplete.
     """
-    if not isinstance(origin, (str, Path)):
+    if not isinstance(origin, (str, Path, hub.PresetFolder)):
         from keras_t5gemma.checkpoints.keras_formats.models import read_gemma2
 
         source = Source(*read_gemma2(origin))
     else:
-        folder = locate_gemma2(origin)
+        folder = open_gemma2(origin)
         if _is_hugging_face(folder):
-            tensors = CheckpointFolder(folder)
+            tensors = CheckpointFolder(folder, folder.config)
             source = Source(read_gemma2_config(tensors.config, str(folder / "config.json")), tensors)
         else:
-            tensors = KerasPreset(folder, (GEMMA2,))
+            tensors = KerasPreset(folder, (GEMMA2,), folder.config)
             source = Source(tensors.config, tensors)
     check_depth(source.tensors, "Gemma 2", source.config.stack)
     shapes = {tensor.gemma2: tensor.stored_shape for tensor in source.config.tensors()}
@@ -96,25 +96,25 @@ def gemma2_source(origin):
     return source
 
 
-def locate_t5gemma(origin):
-    """The folder of a T5Gemma: as `presets.locate`, and Flax's checkpoints, which have no `config.json`.
+def open_t5gemma(origin):
+    """The `PresetFolder` of a T5Gemma: as `hub.open_preset`, and Flax's checkpoints, which have no `config.json`.
 
     Raises:
-        ValueError, ConnectionError: as `presets.locate`.
-        CheckpointError: where the folder holds neither.
+        ValueError, ConnectionError: as `hub.open_preset`.
+        CheckpointError: if the folder holds neither, or its `config.json` is damaged.
     """
-    folder = presets.locate(origin, config=False)
-    has_config = (folder / "config.json").is_file()
-    return folder if not has_config and is_orbax(folder) else _with_config(folder)
+    return origin if isinstance(origin, hub.PresetFolder) else _opened(origin, is_orbax)
 
 
-def locate_gemma2(origin):
-    """The folder of a Gemma 2: as `presets.locate`, and the names of keras-hub's presets.
+def open_gemma2(origin):
+    """The `PresetFolder` of a Gemma 2: as `hub.open_preset`, and the names of keras-hub's presets.
 
     Raises:
-        ValueError, ConnectionError: as `presets.locate`.
-        CheckpointError: where the folder has no `config.json`.
+        ValueError, ConnectionError: as `hub.open_preset`.
+        CheckpointError: if the folder has no `config.json`, or a damaged one.
     """
+    if isinstance(origin, hub.PresetFolder):
+        return origin
     name = str(origin)
     if "://" not in name and not Path(name).is_dir() and name not in presets.PRESETS:
         import keras_hub
@@ -127,20 +127,23 @@ def locate_gemma2(origin):
                 f"checkpoint is written hf://owner/name.{did_you_mean(name, gemma2)}"
             )
         origin = known[name]["kaggle_handle"]
-    return _with_config(presets.locate(origin, config=False))
+    return _opened(origin)
 
 
-def _with_config(folder):
+def _opened(origin, is_other=None):
+    """The `PresetFolder` with a config, or of a path without one for which `is_other` holds."""
+    path = hub.locate(origin, config=False)
+    without_config = is_other is not None and not (path / hub.CONFIG_FILE).is_file() and is_other(path)
     try:
-        return presets.locate(folder)
+        folder = hub.open_preset(path, config_file=None if without_config else hub.CONFIG_FILE)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    return dataclasses.replace(folder, name=str(origin))
 
 
 def _is_hugging_face(folder):
-    """As `presets.is_hugging_face`; a `config.json` that tells neither is a damaged checkpoint."""
-    read_json(folder / "config.json")
+    """As the folder says; a `config.json` that tells neither format is a damaged checkpoint."""
     try:
-        return presets.is_hugging_face(folder)
+        return folder.is_hugging_face
     except ValueError as error:
         raise CheckpointError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Sources made of sources, tensor by tensor: in another dtype, or the mean of several."""
+"""Sources made of other sources, tensor by tensor: in another dtype, or as the mean of several."""
 
 import numpy as np
 
@@ -14,7 +14,7 @@ def cast_tensors(source, dtype):
         dtype: "float32", "float16" or "bfloat16"; None for the source as it is, bit for bit.
 
     Raises:
-        ValueError: where `dtype` is none of these.
+        ValueError: if `dtype` is invalid.
     """
     known = {str(dtype): dtype for dtype in DTYPES.values()}
     if dtype is None:
@@ -49,7 +49,7 @@ class _Derived(TensorSource):
         """A piece in this source's dtype.
 
         Raises:
-            CheckpointError: where a finite number becomes infinite.
+            CheckpointError: if a finite number becomes infinite.
         """
         with np.errstate(over="ignore"):
             cast = piece.astype(self.dtype(name), copy=False)
@@ -74,12 +74,12 @@ class MeanTensors(_Derived):
 
     Args:
         sources: `TensorSource`s with the same names and shapes.
-        weights: a number a source, positive in sum; equal where None.
-        dtype: of the mean; the first source's where None.
+        weights: a number a source, positive in sum; equal if None.
+        dtype: of the mean; the first source's if None.
 
     Raises:
-        ValueError: where there is no source, or the weights do not fit.
-        CheckpointError: where the sources' tensors differ in name or shape.
+        ValueError: if there is no source, or the weights do not fit.
+        CheckpointError: if the sources' tensors differ in name or shape.
     """
 
     def __init__(self, sources, weights=None, dtype=None):

@@ -1,4 +1,4 @@
-"""Checks that read a checkpoint's numbers: its checksums, beside another checkpoint, beside its Gemma 2."""
+"""Checks that read a checkpoint's numbers: its checksums, and comparisons with another checkpoint."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.progress import byte_progress
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, check_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.checkpoints.transforms import equal_pieces
 
 
@@ -61,7 +61,7 @@ def compare_checkpoints(checkpoint, other):
         A `Difference` for each tensor that is not the same bit for bit, the largest relative one first.
 
     Raises:
-        CheckpointError: where either is damaged, or they are of different configs.
+        CheckpointError: if either is damaged, or they are of different configs.
     """
     mine, theirs = t5gemma_source(checkpoint), t5gemma_source(other)
     if mine.config != theirs.config:
@@ -91,7 +91,7 @@ def check_invariants(checkpoint, encoder, decoder=None, *, length=64, seed=0):
     Args:
         checkpoint: a T5Gemma as adapted, not yet trained.
         encoder: the Gemma 2 its encoder was adapted from, as for `adapt_gemma2`.
-        decoder: that of its decoder; the encoder's where None.
+        decoder: that of its decoder; the encoder's if None.
         length: T, embeddings in the sequence to run.
         seed: of that sequence.
 
@@ -99,7 +99,7 @@ def check_invariants(checkpoint, encoder, decoder=None, *, length=64, seed=0):
         A `Difference` for the hidden states and one for the embeddings of the encoder, and two of the decoder.
 
     Raises:
-        CheckpointError: where a checkpoint is damaged, or the stacks' sizes differ.
+        CheckpointError: if a checkpoint is damaged, or the stacks' sizes differ.
     """
     adapted = t5gemma_source(checkpoint)
     differences = []
@@ -112,7 +112,7 @@ def check_invariants(checkpoint, encoder, decoder=None, *, length=64, seed=0):
                 f"{theirs.num_layers} of width {theirs.hidden_dim}."
             )
         x = np.random.default_rng(seed).standard_normal((1, length, mine.hidden_dim), dtype="float32")
-        table = [tensor for tensor in tensors(adapted.config) if tensor.stack == stack]
+        table = [tensor for tensor in tensor_specs(adapted.config) if tensor.stack == stack]
         own_names = {tensor.path.partition("/")[2]: tensor for tensor in table}
         names = {path: (tensor, tensor.name) for path, tensor in own_names.items()}
         their_names = {path: (tensor, tensor.gemma2) for path, tensor in own_names.items()}

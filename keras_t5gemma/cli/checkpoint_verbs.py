@@ -1,4 +1,4 @@
-"""The verbs from checkpoint to checkpoint: adapt, export, average, inspect, verify."""
+"""The verbs adapt, export, average, inspect and verify."""
 
 from typing import Annotated
 
@@ -154,9 +154,9 @@ def inspect(
 ):
     """Show what a checkpoint is, its sizes and its tensors, which are checked against its config."""
     with one_line_errors():
-        from keras_t5gemma.cli.inspection import config_table, recognise, tensor_table, totals_table
+        from keras_t5gemma.cli.inspection import config_table, recognize, tensor_table, totals_table
 
-        title, source = recognise(model)
+        title, source = recognize(model)
         console = wide_console()
         console.print(config_table(title, source.config))
         if tensors:
@@ -209,6 +209,7 @@ def _check_size(text):
 
 
 def _print_differences(differences, most=20):
+    """Prints the table of what `verify` compared."""
     from rich.table import Table
 
     table = Table()

@@ -1,4 +1,4 @@
-"""What a bug report needs to say: versions, backend, devices. Nothing here fails where a library does."""
+"""`env`: versions, backend and devices for bug reports. Does not fail if a library does."""
 
 import importlib.metadata
 import importlib.util
@@ -74,6 +74,7 @@ def _version(package):
 
 
 def _computes_with(backend):
+    """Lines about the backend, from a process of its own: importing it may fail or hang."""
     variables = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **({"KERAS_BACKEND": backend} if backend else {})}
     try:
         result = subprocess.run(

@@ -1,4 +1,4 @@
-"""What `keras-t5gemma inspect` finds in a checkpoint."""
+"""The tables that `inspect` prints."""
 
 import dataclasses
 import math
@@ -7,26 +7,25 @@ from rich.table import Table
 
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
-from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2
-from keras_t5gemma.checkpoints.sources import gemma2_source, locate_gemma2, locate_t5gemma, t5gemma_source
+from keras_t5gemma.checkpoints.sources import gemma2_source, open_gemma2, open_t5gemma, t5gemma_source
 from keras_t5gemma.config import StackConfig
 
 
-def recognise(model):
+def recognize(model):
     """A checkpoint's title and its `Source`, whose tensors are those of its config.
 
     Args:
         model: what `from_preset` or `adapt_gemma2` takes.
 
     Raises:
-        ValueError: where it is another architecture, or its tensors are not those of its config.
+        ValueError: if it is another architecture, or its tensors are not those of its config.
     """
-    folder = locate_gemma2(model) if str(model).startswith("gemma2") else locate_t5gemma(model)
-    if not (folder / "config.json").is_file():
+    folder = open_gemma2(model) if str(model).startswith("gemma2") else open_t5gemma(model)
+    if folder.config is None:
         return f"T5Gemma, Flax's Orbax checkpoint, {folder}", t5gemma_source(folder)
-    config = read_json(folder / "config.json")
-    if presets.is_hugging_face(folder):
+    config = folder.config
+    if folder.is_hugging_face:
         is_gemma2, where = config["model_type"] == "gemma2", "Hugging Face format"
     else:
         is_gemma2, where = config["registered_name"] in GEMMA2.registered_names, "Keras preset"

@@ -1,4 +1,4 @@
-"""What `generate` reads and writes: prompts from arguments, stdin and files, and a line for each answer."""
+"""Prompts from arguments, stdin and files, and one line per answer."""
 
 import json
 import sys
@@ -94,6 +94,7 @@ def _lines(text):
 
 
 def _row(line, place):
+    """One line of a .jsonl file as a dict; an error names the line."""
     try:
         row = json.loads(line)
         prompt = row["prompt"]

@@ -1,4 +1,4 @@
-"""What every verb needs around it: a backend, errors a user can read, a free place to write to."""
+"""What every verb needs: a backend, readable errors, and a free place to write to."""
 
 import contextlib
 import enum
@@ -36,8 +36,8 @@ def use_backend(backend):
         backend: a `Backend`, or `None` for KERAS_BACKEND, else JAX if it is installed, else Keras's own choice.
 
     Raises:
-        ValueError: where it is none that trains, or Keras already runs on another.
-        ImportError: where it is not installed.
+        ValueError: if it is none that trains, or Keras already runs on another.
+        ImportError: if it is not installed.
     """
     name = backend or os.environ.get("KERAS_BACKEND") or ("jax" if importlib.util.find_spec("jax") else None)
     if name is not None:
@@ -103,9 +103,9 @@ def wide_console():
 
 def load_model(model, dtype, backend):
     """The model of a preset, on a backend."""
-    from keras_t5gemma.checkpoints.sources import locate_t5gemma
+    from keras_t5gemma.checkpoints.sources import open_t5gemma
 
-    locate_t5gemma(model)  # a name that does not exist is told before Keras is imported, which takes seconds
+    open_t5gemma(model)  # a name that does not exist is told before Keras is imported, which takes seconds
     use_backend(backend)
     import keras_t5gemma as kt
 
@@ -127,9 +127,9 @@ def load_for_inference(model, dtype, backend, truncate=None):
     Raises:
         ValueError: as `from_preset`, and for `truncate` without a preprocessor.
     """
-    from keras_t5gemma.checkpoints.sources import locate_t5gemma
+    from keras_t5gemma.checkpoints.sources import open_t5gemma
 
-    folder = locate_t5gemma(model)
+    folder = open_t5gemma(model)
     use_backend(backend)
     lm = load_model(model, inference_dtype(dtype, folder), backend)
     if truncate is not None:

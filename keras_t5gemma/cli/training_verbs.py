@@ -1,4 +1,4 @@
-"""The verbs of training: train, plot."""
+"""The verbs train and plot."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Optimiser steps in all. Default: the recipe's. A run that is over goes on with more of them, at the "
+            help="Optimizer steps in all. Default: the recipe's. A run that is over goes on with more of them, at the "
             "learning rate that it ended with.",
         ),
     ] = None,
@@ -74,7 +74,7 @@ def plot(
         ),
     ] = None,
 ):
-    """Draw loss, held-out loss by denoiser, learning rate and tokens a second of training runs."""
+    """Draw loss, held-out loss by denoiser, learning rate and tokens per second of training runs."""
     with one_line_errors():
         from keras_t5gemma.training.callbacks.plots import plot_runs
 

@@ -1,4 +1,4 @@
-"""The comparison the demo is about: a T5Gemma adapted from Gemma 2, and one of its size from scratch."""
+"""Trains a T5Gemma adapted from Gemma 2 beside one of its size from scratch."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ class Result:
         start: "adapted" or "from scratch".
         objective: its name.
         parameters: how many.
-        before: held-out loss a target token before training, in nats.
+        before: held-out loss per target token before training, in nats.
         after: the same after training.
         losses: training loss of each step.
     """

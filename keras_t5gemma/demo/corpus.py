@@ -41,7 +41,7 @@ def standard_library_corpus(held_out=0.1, max_documents=None, root=None):
         A `Corpus`.
 
     Raises:
-        ValueError: where `root` has too few docstrings for both sides.
+        ValueError: if `root` has too few docstrings for both sides.
     """
     root = Path(root or sysconfig.get_paths()["stdlib"])
     sides = {True: [], False: []}

@@ -1,4 +1,4 @@
-"""A small Gemma 2, trained from scratch: what the demo has in place of a downloaded checkpoint."""
+"""Trains a small Gemma 2 from scratch, which the demo has in place of a downloaded checkpoint."""
 
 import grain
 import keras
@@ -20,7 +20,7 @@ def build_gemma2(stack, vocabulary_size, dtype=None):
     Args:
         stack: a `StackConfig`.
         vocabulary_size: V.
-        dtype: of weights and computing, as in Keras; its own default where None.
+        dtype: of weights and computing, as in Keras; its own default if None.
 
     Returns:
         A `keras_hub.models.GemmaBackbone`.
@@ -57,7 +57,7 @@ def causal_chunks(texts, proto, length):
         dropped.
 
     Raises:
-        ValueError: where the texts do not fill a single chunk.
+        ValueError: if the texts do not fill a single chunk.
     """
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
     documents = tokenizer.encode(list(texts), add_bos=True, add_eos=True)
@@ -105,7 +105,7 @@ def pretrain_gemma2(stack, corpus, proto, settings, training, callbacks=()):
         callbacks: Keras callbacks.
 
     Returns:
-        (backbone, held_out_loss): a `keras_hub.models.GemmaBackbone` and its loss a token, in nats.
+        (backbone, held_out_loss): a `keras_hub.models.GemmaBackbone` and its loss per token, in nats.
     """
     length = settings.pretraining_length
     backbone = build_gemma2(stack, settings.vocabulary_size)

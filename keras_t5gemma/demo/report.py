@@ -1,4 +1,4 @@
-"""What the demo shows for itself: a table, a picture, completions, and a file with every number."""
+"""The demo's outputs: a table, a plot, completions, and a file with every number."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ VERSIONS_OF = ("keras-t5gemma", "keras", "keras-hub", "numpy")
 
 def results_table(results):
     """A rich table with a row a training run."""
-    table = Table(title="Held-out loss a target token, in nats (lower is better)")
+    table = Table(title="Held-out loss per target token, in nats (lower is better)")
     for heading in ("pair", "objective", "start"):
         table.add_column(heading)
     for heading in ("parameters", "steps", "before", "after"):

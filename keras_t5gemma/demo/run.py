@@ -32,7 +32,7 @@ def run_demo(out, settings=FULL, console=None):
         the `Answers` of the balanced pair, fine-tuned on dates, adapted then from scratch.
 
     Raises:
-        ValueError: where `out` has something in it.
+        ValueError: if `out` has something in it.
     """
     out, console = Path(out), console or Console()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

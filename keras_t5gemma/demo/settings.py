@@ -10,7 +10,7 @@ class Training:
     """One training run.
 
     Attributes:
-        steps: optimiser steps.
+        steps: optimizer steps.
         batch_size: B.
         learning_rate: the peak; reached after a tenth of the steps, then a cosine down to a tenth.
     """

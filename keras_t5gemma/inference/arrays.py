@@ -1,4 +1,4 @@
-"""What a user hands to the model, checked and laid out as the model wants it."""
+"""Prompts and targets as arrays, checked, and results as the user gets them."""
 
 from collections.abc import Mapping
 
@@ -13,10 +13,10 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
 
     Args:
         inputs: `encoder_token_ids` [B, S] or [S], and optionally `encoder_padding_mask`, `decoder_token_ids` ([B, T] or
-            [T]; `<bos>` where left out) and `decoder_padding_mask`.
-        max_length: L, the length of the result; T where None.
+            [T]; `<bos>` if left out) and `decoder_padding_mask`.
+        max_length: L, the length of the result; T if None.
         vocabulary_size: V.
-        max_new_tokens: instead of `max_length`, how many tokens may follow the prompt: an integer, or one a row.
+        max_new_tokens: instead of `max_length`, how many tokens may follow the prompt: an integer, or one per row.
 
     Returns:
         A dict of int32 arrays: `encoder_token_ids`, `encoder_padding_mask` [B, S], without what is padding in every row
@@ -26,7 +26,7 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
 
     Raises:
         ValueError: for ids outside the vocabulary, shapes that do not fit, an empty prompt, a `max_length` shorter
-            than a prompt, or `max_new_tokens` that are not positive, not one a row or given beside `max_length`.
+            than a prompt, or `max_new_tokens` that are not positive, not one per row or given beside `max_length`.
     """
     if not isinstance(inputs, Mapping) or "encoder_token_ids" not in inputs:
         keys = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
@@ -119,7 +119,7 @@ def scoring_arrays(prompts, targets, vocabulary_size):
         targets' lengths, int [B].
 
     Raises:
-        ValueError: where targets are not as described, empty, or hold ids outside the vocabulary.
+        ValueError: if targets are not as described, empty, or hold ids outside the vocabulary.
     """
     batch = len(prompts["decoder_token_ids"])
     if not isinstance(targets, Mapping) and (isinstance(targets, str) or not len(targets)):
@@ -131,7 +131,7 @@ def scoring_arrays(prompts, targets, vocabulary_size):
         targets = [targets]
     rows = [np.asarray(row) for row in targets]
     if len(rows) != batch:
-        raise ValueError(f"`targets` must have a row a prompt, {batch}. Received: {len(rows)} rows.")
+        raise ValueError(f"`targets` must have a row per prompt, {batch}. Received: {len(rows)} rows.")
     for i, row in enumerate(rows):
         if row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer):
             raise ValueError(
@@ -172,7 +172,8 @@ def _limits(lengths, max_length, max_new_tokens):
     new = np.asarray(max_new_tokens)
     if not np.issubdtype(new.dtype, np.integer) or new.shape not in ((), lengths.shape) or new.min() < 1:
         raise ValueError(
-            f"`max_new_tokens` must be a positive integer, or one a row, {len(lengths)}. Received: {max_new_tokens!r}."
+            f"`max_new_tokens` must be a positive integer, or one per row, {len(lengths)}. Received: "
+            f"{max_new_tokens!r}."
         )
     return (lengths + new).astype("int32")
 
@@ -185,6 +186,7 @@ def _without_padding(ids, mask):
 
 
 def _ids_and_mask(inputs, side, default):
+    """One side's token ids and padding mask, as integer arrays [B, L]."""
     ids = inputs.get(f"{side}_token_ids", default)
     ids = np.asarray(ids)
     ids = np.atleast_2d(ids) if ids.ndim < 2 else ids

@@ -1,4 +1,4 @@
-"""Logits processors: what may be generated next, given what there is; they compose, and go with every sampler.
+"""Logits processors: change which token may come next. They compose, and work with every sampler.
 
 A processor is any callable `(logits, sequences) -> logits`. Those here are frozen: equal ones share a compiled program.
 "Sequence" is the decoder's, its prompt included, as in `transformers`, whose numbers these give.
@@ -19,7 +19,7 @@ class Sequences:
     """What a processor may look at. R rows: B, or as many as a search keeps for B examples.
 
     Attributes:
-        token_ids: int [R, L]; what stands at `index` and after it is no part of the sequences yet.
+        token_ids: int [R, L]; what stands at `index` and after it is not part of the sequences yet.
         index: the position that the logits are for, a scalar.
         prompt_lengths: int [R]; a row whose prompt is longer than `index` takes its next token from there anyway.
         limits: int [R], the most tokens of a row, its prompt included.
@@ -58,7 +58,7 @@ class RepetitionPenalty:
         penalty: above 1 discourages, below 1 encourages; 1.2 in the paper.
 
     Raises:
-        ValueError: where `penalty` is not positive.
+        ValueError: if `penalty` is not positive.
     """
 
     penalty: float
@@ -71,8 +71,8 @@ class RepetitionPenalty:
         """Logits [R, V] as [R, V]."""
         ids = sequences.token_ids
         there = ops.broadcast_to(ops.arange(ids.shape[1], dtype="int32") < sequences.index, ids.shape)
-        penalised = ops.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        return ops.where(_listed(ids, there, logits.shape[1]), penalised, logits)
+        penalized = ops.where(logits < 0, logits * self.penalty, logits / self.penalty)
+        return ops.where(_listed(ids, there, logits.shape[1]), penalized, logits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class NoRepeatNgrams:
         n: tokens of an n-gram; with 1 no token comes twice.
 
     Raises:
-        ValueError: where `n` is not a positive integer.
+        ValueError: if `n` is not a positive integer.
     """
 
     n: int
@@ -113,7 +113,7 @@ class ForbiddenTokens:
         ids: a sequence of ids.
 
     Raises:
-        ValueError: where `ids` is empty or holds other than ids.
+        ValueError: if `ids` is empty or holds other than ids.
     """
 
     ids: tuple[int, ...]
@@ -143,7 +143,7 @@ class MinimumLength:
         tokens: the least number of new tokens, without the prompt and the one that ends it.
 
     Raises:
-        ValueError: where `tokens` is not a positive integer.
+        ValueError: if `tokens` is not a positive integer.
     """
 
     tokens: int
@@ -176,7 +176,7 @@ class ForcedTokens:
             for, which only rows that did not stop before reach.
 
     Raises:
-        ValueError: where `tokens` is empty or no such mapping.
+        ValueError: if `tokens` is empty or no such mapping.
     """
 
     tokens: Mapping[int, int]
@@ -220,7 +220,7 @@ def check_processors(processors, request):
         request: a `Request`.
 
     Raises:
-        ValueError: where that is no list of callables, an id is outside the vocabulary, a length has no room, or two
+        ValueError: if that is no list of callables, an id is outside the vocabulary, a length has no room, or two
             processors contradict each other.
     """
     is_list = isinstance(processors, (list, tuple))

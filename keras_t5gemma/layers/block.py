@@ -67,8 +67,8 @@ class Block(keras.layers.Layer):
             visible: who sees whom in self-attention, bool [B, T, S] or a `BlockMask`; S is T, or the cache's places,
                 where it is not empty.
             angles: `rotary_angles` of x's positions.
-            encoder_output: [B, S, D] of the encoder; None with a cache, or where there is no encoder.
-            encoder_visible: who sees whom in cross-attention; None where there is no encoder.
+            encoder_output: [B, S, D] of the encoder; None with a cache, or if there is no encoder.
+            encoder_visible: who sees whom in cross-attention; None if there is no encoder.
             cache: `{"self": {"key", "value"}, "cross": {"key", "value"}}`, or None.
             index: position of x's first token, or of a single one its place in the cache.
             training: whether dropout is on.

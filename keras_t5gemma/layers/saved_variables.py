@@ -1,4 +1,4 @@
-"""Layers that come back from a file as they were: quantized by the same quantizers, LoRA beside its kernel.
+"""Layers that are saved and loaded unchanged: with their quantizers, and with LoRA beside the kernel.
 
 Keras adds LoRA's product to the kernel in every file it writes, quantizes the sum once more if the layer is quantized,
 and forgets which quantizers a layer was quantized by.
@@ -79,6 +79,7 @@ class SavedAsItIs:
             getattr(self, name).assign(values)
 
     def _check_stored(self, stored, lora):
+        """Refuses arrays of a file that do not fit the layer; the message says what to call instead."""
         where = f"The file's weights do not fit {self.path}:"
         if lora and not self.lora_enabled:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A T5Gemma made of two Gemma 2."""
+"""`adapt_gemma2`: a T5Gemma made of one Gemma 2 or of two."""
 
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.load import load
@@ -39,8 +39,8 @@ def adapt_gemma2(
         A `T5GemmaBackbone`.
 
     Raises:
-        ValueError: where an argument is none of these, a checkpoint is no Gemma 2, or the two do not fit.
-        ConnectionError: where a download failed.
+        ValueError: if an argument is invalid, a checkpoint is not a Gemma 2, or the two do not fit.
+        ConnectionError: if a download failed.
 
     Example:
         >>> backbone = kt.adapt_gemma2("gemma2_9b_en", "gemma2_2b_en", dtype="bfloat16")

@@ -7,9 +7,9 @@ import keras
 import keras_hub
 
 from keras_t5gemma import presets
-from keras_t5gemma.checkpoints.hugging_face.reader import read_json
+from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.load import load
-from keras_t5gemma.checkpoints.sources import locate_t5gemma, t5gemma_source
+from keras_t5gemma.checkpoints.sources import open_t5gemma, t5gemma_source
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.layers import lora
 from keras_t5gemma.layers.initialization import weights_from
@@ -160,7 +160,7 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
         """As `enable_lora`, on layers by path: `{path: (rank, lora_alpha)}`."""
         self.trainable_before_lora = lora.enable(self, layers)
         # What keras-hub's `save_lora_weights` goes by: the layers' numbers among those with weights, and one rank.
-        with_weights = [layer for layer in self._flatten_layers(include_self=False) if layer.weights]
+        with_weights = [layer for layer in flatten_layers(self)[1:] if layer.weights]
         self._lora_enabled_layers = [i for i, layer in enumerate(with_weights) if layer.path in layers]
         self._lora_rank = max(rank for rank, _ in layers.values())
 
@@ -199,7 +199,7 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
         with h5py.File(filepath, "r") as file:
             found = sorted(int(name) for name in file["lora"] if name.isdigit())
             rank = int(file["lora/vars/rank"][()])
-        with_weights = [layer for layer in self._flatten_layers(include_self=False) if layer.weights]
+        with_weights = [layer for layer in flatten_layers(self)[1:] if layer.weights]
         if not lora.lora_layers(self):
             self.enable_lora_on({with_weights[i].path: (rank, None) for i in found})
         elif found != self._lora_enabled_layers:
@@ -246,7 +246,7 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
             A `keras.distribution.LayoutMap`.
 
         Raises:
-            ValueError: where the mesh is none, or has no axis for the batch.
+            ValueError: if the mesh is none, or has no axis for the batch.
         """
         return layout_map(device_mesh, config, data_axis=data_parallel_dim_name, model_axis=model_parallel_dim_name)
 
@@ -265,11 +265,11 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
                 `quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=32))` does.
 
         Raises:
-            ValueError: where the preset is unknown, or is no T5Gemma.
-            ConnectionError: where a download failed.
-            CheckpointError: where the folder's tensors are not those of its config.
+            ValueError: if the preset is unknown, or is no T5Gemma.
+            ConnectionError: if a download failed.
+            CheckpointError: if the folder's tensors are not those of its config.
         """
-        folder = locate_t5gemma(preset)
+        folder = open_t5gemma(preset)
         saved = _saved_config(folder)
         if "quantization" in saved or "lora" in saved:
             # In Keras's own format alone. It builds the whole model first: with zeros, nothing is drawn.
@@ -296,8 +296,6 @@ def _zeros(path, shape, dtype):
 
 
 def _saved_config(folder):
-    """The arguments that `save_to_preset` wrote; none for what another program wrote."""
-    if not (folder / "config.json").is_file() or presets.is_hugging_face(folder):
-        return {}
-    saved = read_json(folder / "config.json")
-    return saved["config"] if saved["registered_name"].startswith("keras_t5gemma>") else {}
+    """The arguments that `save_to_preset` wrote; none if another program wrote the folder."""
+    saved = folder.config or {}
+    return saved["config"] if str(saved.get("registered_name")).startswith("keras_t5gemma>") else {}

@@ -1,4 +1,4 @@
-"""Keras's own methods of a model, each in its turn where several threads or a callback use them."""
+"""Keras's methods of a model, made safe for callbacks and threads."""
 
 import functools
 
@@ -24,6 +24,7 @@ class Guarded:
 
 
 def _guard(name, turn):
+    """Overrides one of Keras's methods with itself, in its turn among threads and callbacks."""
     method = getattr(keras.Model, name)
 
     @functools.wraps(method)

@@ -1,4 +1,4 @@
-"""Training and inference keep up with a model that was changed since: LoRA, `quantize`, `trainable`.
+"""Recompiles a model after LoRA, `quantize` or `trainable` changed it.
 
 Keras wants `compile` again after each of these. Without it JAX and PyTorch fail in their own ways, and TensorFlow goes
 on with the program it has: it trains what was frozen, or predicts without LoRA.
@@ -72,6 +72,7 @@ class Recompiles(EvaluatesWithoutOptimizer):
         return {**config, "optimizer_is_built": is_built and not self._outdated()}
 
     def _keep_up(self, trains=False):
+        """Forgets compiled functions, and renews the optimizer, if the model's variables have changed."""
         variables = self.weights
         # A program holds these numbers as constants.
         numbers = [variable.trainable for variable in variables]
@@ -86,6 +87,7 @@ class Recompiles(EvaluatesWithoutOptimizer):
             self._renew_optimizer()
 
     def _renew_optimizer(self):
+        """Replaces an outdated optimizer, with a warning."""
         if not self.trainable_variables:
             raise ValueError(
                 "The model has no trainable weights. Set `trainable = True` on the model or on a part of it, or call "
@@ -109,6 +111,7 @@ class Recompiles(EvaluatesWithoutOptimizer):
         return None if known is None or list(map(id, known)) == list(map(id, self.trainable_variables)) else known
 
     def _replace_outdated_optimizer(self):
+        """Makes the optimizer again from its config if it was built for other variables."""
         known = self._outdated()
         if known is None:
             return

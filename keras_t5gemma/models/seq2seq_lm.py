@@ -1,40 +1,42 @@
 """The task model: logits for training, text for a prompt."""
 
 import contextlib
+from functools import partial
 
 import keras
 import keras_hub
 
 from keras_t5gemma._keras_internals import track_loss_in_float32
-from keras_t5gemma.checkpoints.sources import locate_t5gemma
+from keras_t5gemma.checkpoints.sources import open_t5gemma
+from keras_t5gemma.hub import PREPROCESSOR_OPTIONS
 from keras_t5gemma.inference.buckets import Buckets
 from keras_t5gemma.inference.decoding.loop import resolve_sampler
-from keras_t5gemma.inference.embed import Embeds
-from keras_t5gemma.inference.generate import Generates
-from keras_t5gemma.inference.score import Scores
-from keras_t5gemma.inference.stream import Streams
+from keras_t5gemma.inference.embed import embed
+from keras_t5gemma.inference.generate import decoding_step, generate, generate_step
+from keras_t5gemma.inference.programs.compiled import Programs
+from keras_t5gemma.inference.programs.recorded_torch import recorded
+from keras_t5gemma.inference.score import score, score_step
+from keras_t5gemma.inference.stream import stream
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.quantization import Quantizes, quantize
 from keras_t5gemma.models.recompilation import Recompiles
 from keras_t5gemma.models.teaching import Taught
-from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, is_hugging_face
+from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
-from keras_t5gemma.training.accumulation import Accumulation
 from keras_t5gemma.training.batches.fitting import Fits
 from keras_t5gemma.training.losses.cross_entropy import ChunkedLoss, VocabularyCrossEntropy
 from keras_t5gemma.training.losses.distillation import Distillation
 from keras_t5gemma.training.optimizers.checks import check_optimizer
 from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
+from keras_t5gemma.training.steps.accumulation import Accumulation, release_gradients
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaSeq2SeqLM(
-    Taught, Recompiles, Fits, Generates, Scores, Streams, Embeds, Guarded, Quantizes, keras_hub.models.Seq2SeqLM
-):
+class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.models.Seq2SeqLM):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
     Args:
@@ -45,7 +47,7 @@ class T5GemmaSeq2SeqLM(
 
     Raises:
         TypeError: for another keyword.
-        ValueError: where the tokenizer's vocabulary is larger than the backbone's.
+        ValueError: if the tokenizer's vocabulary is larger than the backbone's.
 
     Example:
         >>> lm = kt.T5GemmaSeq2SeqLM.from_preset("t5gemma_2b_2b_prefixlm_it", dtype="bfloat16")
@@ -57,6 +59,15 @@ class T5GemmaSeq2SeqLM(
     backbone_cls = T5GemmaBackbone
     preprocessor_cls = T5GemmaSeq2SeqLMPreprocessor
     presets = PRESETS
+
+    # What a trained model is asked. As functions they read from top to bottom, see `inference`.
+    generate = generate
+    generate_step = generate_step
+    decoding_step = decoding_step
+    stream = stream
+    score = score
+    score_step = score_step
+    embed = embed
 
     def __init__(self, backbone, preprocessor=None, *, buckets=None, **kwargs):
         _check_keywords(kwargs)
@@ -82,6 +93,17 @@ class T5GemmaSeq2SeqLM(
         self.head = head
         self.backbone = backbone  # again: PyTorch's module did not exist yet above, and would miss its parameters
 
+    @property
+    def buckets(self):
+        """The `Buckets` of `generate`, `stream`, `score` and `embed`; others may be assigned at any time."""
+        return self._buckets
+
+    @buckets.setter
+    def buckets(self, value):
+        if not isinstance(value, Buckets):
+            raise ValueError(f"`buckets` must be a kt.Buckets. Received: {value!r}.")
+        self._buckets = value
+
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
         """The model of a preset, with its preprocessor.
@@ -94,21 +116,19 @@ class T5GemmaSeq2SeqLM(
                 stored in; `preprocessor`, None to do without; or what the class takes, such as `buckets`.
 
         Raises:
-            TypeError: for a keyword that is none of these.
-            ValueError: where the preset is unknown, or is no T5Gemma.
-            ConnectionError: where a download failed.
-            CheckpointError: where the folder's tensors are not those of its config.
+            TypeError: for an unknown keyword.
+            ValueError: if the preset is unknown, or is no T5Gemma.
+            ConnectionError: if a download failed.
+            CheckpointError: if the folder's tensors are not those of its config.
         """
         _check_keywords(kwargs, ("dtype", "preprocessor", "buckets"))  # before anything is read
-        folder = locate_t5gemma(preset)
+        folder = open_t5gemma(preset)
         backbone_kwargs = {name: kwargs.pop(name) for name in ("dtype",) if name in kwargs}
         backbone = cls.backbone_cls.from_preset(folder, load_weights=load_weights, **backbone_kwargs)
         if "preprocessor" not in kwargs:
-            # A Keras preset of a model without preprocessor has none; any other checkpoint has a tokenizer.
-            is_flax = not (folder / "config.json").is_file()  # holds parameters only
-            has_one = not is_flax and (is_hugging_face(folder) or (folder / PREPROCESSOR_FILE).is_file())
-            # By the preset's name, not its folder: the name says whether it is instruction-tuned.
-            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(preset) if has_one else None
+            # A Keras preset of a model without preprocessor has none; Flax's checkpoints hold parameters only.
+            has_one = folder.config is not None and (folder.is_hugging_face or (folder / PREPROCESSOR_FILE).is_file())
+            kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(folder) if has_one else None
         return cls(backbone, **kwargs)
 
     def compile(
@@ -140,7 +160,7 @@ class T5GemmaSeq2SeqLM(
                 XLA compile the decoding loops of models of ten million weights and more, on CPUs too.
 
         Raises:
-            ValueError: where `sampler` is none of these, `accumulation_steps` no positive integer or not to be had
+            ValueError: if `sampler` is invalid, `accumulation_steps` is not a positive integer or not available
                 with the loss, or a teacher's vocabulary not the model's.
         """
         sampler = resolve_sampler(sampler)
@@ -168,7 +188,11 @@ class T5GemmaSeq2SeqLM(
             optimizer = keras.optimizers.get(optimizer)
             if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        self.jit_compile_is_auto = kwargs.get("jit_compile", "auto") == "auto"
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+        # What was compiled for another sampler, or other options, goes.
+        self.programs = Programs()
+        self.recorded_step = recorded(partial(decoding_step, self), self)
         track_loss_in_float32(self)
 
     def make_train_function(self, force=False):
@@ -208,8 +232,7 @@ class T5GemmaSeq2SeqLM(
                 logs = self._accumulation.train_step(self, *args, **kwargs)
             else:
                 logs = super().train_step(*args, **kwargs)
-        if keras.config.backend() == "torch":
-            self.zero_grad()  # Keras would keep the gradients until the next batch has been through all layers
+        release_gradients(self)
         return logs
 
     def test_step(self, *args, **kwargs):

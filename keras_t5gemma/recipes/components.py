@@ -1,4 +1,4 @@
-"""What a recipe names, made: model and data."""
+"""Builds the model, the data and the optimizer that a recipe names."""
 
 from functools import partial
 
@@ -76,6 +76,7 @@ def _view(recipe, tokenizer, data, objective):
 
 
 def _optimizer(recipe):
+    """The optimizer of a recipe."""
     section = recipe.optimizer
     betas = {name: getattr(section, name) for name in ("beta_1", "beta_2")}
     return optimizer(
@@ -99,6 +100,7 @@ def _loss(recipe):
 
 
 def _source(recipe, paths, index):
+    """The texts of a recipe, this process's share of them."""
     data = recipe.data
     try:
         return text_source(
@@ -115,6 +117,7 @@ def _source(recipe, paths, index):
 
 
 def _dataset(recipe, paths, preprocessor, objective, index, **options):
+    """A dataset of a recipe, this process's share of it."""
     data, training = recipe.data, recipe.training
     source = _source(recipe, paths, index)
     options |= {

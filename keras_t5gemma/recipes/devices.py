@@ -12,7 +12,7 @@ def distribution(hardware):
     """A context in which models are laid out over the devices of a `HardwareSection`.
 
     Raises:
-        ValueError: where the backend or the machine has no such devices.
+        ValueError: if the backend or the machine has no such devices.
     """
     if not hardware.mesh:
         return contextlib.nullcontext()
@@ -36,7 +36,7 @@ def process(hardware):
     """Which of the processes this is, from 0.
 
     Raises:
-        ValueError: where there are more or fewer than the recipe says.
+        ValueError: if there are more or fewer than the recipe says.
     """
     if hardware.processes == 1:
         return 0

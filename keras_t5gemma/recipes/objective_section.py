@@ -1,4 +1,4 @@
-"""`[objective]` to an objective."""
+"""The section `[objective]` of a recipe, as an objective."""
 
 import warnings
 
@@ -18,7 +18,7 @@ def make_objective(section):
         A `PrefixLM`, `SpanCorruption`, `UL2` or `Mixture`; None for "supervised", whose examples are the data's.
 
     Raises:
-        ValueError: where the section is none, or out of range.
+        ValueError: if the section is none, or out of range.
     """
     given = [key for key in ("name", "mixture", "denoisers") if getattr(section, key)]
     if len(given) != 1:
@@ -48,6 +48,7 @@ def _named(name, section):
 
 
 def _options(name, section):
+    """The keyword arguments of an objective, of the keys that the section states."""
     modes, mode = section.mode_tokens, {"prefixlm": "S", "span_corruption": "R"}.get(name)
     options = {}
     if modes:

@@ -1,4 +1,4 @@
-"""A recipe file to a `Recipe`; what is wrong in it is told with the file, the key, what came and what would work."""
+"""Reads and checks a recipe file; an error names the file, the key, what came and what would work."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def recipe_path(recipe):
         recipe: a path, or a name in `recipe_names()`.
 
     Raises:
-        RecipeError: where it is neither.
+        RecipeError: if it is neither.
     """
     path = Path(recipe)
     if not path.suffix and str(recipe) in recipe_names() and not path.is_file():
@@ -66,7 +66,7 @@ def read_recipe(recipe, **overrides):
         A `Recipe`, with every key that the file leaves out at its default.
 
     Raises:
-        RecipeError: where the file is missing, is no TOML, or has an unknown key, a missing one, or one of another type
+        RecipeError: if the file is missing, is no TOML, or has an unknown key, a missing one, or one of another type
             or out of range.
     """
     path = recipe_path(recipe)
@@ -146,6 +146,7 @@ def _table(cls, values, path, place):
 
 
 def _value(hint, value, limits, path, place):
+    """One value as its type, once it is within its limits; an error names file and key."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # X | None: TOML has no null, so a value that is there is an X
         return _value(arguments[0], value, limits, path, place)
@@ -179,6 +180,7 @@ def _value(hint, value, limits, path, place):
 
 
 def _list(hint, value, limits, path, place):
+    """A list of values, each as its type."""
     if hint is str and isinstance(value, str):
         value = [value]  # one source needs no brackets
     least, most = limits.get("least_items", 0), limits.get("most_items", math.inf)
@@ -200,7 +202,7 @@ def _check_together(recipe, path):
     taught = recipe.distillation.teacher is not None
     saves = training.steps // training.save_every + bool(training.steps % training.save_every)
     devices = math.prod(hardware.mesh[:1])
-    # A part of a batch has a row a device or more; one device takes parts of any size.
+    # A part of a batch has a row per device or more; one device takes parts of any size.
     rows = math.lcm(devices * training.accumulation_steps if hardware.mesh else 1, hardware.processes)
     for good, message in (
         (bool(model.preset) != bool(model.adapt), "[model]: needs `preset` or `adapt`, and not both."),

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, which recipe it was begun with; no Keras here."""
+"""The folder of a run: which recipe it was begun with, and who uses it. Needs no Keras."""
 
 import contextlib
 import dataclasses
@@ -40,7 +40,7 @@ def locked(folder, index):
         index: of the process, each of which has a lock of its own.
 
     Raises:
-        RecipeError: where another holds it.
+        RecipeError: if another holds it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f".lock_{index}", timeout=0)
@@ -111,10 +111,10 @@ def check_run(folder, recipe):
         recipe: a `Recipe`.
 
     Returns:
-        The recipe of the run there, or None where there is none.
+        The recipe of the run there, or None if there is none.
 
     Raises:
-        RecipeError: where they differ in what must not change, or the folder holds something else.
+        RecipeError: if they differ in what must not change, or the folder holds something else.
     """
     path = folder / RECIPE_FILE
     if not path.is_file():

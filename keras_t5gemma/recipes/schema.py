@@ -1,4 +1,4 @@
-"""Every key of a training recipe, with its type, its range and what it means; no Keras here."""
+"""Every key of a training recipe, with its type, its range and its meaning. Needs no Keras."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ class ModelSection:
     Attributes:
         preset: a T5Gemma to go on with: a built-in name, hf://owner/name, kaggle://... or a folder.
         adapt: one Gemma 2, or two, encoder and decoder, to make a T5Gemma of: as for `keras-t5gemma adapt`.
-        tokenizer: with `adapt`, where the tokenizer comes from; the last Gemma 2 where left out.
+        tokenizer: with `adapt`, where the tokenizer comes from; the last Gemma 2 if left out.
         cross_attention: with `adapt`, where it starts from; auto: from scratch only where the two Gemma 2 differ.
         encoder_attention: with `adapt`, "causal" is an ablation.
         encoder_heads: with `adapt`, "multi" is an ablation.
@@ -44,7 +44,7 @@ class DataSection:
     Attributes:
         sources: files or patterns, seen from the folder the command runs in, all of one format.
         validation: likewise, texts to measure on; none where empty.
-        format: of both; by the files' names where left out.
+        format: of both; by the files' names if left out.
         field: the field or column that holds the text.
         sample_by: what is a document of a text file.
         documents: "joined" to one stream, or each for itself, "whole".
@@ -109,7 +109,7 @@ class ObjectiveSection:
         mixture: several of them (but "supervised"), e.g. `[{ name = "ul2", weight = 3 }, { name = "prefixlm" }]`.
         denoisers: UL2 with denoisers of your own, e.g. `[{ mean_span = 3, rate = 0.15 }, { rate = 0.25, weight = 2 }]`.
         mode_tokens: ids by mode, R, S and X, that stand first in the inputs; PrefixLM takes S's, span corruption R's.
-        sentinels: the first and the last id of the sentinels; `<unused0>` to `<unused98>` where left out.
+        sentinels: the first and the last id of the sentinels; `<unused0>` to `<unused98>` if left out.
         too_few_sentinels: "cap" raw length where they run out, or "merge" spans.
     """
 
@@ -129,14 +129,14 @@ class OptimizerSection:
 
     Attributes:
         learning_rate: the peak.
-        name: the optimiser.
+        name: the optimizer.
         warmup_steps: of the linear warm-up.
-        decay_steps: the step at which the cosine ends; that of the training where left out.
+        decay_steps: the step at which the cosine ends; that of the training if left out.
         final_fraction: of the peak, where the cosine ends, and what follows it has.
         weight_decay: a step's shrinkage is `learning_rate * weight_decay`.
         clip_norm: the largest global norm of the gradients.
-        beta_1: AdamW's; Keras's 0.9 where left out.
-        beta_2: AdamW's; Keras's 0.999 where left out.
+        beta_1: AdamW's; Keras's 0.9 if left out.
+        beta_2: AdamW's; Keras's 0.999 if left out.
     """
 
     learning_rate: float = _key(above=0)
@@ -156,7 +156,7 @@ class TrainingSection:
 
     Attributes:
         steps: in all.
-        batch_size: B, rows a step, of all devices, processes and parts together.
+        batch_size: B, rows per step, of all devices, processes and parts together.
         accumulation_steps: parts that a step runs its batch in, one after the other, to need less memory.
         cross_attention_steps: first steps, which train cross-attention alone: for unbalanced pairs.
         z_loss: weight of the square of the logits' log-sum.

@@ -49,8 +49,8 @@ def format_turns(messages):
         A string that ends with `<start_of_turn>model` and a newline.
 
     Raises:
-        ValueError: where there is no message, a role is unknown or out of turn, there is a system message, the last
-            message is not the user's, or a content is no string, an empty question, or holds turn tokens.
+        ValueError: if there is no message, a role is unknown or out of turn, there is a system message, the last
+            message is not the user's, or a content is not a string, an empty question, or holds turn tokens.
     """
     if not is_conversation(messages):
         raise ValueError(f'`messages` must be a list of {{"role": ..., "content": ...}}. Received: {messages!r}.')
@@ -76,7 +76,7 @@ def check_no_turn_tokens(text, what):
     """Refuse text that holds Gemma's turn tokens.
 
     Raises:
-        ValueError: where it does; the message starts from `what`.
+        ValueError: if it does; the message starts from `what`.
     """
     for token in (START_OF_TURN, END_OF_TURN):
         if token in text:
@@ -87,6 +87,7 @@ def check_no_turn_tokens(text, what):
 
 
 def _role(index, message):
+    """A message's role in Gemma's turns, once it may stand at this place."""
     role = message.get("role")
     if role == "system":
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Texts to rows of ids that fit, and rows to padded arrays: what the preprocessor does, on one batch, in numpy."""
+"""Texts to padded arrays of ids, one batch at a time, in numpy: the work of the preprocessor."""
 
 import dataclasses
 
@@ -39,7 +39,7 @@ class Packer:
             `(rows, batched)`: lists of ids, and whether `value` was more than one prompt.
 
         Raises:
-            ValueError: where a prompt is empty, no text, or too long.
+            ValueError: if a prompt is empty, no text, or too long.
         """
         prompts, batched = _as_list(value, "encoder_text")
         texts = [self._prompt_text(prompt, _place("encoder_text", i, batched)) for i, prompt in enumerate(prompts)]
@@ -63,7 +63,7 @@ class Packer:
             `(rows, batched)`.
 
         Raises:
-            ValueError: where a value is no text, or too long.
+            ValueError: if a value is not a text, or too long.
         """
         texts, batched = _as_list(value, "decoder_text")
         tokenizer = self.tokenizer
@@ -83,6 +83,7 @@ class Packer:
         return [[tokenizer.start_token_id, *row] for row in rows], batched
 
     def _prompt_text(self, prompt, place):
+        """The text of a prompt: itself, or in turns if the preprocessor is for chats."""
         if isinstance(prompt, str):
             if not (prompt.strip() if self.chat else prompt):
                 raise ValueError(f"{place} is empty: the encoder needs at least one token.")

@@ -8,10 +8,11 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import check_finite, integer
-from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, preprocessor_options, wants_turns
+from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, open_preset
+from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.encoding import Packer, pad_rows
-from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, open_preset
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 
 KERAS_CONFIG_FILE = "preprocessor.json"
 
@@ -51,7 +52,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         **kwargs: as for `keras_hub.models.Seq2SeqLMPreprocessor`.
 
     Raises:
-        ValueError: where an argument is none of these.
+        ValueError: if an argument is invalid.
     """
 
     tokenizer_cls = T5GemmaTokenizer
@@ -111,7 +112,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             float32, 0 at padding. Without B for single strings.
 
         Raises:
-            ValueError: where a key is missing or unknown, a prompt is empty, a text is too long, the batches differ
+            ValueError: if a key is missing or unknown, a prompt is empty, a text is too long, the batches differ
                 in size, `y` is given or `sample_weight` has another shape. In a traced `tf.data` pipeline it comes as
                 TensorFlow's `InvalidArgumentError` with the same message.
         """
@@ -213,9 +214,9 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         Raises:
             ValueError, ConnectionError: as for `T5GemmaTokenizer.from_preset`.
         """
-        folder, _ = open_preset(preset, config_file)
+        folder = open_preset(preset, weights=False, config_file=config_file)
         tokenizer = kwargs.pop("tokenizer", None) or cls.tokenizer_cls.from_preset(folder)
-        options = {"chat": wants_turns(preset, folder), **preprocessor_options(folder, config_file)}
+        options = {"chat": folder.instruction_tuned, **folder.preprocessor_options(config_file)}
         return cls(tokenizer, **{**options, **kwargs})
 
     def _encoder_length(self, value):
@@ -238,6 +239,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         return _unbatch((*encoder, *pad_rows(decoder, decoder_length, self.tokenizer.pad_token_id)), batched)
 
     def _rows(self, prompts, answers, encoder_length, decoder_length, *, closed):
+        """Rows of ids of prompts and answers, and whether they came as batches."""
         packer = Packer(self.tokenizer, self.chat, self.truncate)
         encoder, batched = packer.prompts(prompts, encoder_length)
         if answers is None:

@@ -11,7 +11,8 @@ import keras_hub
 import numpy as np
 
 from keras_t5gemma.checks import is_integer
-from keras_t5gemma.presets import PRESETS, is_hugging_face, kaggle_file, locate
+from keras_t5gemma.hub import kaggle_file, open_preset
+from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
 
 HUGGING_FACE_FILE = "tokenizer.model"
@@ -27,7 +28,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     """Text to ids and back with Gemma's vocabulary: `<pad>` 0, `<eos>` 1, `<bos>` 2, `<unk>` 3, turns 106 and 107.
 
     It adds no token of its own: `<bos>`, `<eos>` and turns are the preprocessor's. The turn tokens and
-    `<unused0>` .. `<unused98>` are recognised inside text; `<bos>`, `<eos>` and `<pad>` are not (they are read as the
+    `<unused0>` .. `<unused98>` are recognized inside text; `<bos>`, `<eos>` and `<pad>` are not (they are read as the
     plain characters), so text cannot end a sequence. The first text that holds one of them is answered with a warning,
     once per tokenizer, since other libraries want them written there.
 
@@ -42,7 +43,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         **kwargs: as for `keras_hub.tokenizers.SentencePieceTokenizer`.
 
     Raises:
-        ValueError: where the file is missing, is no SentencePiece model, or lacks one of Gemma's special tokens.
+        ValueError: if the file is missing, is no SentencePiece model, or lacks one of Gemma's special tokens.
     """
 
     presets = PRESETS
@@ -81,6 +82,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return tokenizer
 
     def _take(self, proto, what):
+        """Reads a SentencePiece model; the one before stays if that fails."""
         kept, self.proto = self.proto, None  # see `_set_proto_tf`
         try:
             if proto == b"":
@@ -130,6 +132,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         return super().detokenize(inputs)
 
     def _warn_of_special_tokens(self, texts):
+        """Warns, once per tokenizer, of texts that spell out `<bos>`, `<eos>` or `<pad>`."""
         if self._has_warned:
             return
         texts = texts.tolist() if isinstance(texts, np.ndarray) else texts
@@ -165,49 +168,29 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             **kwargs: override what was saved.
 
         Raises:
-            ValueError: where the name is unknown or the folder holds no tokenizer; the message names what was looked
+            ValueError: if the name is unknown or the folder holds no tokenizer; the message names what was looked
                 for and where.
-            ConnectionError: where a download failed.
+            ConnectionError: if a download failed.
         """
         gemma = keras_hub.models.GemmaTokenizer.presets
         if str(preset) not in PRESETS and str(preset) in gemma:
             handle = gemma[str(preset)]["kaggle_handle"]
             return cls(proto=kaggle_file(handle, _KERAS_FILE.format("tokenizer")).read_bytes(), **kwargs)
-        folder, hugging_face = open_preset(preset, config_file)
-        if hugging_face:
+        folder = open_preset(preset, weights=False, config_file=config_file)
+        if folder.config is not None and folder.is_hugging_face:
             return cls(proto=_read_model(folder, HUGGING_FACE_FILE), **kwargs)
         options = keras_options(folder, config_file)
         model = _KERAS_FILE.format(Path(config_file).stem)
         return cls.from_config({**options, **kwargs, "proto": _read_model(folder, model)})
 
 
-def open_preset(preset, config_file):
-    """A preset's folder, and whether it is in Hugging Face format.
-
-    Args:
-        preset: as for `locate`, or a folder that holds nothing but a saved tokenizer or preprocessor.
-        config_file: the file that tells such a folder.
-
-    Returns:
-        `(folder, hugging_face)`.
-
-    Raises:
-        ValueError, ConnectionError: as for `locate` and `is_hugging_face`.
-    """
-    folder = Path(str(preset))
-    if (folder / config_file).is_file() and not (folder / "config.json").is_file():
-        return folder, False
-    folder = locate(preset, weights=False)
-    return folder, is_hugging_face(folder)
-
-
 def keras_options(folder, config_file):
     """The constructor's arguments in a config that Keras saved.
 
     Raises:
-        ValueError: where the file is missing or is no such config.
+        ValueError: if the file is missing or is not such a config.
     """
-    path = Path(folder) / config_file
+    path = folder / config_file
     if not path.is_file():
         raise ValueError(
             f"Looked for the tokenizer's `{config_file}` in {folder}, a Keras preset. Found: {_list(folder)}."
@@ -220,6 +203,7 @@ def keras_options(folder, config_file):
 
 
 def _read_model(folder, name):
+    """The bytes of a tokenizer's file; an error says where it was looked for."""
     path = folder / name
     if not path.is_file():
         raise ValueError(
@@ -231,4 +215,4 @@ def _read_model(folder, name):
 
 
 def _list(folder):
-    return ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+    return ", ".join(sorted(path.name for path in Path(folder).iterdir())) or "nothing"

@@ -1,4 +1,4 @@
-"""Training a SentencePiece vocabulary with Gemma's layout, for models that start from nothing (and for tests)."""
+"""Trains a SentencePiece vocabulary in Gemma's layout, for models from scratch and for tests."""
 
 import io
 import os
@@ -25,7 +25,7 @@ _USER_DEFINED = [
 def train_tokenizer(texts, vocabulary_size, path=None):
     r"""Train a byte-pair vocabulary with Gemma's special ids and Gemma's settings on some texts.
 
-    As in Gemma: text is not normalised, whitespace is kept, digits stand alone, bytes are the fallback for
+    As in Gemma: text is not normalized, whitespace is kept, digits stand alone, bytes are the fallback for
     characters outside the vocabulary, so every string is read back unchanged. The same texts in the same order give
     the same vocabulary.
 
@@ -40,7 +40,7 @@ def train_tokenizer(texts, vocabulary_size, path=None):
         `tokenizer.model` so does Hugging Face.
 
     Raises:
-        ValueError: where a text is no string, there is no text at all, or the texts cannot fill that vocabulary or
+        ValueError: if a text is not a string, there is no text at all, or the texts cannot fill that vocabulary or
             need a larger one; then nothing is written.
     """
     import sentencepiece

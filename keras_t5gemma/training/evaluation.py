@@ -51,7 +51,7 @@ def held_out_by_part(texts, tokenizer, objective, *, num_batches, view=None, **o
         `{name: (batches, weight)}`, a list of batches and the part's share of the objective.
 
     Raises:
-        ValueError: where the texts do not fill a batch.
+        ValueError: if the texts do not fill a batch.
     """
     held_out = {}
     for part, weight in objective.parts:
@@ -67,7 +67,7 @@ def first_batches(data, count):
     """A list of a dataset's first batches.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     batches = list(itertools.islice(iter(data), count))
     if not batches:

@@ -3,11 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from peers import tiny_config
-from tiny import loud_backbone
-from tiny_tokenizer import train_tiny_tokenizer
+from helpers.peers import tiny_config
+from helpers.tiny import loud_backbone
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 
 import keras_t5gemma as kt
+from keras_t5gemma import hub, strict_json
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,18 @@ def test_data_of_a_checkpoint_need_its_callback(lm, tmp_path):
     stopping = keras.callbacks.EarlyStopping("loss")
     with pytest.raises(ValueError, match=r"Received: \['TrainingCheckpoint', 'EarlyStopping'\]"):
         lm.fit(data, verbose=0, callbacks=[checkpoint, stopping])
+
+
+@pytest.mark.parametrize("hugging_face", [False, True])
+def test_loading_finds_the_folder_once_and_parses_its_config_once(hugging_face, lm, preset, tmp_path, monkeypatch):
+    if hugging_face:
+        kt.export_to_hugging_face(lm, tmp_path / "exported")
+        preset = str(tmp_path / "exported")
+    found, parsed = [], []
+    locate, read = hub.locate, strict_json.read_object
+    monkeypatch.setattr(hub, "locate", lambda *args, **kwargs: found.append(args) or locate(*args, **kwargs))
+    monkeypatch.setattr(strict_json, "read_object", lambda path: parsed.append(path.name) or read(path))
+    loaded = kt.T5GemmaSeq2SeqLM.from_preset(preset)
+    assert loaded.preprocessor.encoder_sequence_length == 8
+    assert len(found) == 1
+    assert parsed.count("config.json") == 1

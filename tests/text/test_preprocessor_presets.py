@@ -6,8 +6,8 @@ import keras
 import keras_hub
 import pytest
 
+from keras_t5gemma import hub
 from keras_t5gemma.presets import PRESETS
-from keras_t5gemma.text import tokenizer as tokenizer_module
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 
 OPTIONS = {"encoder_sequence_length": 21, "decoder_sequence_length": 9, "chat": True, "truncate": "left"}
@@ -82,6 +82,6 @@ def test_from_preset_of_a_broken_tokenizer_config_is_refused(hugging_face_folder
 @pytest.mark.parametrize("handle", ["name", "hf_handle", "kaggle_handle"])
 def test_from_preset_of_a_published_checkpoint_goes_by_its_name(hugging_face_folder, monkeypatch, handle, tuned):
     (hugging_face_folder / "chat_template.jinja").write_text("{{ bos_token }}")
-    monkeypatch.setattr(tokenizer_module, "locate", lambda preset, weights: hugging_face_folder)
+    monkeypatch.setattr(hub, "locate", lambda *_, **__: hugging_face_folder)
     preset = getattr(PRESETS["t5gemma_2b_2b_ul2" + "_it" * tuned], handle)
     assert T5GemmaSeq2SeqLMPreprocessor.from_preset(preset).chat is tuned

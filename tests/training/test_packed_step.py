@@ -2,14 +2,14 @@
 
 import keras
 import numpy as np
-from one_step import assert_same_step, language_model, take_steps
+from helpers.one_step import assert_same_step, language_model, take_steps
 
 SIDES = ("encoder", "decoder")
 LENGTHS = ((9, 6), (4, 11), (6, 3))  # of the examples, longer than a window, encoder and decoder
 
 
 def rows():
-    """`(packed, alone)`, each an `(x, y, weights)`: all examples in one row, and one a row with padding."""
+    """`(packed, alone)`, each an `(x, y, weights)`: all examples in one row, and one per row with padding."""
     generator = np.random.default_rng(2)
     packed, alone = {}, {}
     for side, lengths in zip(SIDES, zip(*LENGTHS, strict=True), strict=True):
@@ -26,7 +26,7 @@ def rows():
 
 
 def test_packed_rows_have_the_loss_and_the_gradients_of_their_examples_alone():
-    # With this optimiser and rate, weights move by their gradients themselves.
+    # With this optimizer and rate, weights move by their gradients themselves.
     found = []
     for data in rows():
         lm = language_model(optimizer=keras.optimizers.SGD(1.0), num_layers=2)

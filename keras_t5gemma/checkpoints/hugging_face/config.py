@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` of T5Gemma and Gemma 2, to and from our configs, field by field and strictly.
+"""`config.json` of T5Gemma and Gemma 2, to and from our configs, field by field and strictly.
 
 What is read is what changes the function; a field that would change it in a way we do not compute is an error. The
 sliding window is the published one: `sliding_window` counts the query's own position, `|q - k| < sliding_window`.
@@ -8,7 +8,7 @@ import dataclasses
 import warnings
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, StackConfig, T5GemmaConfig
 
 LAYER_TYPES = {"sliding_attention": "sliding", "full_attention": "global"}
@@ -54,7 +54,7 @@ class Gemma2Config:
 
     def tensors(self):
         """Its tensors: the encoder's of the T5Gemma it would make, each of which has its Gemma 2 name."""
-        return [tensor for tensor in tensors(self._t5gemma()) if tensor.stack == "encoder"]
+        return [tensor for tensor in tensor_specs(self._t5gemma()) if tensor.stack == "encoder"]
 
     def _t5gemma(self):
         return T5GemmaConfig(self.stack, self.stack, self.vocabulary_size, self.final_logit_soft_cap)
@@ -68,7 +68,7 @@ def read_t5gemma_config(values, where="config.json"):
         where: its path, for messages.
 
     Raises:
-        CheckpointError: where it is another architecture, or a field is missing, inconsistent or not one we compute.
+        CheckpointError: if it is another architecture, or a field is missing, inconsistent or not one we compute.
     """
     own = values.get("model_type") == OWN_MODEL_TYPE
     _check_architecture(values, OWN_MODEL_TYPE if own else "t5gemma", ARCHITECTURE, where)
@@ -102,7 +102,7 @@ def read_gemma2_config(values, where="config.json"):
     """A `Gemma2Config` from Hugging Face's, as `transformers` 4 or 5 writes it.
 
     Raises:
-        CheckpointError: where it is another architecture (Gemma 1 and 3 included), or a field is missing, inconsistent
+        CheckpointError: if it is another architecture (Gemma 1 and 3 included), or a field is missing, inconsistent
             or not one we compute.
     """
     _check_architecture(values, "gemma2", "Gemma2ForCausalLM", where)
@@ -132,7 +132,7 @@ def write_t5gemma_config(config, dtype, eos_ids=(EOS_ID,)):
         A JSON-ready dict.
 
     Raises:
-        CheckpointError: where `transformers` could not compute the model.
+        CheckpointError: if `transformers` could not compute the model.
     """
     eos_id = eos_ids[0] if len(eos_ids) == 1 else list(eos_ids)
     special = {"pad_token_id": PAD_ID, "eos_token_id": eos_id, "bos_token_id": BOS_ID}
@@ -177,6 +177,7 @@ def layer_pattern(types):
 
 
 def _read_stack(values, where, dropout):
+    """A `StackConfig` of one stack's section, strictly: fields that change the computation have known values."""
     fields = {}
     for ours, theirs, default in _FIELDS:
         if theirs not in values and default is _REQUIRED:
@@ -209,6 +210,7 @@ def _read_stack(values, where, dropout):
 
 
 def _layer_pattern(values, num_layers, where):
+    """The shortest pattern that gives a list of layer types when it is repeated."""
     types = values.get("layer_types")
     if types is None:
         return tuple(LAYER_TYPES.values())  # What `transformers` fills in: Gemma 2's alternation.
@@ -220,6 +222,7 @@ def _layer_pattern(values, num_layers, where):
 
 
 def _rope_wavelength(values, where):
+    """The base of RoPE's frequencies, in the form of `transformers` 4 or 5."""
     parameters = values.get("rope_parameters") or {}
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise _wrong(where, "rope_parameters", parameters, "rope_type default")
@@ -231,6 +234,7 @@ def _rope_wavelength(values, where):
 
 
 def _write_stack(stack, name):
+    """The section of one stack, the inverse of `_read_stack`."""
     scalar = stack.head_dim if stack.query_scalar is None else stack.query_scalar
     if scalar != int(scalar):
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""LoRA's matrices alone, in the files of Hugging Face's PEFT: trained here and used there, or the other way."""
+"""LoRA's matrices in the files of Hugging Face's PEFT, written and read."""
 
 import math
 import re
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.reader import SafetensorsFile, read_json
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
-from keras_t5gemma.checkpoints.processes import whole, write_on_first
+from keras_t5gemma.checkpoints.processes import gathered, write_on_first
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource, is_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.concurrency import reading
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -36,8 +37,8 @@ def save_lora(model, folder, *, base_model=None):
         base_model: name or path of the model that the adapter is for, which PEFT's `AutoPeftModel` reads.
 
     Raises:
-        ValueError: where the model has no LoRA, or has it on an embedding.
-        CheckpointError: where the folder exists, or a number is not finite.
+        ValueError: if the model has no LoRA, or has it on an embedding.
+        CheckpointError: if the folder exists, or a number is not finite.
         RuntimeError: if another thread trains the model.
     """
     backbone = getattr(model, "backbone", model)
@@ -86,9 +87,9 @@ def load_lora(model, folder):
         folder: with `adapter_model.safetensors` and `adapter_config.json`.
 
     Raises:
-        CheckpointError: where the files are damaged or do not belong to this model, or hold what Keras's LoRA has not:
+        CheckpointError: if the files are damaged or do not belong to this model, or hold what Keras's LoRA has not:
             other PEFT methods, DoRA, trained biases or embeddings.
-        ValueError: where the model has LoRA on other layers or of another rank.
+        ValueError: if the model has LoRA on other layers or of another rank.
     """
     backbone = getattr(model, "backbone", model)
     folder = Path(folder)
@@ -142,7 +143,7 @@ class _Matrices(TensorSource):
         return np.dtype(self._variables[name].dtype)
 
     def read(self, name):
-        return whole(self._variables[name]).T
+        return gathered(self._variables[name]).T
 
     def where(self, name=None):
         return self._title if name is None else f"{self._title} ({self._variables[name].path})"
@@ -152,11 +153,10 @@ def _modules(backbone):
     """`(tensor, layer)` of each matrix that LoRA may be on, by the name of Hugging Face's module.
 
     Raises:
-        ValueError: where LoRA is on an embedding.
+        ValueError: if LoRA is on an embedding.
     """
-    # Keras lists nested layers in no public way.
-    layers, modules = {layer.path: layer for layer in backbone._flatten_layers()}, {}
-    for tensor in tensors(backbone.config):
+    layers, modules = {layer.path: layer for layer in flatten_layers(backbone)}, {}
+    for tensor in tensor_specs(backbone.config):
         path, _, weight = tensor.path.rpartition("/")
         if weight == "kernel":
             modules[tensor.name.removesuffix(".weight")] = (tensor, layers[path])
@@ -182,6 +182,7 @@ def _targets(layers, modules):
 
 
 def _checked_config(path):
+    """The adapter's config, if Keras's LoRA can do everything in it."""
     config = read_json(path)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: the adapter's `peft_type` is {config.get('peft_type')!r}. Expected 'LORA'.")

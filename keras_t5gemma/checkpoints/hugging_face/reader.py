@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a lazy mapping from tensor names to numpy arrays, read strictly and one tensor at a time.
+"""A Hugging Face folder as a lazy `TensorSource`, read strictly and one tensor at a time.
 
 safetensors only: nothing is ever unpickled. The format (https://huggingface.co/docs/safetensors): 8 bytes, little
 endian, the header's length; the header, a JSON object {name: {dtype, shape, data_offsets}} and, optionally,
@@ -6,20 +6,18 @@ endian, the header's length; the header, a JSON object {name: {dtype, shape, dat
 `CheckpointError` that names the file and the tensor, and so that no tensor but the one asked for is ever mapped.
 """
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
+from keras_t5gemma import strict_json
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, CheckpointError, TensorSource, checksum
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-# The format's own limit on a header; it also keeps a corrupt length, or a file that is no JSON, from filling memory.
-MAX_HEADER_BYTES = 100_000_000
-# Digits of an integer: 64 bits, more than any size. Of longer ones neither products nor messages could be made.
-_MAX_DIGITS = 20
+# The format's own limit on a header; it also keeps a corrupt length from filling memory.
+MAX_HEADER_BYTES = strict_json.MAX_BYTES
 # In the header's `__metadata__`, as JSON text {name: 16 hexadecimal digits}: what `tensors.checksum` gives.
 CHECKSUMS_KEY = "xxh3_64"
 
@@ -31,14 +29,16 @@ class CheckpointFolder(TensorSource):
 
     Args:
         folder: a path.
+        config: the folder's `config.json`, if it has been parsed already.
 
     Raises:
-        CheckpointError: where there are no weights in safetensors, a shard is missing or damaged, the index names a
+        CheckpointError: if there are no weights in safetensors, a shard is missing or damaged, the index names a
             file outside the folder, or index and shards disagree about which tensors they hold.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, config=None):
         self.folder = Path(folder)
+        self._config = config
         if (self.folder / WEIGHTS_FILE).is_file():
             file = SafetensorsFile(self.folder / WEIGHTS_FILE)
             self._files = dict.fromkeys(file.tensors, file)
@@ -54,7 +54,9 @@ class CheckpointFolder(TensorSource):
     @property
     def config(self):
         """The folder's `config.json`, parsed."""
-        return read_json(self.folder / "config.json")
+        if self._config is None:
+            self._config = read_json(self.folder / "config.json")
+        return self._config
 
     def names(self):
         """The tensors' names, in the order of the file or of the index."""
@@ -90,6 +92,7 @@ class CheckpointFolder(TensorSource):
         return self._files[name]
 
     def _open_shards(self):
+        """`{tensor: its shard}`, once the index and the shards agree."""
         index = self.folder / INDEX_FILE
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -130,7 +133,7 @@ class SafetensorsFile:
         path: of the file.
 
     Raises:
-        CheckpointError: where the file is missing, truncated, longer than its header says, or the header is not one.
+        CheckpointError: if the file is missing, truncated, longer than its header says, or the header is not one.
     """
 
     def __init__(self, path):
@@ -204,6 +207,7 @@ class SafetensorsFile:
             )
 
     def _parse_checksums(self, metadata):
+        """The checksums in the header's metadata, by tensor; none if there are none."""
         if not isinstance(metadata, dict):
             raise CheckpointError(f"The header of {self.path} has {metadata!r:.80} as `__metadata__`.")
         if CHECKSUMS_KEY not in metadata:
@@ -216,6 +220,7 @@ class SafetensorsFile:
         return checksums
 
     def _parse(self, header, data_begin, size):
+        """The tensors of a header, once their data fill the file without holes or overlaps."""
         tensors = {}
         for name, value in header.items():
             tensors[name] = self._entry(name, value, data_begin)
@@ -233,6 +238,7 @@ class SafetensorsFile:
         return tensors
 
     def _entry(self, name, value, data_begin):
+        """One tensor's entry of the header, checked by itself."""
         try:
             format_dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
             numbers = [*shape, begin, end]
@@ -275,42 +281,16 @@ def read_json(path):
     """The JSON object in a file, as a dict.
 
     Raises:
-        CheckpointError: where the file is missing or holds anything else.
+        CheckpointError: if the file is missing or holds anything else.
     """
-    path = Path(path)
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size > MAX_HEADER_BYTES:
-                raise CheckpointError(f"{path} has {size} bytes. Expected JSON of at most {MAX_HEADER_BYTES}.")
-            file.seek(0)
-            text = file.read(size)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return _json_object(text, str(path))
+        return strict_json.read_object(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _json_object(text, where):
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error!s:.400}.") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where} holds a JSON {type(value).__name__}. Expected an object.")
-    return value
-
-
-def _unique(pairs):
-    """A dict of JSON's pairs, refusing names that come twice, of which Python would keep the last in silence."""
-    values = {}
-    for name, value in pairs:
-        if name in values:
-            raise ValueError(f"the name {name!r} comes twice")
-        values[name] = value
-    return values
-
-
-def _integer(text):
-    if len(text.lstrip("-")) > _MAX_DIGITS:
-        raise ValueError(f"the number {text[:_MAX_DIGITS]}... has {len(text)} digits")
-    return int(text)
+        return strict_json.parse_object(text, where)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

@@ -1,4 +1,4 @@
-"""The tokenizer's files beside a checkpoint: Gemma's SentencePiece model, and what `transformers` needs to use it."""
+"""The tokenizer's files: Gemma's SentencePiece model, and the files that `transformers` needs beside it."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def write_tokenizer(folder, proto, chat, vocabulary_size):
         vocabulary_size: the model's V.
 
     Raises:
-        CheckpointError: where `proto` is no SentencePiece model, or has more pieces than the model has rows.
+        CheckpointError: if `proto` is no SentencePiece model, or has more pieces than the model has rows.
     """
     processor = _processor(proto)
     if len(processor) > vocabulary_size:

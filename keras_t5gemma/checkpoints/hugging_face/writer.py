@@ -1,4 +1,4 @@
-"""Tensors to safetensors: one piece at a time, each tensor with its checksum."""
+"""Tensors to safetensors, one piece at a time, each tensor with its checksum."""
 
 import json
 import re
@@ -32,9 +32,9 @@ def write_tensors(folder, source, max_shard_size="5GB", *, allow_non_finite=Fals
         title: of the progress bar.
 
     Raises:
-        CheckpointError: where a tensor's dtype cannot be written, it is not what the source announced, it is not
+        CheckpointError: if a tensor's dtype cannot be written, it is not what the source announced, it is not
             finite, or the disk has no room.
-        ValueError: where `max_shard_size` is neither.
+        ValueError: if `max_shard_size` is neither.
     """
     folder = Path(folder)
     shards = _shards(source, byte_count(max_shard_size))
@@ -73,6 +73,7 @@ def _shards(source, limit):
 
 
 def _write_file(path, source, names, allow_non_finite, advance):
+    """Writes one safetensors file: its header, then the tensors in the header's order."""
     checksums = dict.fromkeys(names, _NO_CHECKSUM)
     header = _header(source, names, checksums)
     with path.open("wb") as file:
@@ -109,6 +110,7 @@ def _write_tensor(file, source, name, allow_non_finite, advance):
 
 
 def _header(source, names, checksums):
+    """The bytes of a header, its length in front, padded so that the data are aligned."""
     formats = {dtype: name for name, dtype in DTYPES.items()}
     # `transformers` wants to be told which library's tensors these are; "pt" is what it writes itself.
     header, position = {"__metadata__": {"format": "pt", CHECKSUMS_KEY: json.dumps(checksums)}}, 0

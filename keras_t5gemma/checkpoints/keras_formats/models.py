@@ -26,7 +26,7 @@ class KerasModelTensors(TensorSource):
         title: what the model is called in messages.
 
     Raises:
-        CheckpointError: where the model has a variable too many, as one with LoRA or quantized has.
+        CheckpointError: if the model has a variable too many, as one with LoRA or quantized has.
     """
 
     def __init__(self, backbone, layout, config, title):
@@ -73,7 +73,7 @@ def read_gemma2(model):
         model: a `keras_hub.models.GemmaBackbone` set up as Gemma 2, or a `GemmaCausalLM` around one.
 
     Raises:
-        CheckpointError: where it is another model or has settings that Gemma 2's block does not.
+        CheckpointError: if it is another model or has settings that Gemma 2's block does not.
     """
     return _read(model, keras_hub.models.GemmaBackbone, GEMMA2)
 
@@ -85,7 +85,7 @@ def read_t5gemma(model):
         model: a `keras_hub.models.T5GemmaBackbone`, or a `T5GemmaSeq2SeqLM` around one.
 
     Raises:
-        CheckpointError: where it is another model or has settings that we do not compute.
+        CheckpointError: if it is another model or has settings that we do not compute.
     """
     return _read(model, keras_hub.models.T5GemmaBackbone, KERAS_HUB_T5GEMMA)
 

@@ -1,4 +1,4 @@
-"""Keras presets on disk, read one tensor at a time as if they were Hugging Face checkpoints; no Keras needed.
+"""Keras presets on disk, read as if they were Hugging Face checkpoints. Needs no Keras.
 
 `model.weights.h5`, or `model.weights.json`, an index, and its shards.
 """
@@ -27,16 +27,17 @@ class KerasPreset(TensorSource):
     Args:
         folder: a path.
         layouts: the `Layout`s of the models it may hold.
+        config: the folder's `config.json`, if it has been parsed already.
 
     Raises:
-        CheckpointError: where it is another model's, a file is missing or damaged, the index names a file outside the
+        CheckpointError: if it is another model's, a file is missing or damaged, the index names a file outside the
             folder, or a tensor is missing or superfluous.
     """
 
-    def __init__(self, folder, layouts):
+    def __init__(self, folder, layouts, config=None):
         self.folder = Path(folder)
         path = self.folder / CONFIG_FILE
-        saved = read_json(path)
+        saved = read_json(path) if config is None else config
         name = saved.get("registered_name")
         layout = next((layout for layout in layouts if name in layout.registered_names), None)
         if layout is None:

@@ -1,4 +1,4 @@
-"""A folder in Orbax's format as tensorstores by parameter: nothing but their shapes and dtypes is read here.
+"""A folder in Orbax's format as tensorstores by parameter; only shapes and dtypes are read here.
 
 The format (https://orbax.readthedocs.io): the JSON file `_METADATA` lists the keys that lead to each parameter; each is
 a zarr array under its keys joined by dots, all of them in one OCDBT database or each in a folder of its own. The arrays
@@ -33,8 +33,8 @@ def open_orbax(folder, pattern):
         The checkpoint's own folder, and `{path: tensorstore.TensorStore}`, the paths being keys joined by slashes.
 
     Raises:
-        CheckpointError: where it is no such checkpoint, is damaged, or has a parameter of another name.
-        ImportError: where tensorstore is not installed.
+        CheckpointError: if it is not a checkpoint of this kind, is damaged, or has a parameter of another name.
+        ImportError: if tensorstore is not installed.
     """
     folder = _checkpoint_folder(Path(folder))
     metadata = read_json(folder / METADATA_FILE)
@@ -64,7 +64,7 @@ def result(future, title):
     """What a tensorstore's future gives.
 
     Raises:
-        CheckpointError: where it gives none; the message begins with the title.
+        CheckpointError: if it gives none; the message begins with the title.
     """
     try:
         return future.result()

@@ -1,4 +1,4 @@
-"""T5Gemma's Flax checkpoints, as Kaggle has them in Orbax's format, read as if they were Hugging Face's.
+"""T5Gemma's Flax checkpoints (Orbax, from Kaggle), read as if they were Hugging Face checkpoints.
 
 The parameters are those of google-deepmind/gemma: `gemma/research/t5gemma/modules.py`, `gemma/gm/nn/_modules.py` and
 `gemma/gm/nn/_layers.py`.
@@ -10,7 +10,7 @@ import warnings
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.orbax.files import open_orbax, result
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import STACKS, tensors
+from keras_t5gemma.checkpoints.tensor_table import STACKS, tensor_specs
 from keras_t5gemma.config import T5GemmaConfig
 
 # The published vocabulary, and the rows that Flax's embeddings have beyond it for UL2's extra ids.
@@ -97,8 +97,8 @@ def read_orbax_t5gemma(folder, config=None):
         config: a `T5GemmaConfig`, for stacks of other sizes than those in `presets.STACKS`.
 
     Raises:
-        CheckpointError: where it is no such checkpoint, damaged or incomplete, or its sizes are none of the known.
-        ImportError: where tensorstore is not installed.
+        CheckpointError: if it is another checkpoint, damaged or incomplete, or its sizes are not known ones.
+        ImportError: if tensorstore is not installed.
     """
     folder, arrays = open_orbax(folder, PATHS)
     config = _recognized(folder, arrays) if config is None else config
@@ -114,14 +114,14 @@ class OrbaxTensors(TensorSource):
         config: the `T5GemmaConfig` they should make.
 
     Raises:
-        CheckpointError: where a parameter is missing, superfluous, of another shape or no floating-point numbers.
+        CheckpointError: if a parameter is missing, superfluous, of another shape or no floating-point numbers.
     """
 
     def __init__(self, folder, arrays, config):
         self.folder = folder
         if not config.tie_embeddings:
             raise CheckpointError(f"{folder}: `tie_embeddings` is False. Expected True, as in every Flax T5Gemma.")
-        placed = [(tensor, self._columns(tensor, arrays)) for tensor in tensors(config)]
+        placed = [(tensor, self._columns(tensor, arrays)) for tensor in tensor_specs(config)]
         if surplus := sorted(arrays.keys() - {columns[0].path for _, columns in placed}):
             raise CheckpointError(
                 f"{folder}: {len(surplus)} parameter(s) that this T5Gemma does not have, among them {surplus[0]!r}."

@@ -1,4 +1,4 @@
-"""The objectives that have a name."""
+"""The objectives by name."""
 
 from functools import partial
 
@@ -32,7 +32,7 @@ def objective(name, encoder_length, decoder_length, **options):
         A `PrefixLM`, `SpanCorruption` or `UL2`.
 
     Raises:
-        ValueError: where the name is unknown or an argument out of range.
+        ValueError: if the name is unknown or an argument out of range.
     """
     check_choice(name, "name", sorted(RECIPES))
     return RECIPES[name](encoder_length, decoder_length, **options)

@@ -1,4 +1,4 @@
-"""What an objective makes, and its one way into the model's arrays."""
+"""`Example`, the output of an objective, and its conversion to model inputs."""
 
 import dataclasses
 
@@ -71,7 +71,7 @@ def model_arrays(example, encoder_length, decoder_length, special=GEMMA_SPECIAL_
         `(x, y, sample_weight)`: a dict of int32 arrays [S] and [T], int32 [T], float32 [T].
 
     Raises:
-        ValueError: where the example is longer than the arrays; nothing is ever trimmed.
+        ValueError: if the example is longer than the arrays; nothing is ever trimmed.
     """
     labels = np.append(example.targets, special.eos) if example.complete else example.targets
     if len(example.inputs) > encoder_length or len(labels) > decoder_length:
@@ -100,7 +100,7 @@ def check_ids(ids, raw_length, what):
         what: what takes them, for the message.
 
     Raises:
-        ValueError: where they are not 1-D integers, fewer than two, or more than `raw_length`.
+        ValueError: if they are not 1-D integers, fewer than two, or more than `raw_length`.
     """
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu":

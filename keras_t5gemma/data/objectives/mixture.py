@@ -1,4 +1,4 @@
-"""Any objectives in any proportion, as one objective."""
+"""Several objectives in given proportions, as one objective."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ class Mixed:
             An `Example`.
 
         Raises:
-            ValueError: where there are fewer or more ids.
+            ValueError: if there are fewer or more ids.
         """
         return self.draw(rng)(
             check_ids(ids, self.raw_length, f"{type(self).__name__}, the shortest of its parts,"), rng
@@ -65,7 +65,7 @@ class Mixture(Mixed):
         objectives: pairs of an objective (a mixture too) and its weight, a positive whole number.
 
     Raises:
-        ValueError: where there is no pair, or a weight or an objective is none.
+        ValueError: if there is no pair, or a weight or an objective is none.
     """
 
     objectives: Sequence[tuple]
@@ -104,7 +104,7 @@ def check_weight(name, part, weight):
     """Checks a weight.
 
     Raises:
-        ValueError: where it is no positive whole number; the message names the argument and the part.
+        ValueError: if it is not a positive integer; the message names the argument and the part.
     """
     if not is_integer(weight) or weight < 1:
         raise ValueError(

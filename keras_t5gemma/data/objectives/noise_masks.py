@@ -1,4 +1,4 @@
-"""Where corrupted spans lie in a sequence, and what inputs and targets they make of it."""
+"""Where the corrupted spans of a sequence lie, and the inputs and targets that follow from them."""
 
 import numpy as np
 
@@ -41,7 +41,7 @@ def mask_around(protected, noise, spans, max_spans, rng):
         repaired             . . . P x x x x . x x        its longest piece, grown by one
 
     Where that does not work out, spans are drawn anew, and keep any of their pieces. Only where it never does, because
-    protected tokens lie too close, are further spans opened, up to `max_spans`, and only where there is no room for
+    protected tokens lie too close, are further spans opened, up to `max_spans`, and only if there is no room for
     those either is less corrupted than asked for.
 
     Args:

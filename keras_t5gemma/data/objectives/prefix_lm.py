@@ -30,7 +30,7 @@ class PrefixLM:
         mode_token: an id that stands first in the inputs, within S; `None` for none.
 
     Raises:
-        ValueError: where a length is no positive integer.
+        ValueError: if a length is not a positive integer.
     """
 
     encoder_length: int
@@ -66,7 +66,7 @@ class PrefixLM:
             An `Example` whose inputs and targets have at least one token each.
 
         Raises:
-            ValueError: where there are fewer or more ids.
+            ValueError: if there are fewer or more ids.
         """
         ids = check_ids(ids, self.raw_length, "PrefixLM")
         pivot = max(1, len(ids) * self._places // self.raw_length)

@@ -29,7 +29,7 @@ class Denoiser:
         rate: share of the tokens that is corrupted, in (0, 1).
 
     Raises:
-        ValueError: where a value is out of range.
+        ValueError: if a value is out of range.
     """
 
     mean_span: float | None
@@ -131,7 +131,7 @@ class SpanCorruption:
         too_few_sentinels: "cap" the length or "merge" spans.
 
     Raises:
-        ValueError: where a value is out of range.
+        ValueError: if a value is out of range.
     """
 
     denoiser: Denoiser
@@ -188,7 +188,7 @@ class SpanCorruption:
             An `Example`.
 
         Raises:
-            ValueError: where there are fewer or more ids, or all of them are protected.
+            ValueError: if there are fewer or more ids, or all of them are protected.
         """
         ids = check_ids(ids, self.raw_length, self.denoiser)
         protected = self._is_protected.take(ids, mode="clip")
@@ -202,6 +202,7 @@ class SpanCorruption:
         return Example(inputs, targets, complete=True)
 
     def _fit_around(self, ids, protected, rng):
+        """The ids and a mask whose spans avoid protected ids; ids are cut off until inputs and targets fit."""
         while True:
             if protected.all():
                 raise ValueError(f"All {len(ids)} ids are protected: there is nothing to corrupt. Received: {ids}.")

@@ -60,7 +60,7 @@ class UL2(Mixed):
         too_few_sentinels: "cap" the length of a denoiser that runs out, or "merge" its spans.
 
     Raises:
-        ValueError: where a value is out of range or unknown.
+        ValueError: if a value is out of range or unknown.
     """
 
     encoder_length: int
@@ -100,6 +100,7 @@ class UL2(Mixed):
         return tuple(parts)
 
     def _mode_token(self, denoiser):
+        """The mode token of a denoiser, or None."""
         if self.mode_tokens is None:
             return None
         if denoiser.mode not in self.mode_tokens:

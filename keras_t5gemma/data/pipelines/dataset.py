@@ -103,7 +103,7 @@ def pretraining_dataset(
         not packed, else a `grain.IterDataset`.
 
     Raises:
-        ValueError: where an argument is out of range, a text is no string, or the texts are too short for one window
+        ValueError: if an argument is out of range, a text is not a string, or the texts are too short for one window
             or one batch.
     """
     batch_size = integer(batch_size, "batch_size")
@@ -203,6 +203,7 @@ class _Examples:
 
 
 def _token_stream(texts, tokenizer, eos):
+    """All documents as one array of token ids, each document closed by `<eos>`."""
     if tokenizer is None and isinstance(texts, np.ndarray) and texts.ndim == 1 and texts.dtype.kind in "iu":
         return texts
     stream = array.array("i")

@@ -23,7 +23,7 @@ def pack(lengths, capacity):
         A list of int arrays: the examples of each row. Each example is in exactly one.
 
     Raises:
-        ValueError: where an example is longer than a row.
+        ValueError: if an example is longer than a row.
     """
     sizes = np.asarray(lengths, float).reshape(-1, 2) / capacity
     if (sizes > 1).any():
@@ -85,7 +85,7 @@ def packed_arrays(examples, encoder_length, decoder_length, special=GEMMA_SPECIA
         `(x, y, sample_weight)`: a dict of int32 arrays [S] and [T], int32 [T], float32 [T].
 
     Raises:
-        ValueError: where the examples are together longer than the row; nothing is ever trimmed.
+        ValueError: if the examples are together longer than the row; nothing is ever trimmed.
     """
     inputs = [example.inputs for example in examples]
     labels = [np.append(example.targets, special.eos) if example.complete else example.targets for example in examples]

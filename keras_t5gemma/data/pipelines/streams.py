@@ -1,4 +1,4 @@
-"""Stages of Grain pipelines: documents in order, to examples, to rows, to batches; each can save its position."""
+"""Stages of Grain pipelines: documents, examples, rows, batches. Each can save its position."""
 
 import collections
 
@@ -43,7 +43,7 @@ def in_order(dataset, transform, *, seed, shuffle, num_epochs, shuffle_buffer, n
         A `grain.IterDataset`.
 
     Raises:
-        ValueError: where the dataset has no rows, or an argument is out of range.
+        ValueError: if the dataset has no rows, or an argument is out of range.
     """
     shuffle_buffer = integer(shuffle_buffer, "shuffle_buffer")
     num_workers = integer(num_workers, "num_workers", least=0)
@@ -161,6 +161,7 @@ class _JoinedIterator(grain.DatasetIterator):
         self._length = -offset
 
     def _take(self, length):
+        """The next `length` ids of the joined documents; fewer at the end."""
         while self._length < length:
             state = self._parent.get_state()
             try:
@@ -259,6 +260,7 @@ class _PackedIterator(grain.DatasetIterator):
             self._fill()
 
     def _fill(self):
+        """Packs the next examples into rows, in a random order."""
         self._before = self._parent.get_state()
         examples = []
         for example in self._parent:

@@ -73,7 +73,7 @@ def supervised_dataset(
         A `grain.IterDataset` of `(x, y, sample_weight)`, see `pretraining_dataset`.
 
     Raises:
-        ValueError: where an argument is out of range or there are no rows; and, when it is read, where a row is none of
+        ValueError: if an argument is out of range or there are no rows; and, when it is read, where a row is none of
             these or too long.
     """
     batch_size = integer(batch_size, "batch_size")
@@ -115,6 +115,7 @@ class _Flat(grain.experimental.FlatMapTransform):
 
 
 def _rows(pairs):
+    """The rows of `data`, in whichever form it came, as a Grain dataset."""
     if isinstance(pairs, (grain.MapDataset, grain.IterDataset)):
         return pairs
     if isinstance(pairs, Mapping):
@@ -139,6 +140,7 @@ def _examples(row, *, encode, fields, answers):
 
 
 def _pairs(row, fields, answers):
+    """A row as question and answer pairs; of a chat, one pair per answer."""
     if isinstance(row, Mapping):
         if MESSAGES in row:
             return _turns(row[MESSAGES], answers)
@@ -167,6 +169,7 @@ def _turns(messages, answers):
 
 
 def _preprocessed(preprocessor, lengths, prompt, answer):
+    """A batch of pairs as the model's arrays."""
     x, y, sample_weight = preprocessor.call(
         {"encoder_text": prompt, "decoder_text": answer},
         encoder_sequence_length=lengths[0],
@@ -178,6 +181,7 @@ def _preprocessed(preprocessor, lengths, prompt, answer):
 
 
 def _tokenized(tokenizer, lengths, prompt, answer):
+    """A pair as an `Example` of ids, for packing."""
     for name, text in (("input", prompt), ("target", answer)):
         if not isinstance(text, str):
             raise ValueError(

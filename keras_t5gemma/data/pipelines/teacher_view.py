@@ -1,4 +1,4 @@
-"""What a decoder-only teacher reads of a batch, and where in it each label is predicted; for distillation."""
+"""The tokens that a decoder-only teacher reads for a batch, and where in them it predicts each label."""
 
 from collections.abc import Mapping
 
@@ -25,21 +25,21 @@ def distillation_dataset(data, objective=None, tokenizer=None):
         inputs      51 52  7 55                     labels       7 53 54  1
         teacher      2 51 52 53 54 55               positions   -1  2  3 -1
 
-    Sentinels, a closing `<eos>` and mode tokens are no text: they have position -1 where they are labels, and padding
+    Sentinels, a closing `<eos>` and mode tokens are no text: they have position -1 if they are labels, and padding
     has, too. So has an example that cannot be put together again because its text holds sentinels of its own.
 
     Args:
         data: a Grain dataset of batches `(x, y, sample_weight)`, as `pretraining_dataset` and `supervised_dataset`
             make them, not packed: a causal teacher would see one example from the next.
         objective: what made the examples, for its sentinels and mode tokens; None for pairs.
-        tokenizer: as for `pretraining_dataset`, whose start and pad ids are used; Gemma's where None.
+        tokenizer: as for `pretraining_dataset`, whose start and pad ids are used; Gemma's if None.
 
     Returns:
         The same kind of dataset, with y a dict of int32 arrays: `labels` [B, T]; `teacher_token_ids` and
         `teacher_padding_mask` [B, S + T]; `teacher_positions` [B, T].
 
     Raises:
-        ValueError: where `data` is no such dataset; and, when it is read, where a batch is packed or something else.
+        ValueError: if `data` is another dataset; and, when it is read, where a batch is packed or something else.
     """
     if not isinstance(data, (grain.MapDataset, grain.IterDataset)):
         raise ValueError(
@@ -117,6 +117,7 @@ def _rebuilt(inputs, labels, sentinels):
 
 
 def _checked(batch):
+    """`(x, labels, weights)` of a batch, if it is one that a teacher can read."""
     if not (isinstance(batch, tuple) and len(batch) == 3 and isinstance(batch[0], Mapping)):
         raise ValueError(
             f"`data` must hold batches `(x, y, sample_weight)` with a dict of token ids as x, as `pretraining_dataset` "

@@ -66,10 +66,10 @@ def text_source(
         A `grain.MapDataset` or `grain.IterDataset` of strings, or of rows where `field` is `None`.
 
     Raises:
-        ValueError: where an argument is out of range, no file is found, or a file is not of its format. What is only
+        ValueError: if an argument is out of range, no file is found, or a file is not of its format. What is only
             seen when it is read (bytes that are not UTF-8, a line without the field) is raised then, and names file and
             line.
-        ImportError: where a library that the format needs is not installed.
+        ImportError: if a library that the format needs is not installed.
     """
     shard_count = integer(shard_count, "shard_count")
     shard_index = integer(shard_index, "shard_index", least=0)
@@ -210,6 +210,7 @@ def _are_paths(data):
 
 
 def _paths(data):
+    """The files that names and patterns stand for, in order."""
     paths = []
     for name in [data] if isinstance(data, (str, Path)) else data:
         found = [name] if Path(name).exists() else sorted(glob.glob(str(name), recursive=True))
@@ -227,6 +228,7 @@ def _paths(data):
 
 
 def _format(paths, format):
+    """The one format of all files, by their names if it is not given."""
     if format is not None:
         check_choice(format, "format", sorted(set(FORMATS.values())))
         return format

@@ -97,6 +97,7 @@ class ParquetRows(grain.MapDataset):
             return self._cache[epoch, group]
 
     def _read(self, epoch, group):
+        """One row group, or the one that was read last."""
         path, number, rows = self.groups[group]
         parquet = optional_module("pyarrow.parquet", f"Reading {path}")
         with parquet.ParquetFile(path) as file:

@@ -1,4 +1,4 @@
-"""A source's rows: texts out of them, and streams of them that are shared out and can save their position."""
+"""A source's rows: the texts in them, and streams of them that are shared out and can save their position."""
 
 import importlib
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def text_of(row, field, place):
         place: where the row comes from, for the message.
 
     Raises:
-        ValueError: where the row has no such field, or no string in it.
+        ValueError: if the row has no such field, or no string in it.
     """
     if field is None or isinstance(row, str):
         return row
@@ -32,7 +32,7 @@ def optional_module(name, needed_for):
     """A module of the extra `data`.
 
     Raises:
-        ImportError: where it is not installed; the message says how to.
+        ImportError: if it is not installed; the message says how to.
     """
     try:
         return importlib.import_module(name)

@@ -21,7 +21,7 @@ _BINARY_CHECK_BYTES = 8_000
 class TextFiles(RowStream):
     """Documents of text or JSONL files, one file after the other; no more than a document is in memory.
 
-    Blank lines are no documents. A position is the file, and the byte in it once decompressed: a plain file goes on
+    Blank lines are not documents. A position is the file, and the byte in it once decompressed: a plain file goes on
     there, a compressed one is read up to it.
     """
 
@@ -40,6 +40,7 @@ class _FilesIterator(RowIterator):
         self._documents = None
 
     def next_row(self):
+        """The next document, of the next file if one ends."""
         paths = self.rows.paths
         while self._position["file"] < len(paths):
             path = paths[self._position["file"]]
@@ -65,6 +66,7 @@ class _FilesIterator(RowIterator):
         self._documents = None
 
     def _row(self, content, place):
+        """A document from its bytes: a line, or a whole file."""
         text = _decode(content, place)
         if not self.rows.is_json:
             return text
@@ -79,7 +81,7 @@ def open_bytes(path):
     """A file's bytes, decompressed by its name, as a buffered stream.
 
     Raises:
-        ImportError: where the library for it is not installed.
+        ImportError: if the library for it is not installed.
     """
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
@@ -140,10 +142,11 @@ def _zstd_errors(path):
 
 
 def _decode(content, place):
+    """Bytes as text; an error names the file and the place."""
     if b"\0" in content:
         raise ValueError(f"{place} holds a NUL byte: the file is binary or not UTF-8.")
     try:
-        # A byte order mark is no part of the text.
+        # A byte order mark is not part of the text.
         return content.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
         number = place.rpartition(" ")[2]

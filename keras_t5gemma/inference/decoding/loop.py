@@ -36,7 +36,7 @@ def resolve_sampler(sampler):
     """The sampler for a name or an instance, keras-hub's beam search exchanged for ours.
 
     Raises:
-        ValueError: where it is no sampler, its temperature not positive, or a beam search asked to return all beams.
+        ValueError: if it is not a sampler, its temperature not positive, or a beam search asked to return all beams.
     """
     if isinstance(sampler, str):
         # keras-hub's `get` returns a name that it does not know as it is.
@@ -57,7 +57,7 @@ def check_sampler(sampler, control, vocabulary_size):
     """Checks that a sampler can do what is asked.
 
     Raises:
-        ValueError: where it cannot; the message says which argument of `generate` to leave out, or what would work.
+        ValueError: if it cannot; the message says which argument of `generate` to leave out, or what would work.
     """
     name, samples = type(sampler).__name__, control.num_samples
     is_beam = isinstance(sampler, BeamSampler)
@@ -89,8 +89,8 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
         prompt_mask: bool [B, L], True at prompt tokens.
         cache: nested structure of tensors, the batch first in each.
         prefill: how many positions to run in one call before the loop; what lies beyond a row's prompt is run again.
-        limits: int [B], the most tokens of a row with its prompt, 0 for one that never runs; L where None.
-        control: a `Control`; one without stop ids where None.
+        limits: int [B], the most tokens of a row with its prompt, 0 for one that never runs; L if None.
+        control: a `Control`; one without stop ids if None.
         model: the model whose variables `step` reads.
 
     Returns:

@@ -24,7 +24,7 @@ def output_mask(token_ids, prompt_mask, stop_token_ids, limits=None):
         token_ids: int [B, L].
         prompt_mask: bool [B, L], True at prompt tokens; stop ids there end nothing.
         stop_token_ids: ids, or None to keep every position.
-        limits: int [B], the most tokens of a row; L where None.
+        limits: int [B], the most tokens of a row; L if None.
 
     Returns:
         bool [B, L], True up to and with the first stop id after the prompt.

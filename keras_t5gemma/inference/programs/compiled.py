@@ -1,4 +1,4 @@
-"""A function of tensors as one program, compiled where the backend compiles."""
+"""A function of tensors as one program, compiled if the backend compiles."""
 
 import contextlib
 import threading
@@ -18,7 +18,7 @@ def by_xla(model):
     """Whether TensorFlow is to compile decoding loops by XLA where Keras's "auto" would not.
 
     Args:
-        model: a `keras.Model` whose `jit_compile_is_auto` says that nobody asked for it, or for none.
+        model: a `keras.Model` whose `jit_compile_is_auto` says that the user did not ask for it.
     """
     return model.jit_compile_is_auto and model.count_params() >= _WEIGHTS_FOR_XLA
 
@@ -27,17 +27,21 @@ def by_xla(model):
 _COMPILING = threading.RLock()
 
 
+# Programs for different options are kept. More are a sign of options made anew for each call.
+MOST_PROGRAMS = 64
+
+
 class Programs:
-    """The newest programs by what they are for; safe to ask from several threads.
+    """The newest programs of a model by their keys, which begin with the kind; safe to ask from several threads.
 
     Args:
         most: how many are kept; the oldest goes first.
     """
 
-    def __init__(self, most):
+    def __init__(self, most=MOST_PROGRAMS):
         self._most = most
         self._made = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # one program may be made of others
 
     def get(self, key, make):
         """The one for a key, made by `make()` if there is none."""
@@ -48,10 +52,10 @@ class Programs:
                 self._made[key] = make()
             return self._made[key]
 
-    def values(self):
-        """A list of all."""
+    def values(self, kind=None):
+        """A list of all programs, or of those whose key begins with `kind`."""
         with self._lock:
-            return list(self._made.values())
+            return [program for key, program in self._made.items() if kind in (None, key[0])]
 
     def __len__(self):
         return len(self._made)
@@ -120,6 +124,7 @@ class Program:
             return self._function_with_seeds(seeds, arguments)
 
     def _run_tensorflow(self, seeds, arguments, is_new=False):
+        """Runs as a `tf.function`, traced again if the model has other variables by now."""
         import tensorflow as tf
 
         if self._model.run_eagerly:
@@ -145,6 +150,7 @@ class Program:
         self._compiled = None
 
     def _run_jax(self, seeds, arguments, is_new=False):  # noqa: ARG002 for TensorFlow's
+        """Runs under `jax.jit`, with the variables' values as arguments."""
         if self._model.run_eagerly:
             return self._function_with_seeds(seeds, arguments)
         if self._compiled is None:

@@ -1,4 +1,4 @@
-"""A decoding step on PyTorch without the Python of its layers: recorded as a list of tensor operations, and replayed.
+"""A decoding step on PyTorch, recorded as tensor operations and replayed without the Python of its layers.
 
 Of a step of Small-Small on a CPU, half is Keras calling layers; on a GPU, nearly all is waiting for Python. A recording
 does what the layers did, operation by operation, so that its numbers are the same:
@@ -64,6 +64,7 @@ class RecordedStep:
             return self._run(token_ids, cache, index)
 
     def _run(self, token_ids, cache, index):
+        """Replays the recording for these shapes, or makes it once they have come up often enough."""
         leaves = keras.tree.flatten(cache)
         if not self._goes_on(leaves):
             self._last.key = self._key(token_ids, leaves)

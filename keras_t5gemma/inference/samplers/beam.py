@@ -26,7 +26,7 @@ class BeamSampler(keras_hub.samplers.Sampler):
         temperature: logits are divided by it.
 
     Raises:
-        ValueError: where `num_beams` is not a positive integer.
+        ValueError: if `num_beams` is not a positive integer.
     """
 
     def __init__(self, num_beams=5, length_penalty=1.0, **kwargs):
@@ -79,7 +79,7 @@ class BeamSampler(keras_hub.samplers.Sampler):
             index: as for a call.
             mask: as for a call.
             stop_token_ids: as for a call.
-            limits: int [B], the most tokens of an example's sequences, 0 for one that is never open; L where None.
+            limits: int [B], the most tokens of an example's sequences, 0 for one that is never open; L if None.
             process: `(log-probabilities [B*W, V], ids [B*W, L], index) -> scores [B*W, V]`, what processors make of a
                 step's log-probabilities, or None. As in `transformers`, scores need not add up to a whole.
             log_probs: whether the tokens' log-probabilities are wanted, before processors and temperature.
@@ -121,11 +121,11 @@ class BeamSampler(keras_hub.samplers.Sampler):
             forced = ops.take(mask, index, axis=1)
             may_stop = ops.logical_and(is_open, ops.logical_not(forced))
             may_stop = ops.logical_and(ops.expand_dims(may_stop, 1), ops.arange(kept, dtype="int32") < width)
-            penalised = totals / generated**self.length_penalty
-            penalised = ops.where(
-                ops.logical_and(stops, may_stop), penalised, ops.convert_to_tensor(_NO_BEAM, "float32")
+            penalized = totals / generated**self.length_penalty
+            penalized = ops.where(
+                ops.logical_and(stops, may_stop), penalized, ops.convert_to_tensor(_NO_BEAM, "float32")
             )
-            merged = ops.concatenate([stored_scores, penalised], axis=1)
+            merged = ops.concatenate([stored_scores, penalized], axis=1)
             stored_scores, chosen = ops.top_k(merged, width)
             stored = {
                 name: _gather(ops.concatenate([stored[name], x], axis=1), chosen) for name, x in candidates.items()

@@ -26,7 +26,7 @@ class TopKTopPSampler(keras_hub.samplers.Sampler):
         seed: an integer, or None for a random one; `generate(seed=...)` sets it for one call.
 
     Raises:
-        ValueError: where an argument is out of range.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(self, k=None, p=None, temperature=1.0, seed=None):

@@ -5,7 +5,7 @@
 
 Both kernels keep no logits in memory, and have soft caps, gradients and grouped heads; they skip what a window hides.
 They serve long sequences in bfloat16 and float16. JAX has none on NVIDIA's GPUs: cuDNN has no soft cap, and those of
-Tokamax's that ran were slower than what XLA makes of the plain one (benchmarks/RESULTS.md).
+Tokamax's that ran were slower than what XLA makes of the plain one (benchmarks/log/2026-11-27-tokamax-attention.md).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Attention's gradient on JAX: of what it computes on the way, one number a query and head is kept for it.
+"""Attention's gradient on JAX: of what it computes on the way, one number per query and head is kept for it.
 
 With logits `l`, capped logits `x = cap * tanh(l / cap)` of the visible keys, `log_sum_exp = log(sum(exp(x)))`, weights
 `w = exp(x - log_sum_exp)` and the output `o = w v`, only `log_sum_exp` and `o` are kept. The backward pass computes `l`
@@ -71,6 +71,7 @@ def _by_blocks(settings, *inputs):
 
 
 def _by_blocks_forward(settings, query, key, value, *of_mask):
+    """The output of all blocks, and what the backward pass keeps."""
     mask = settings.mask(*of_mask)
 
     def block(rows, of_block):
@@ -89,6 +90,7 @@ def _by_blocks_forward(settings, query, key, value, *of_mask):
 
 
 def _by_blocks_backward(settings, kept, upstream):
+    """The gradients of query, key and value: a loop over blocks that sums those of keys and values."""
     (query, key, value, *of_mask), attended, log_sum_exp = kept
     mask = settings.mask(*of_mask)
 

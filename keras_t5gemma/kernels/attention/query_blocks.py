@@ -2,7 +2,7 @@
 
 six queries in blocks of two, window 2, both directions: the keys [first, first + 4) of each block
 
-    x x . .                       Each block sees the keys within its window, or all of them where there is none,
+    x x . .                       Each block sees the keys within its window, or all of them if there is none,
     x x x .                       so that its softmax is the plain one: the numbers are those of `attend` on all
       . x x x .                   queries at once.
         . x x x                   What a block computes on the way is computed again in the backward pass.

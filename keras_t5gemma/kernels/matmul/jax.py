@@ -5,8 +5,8 @@ bfloat16, or with the contracted axis first on the left, it converts both sides 
 
 On GPUs it turns one row times a matrix of up to ten million numbers into a multiplication and a sum, and writes the
 products to memory: 17 microseconds on an H200 for 2,304 x 2,048 in bfloat16, of which 3 would do
-(benchmarks/RESULTS.md). Two rows go to its matrix units. So a single row is doubled, which costs nothing: the time is
-spent reading the matrix.
+(benchmarks/log/2026-11-27-single-row-twice-on-gpus.md). Two rows go to its matrix units. So a single row is doubled,
+which costs nothing: the time is spent reading the matrix.
 """
 
 import functools
@@ -98,7 +98,7 @@ def _dense_product(x, kernel):
 
 
 def _forward(x, kernel):
-    return _dense_product(x, kernel), (x, kernel)
+    return _rows_product(x, kernel).astype(x.dtype), (x, kernel)
 
 
 def _backward(saved, gradient):

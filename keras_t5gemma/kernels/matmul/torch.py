@@ -19,6 +19,7 @@ def table_product(x, table):
         # Not `einsum`, which takes thirty times as long in bfloat16 on CPUs.
         return ops.matmul(x, ops.transpose(table))
     # A single row is doubled in memory: of one vector PyTorch's library uses a third of the memory's speed on some
-    # processors (57 against 18 ms, see benchmarks/RESULTS.md), and of one row seen twice a sixth.
+    # processors (57 against 18 ms, see benchmarks/log/2026-11-27-pytorch-single-row-doubled.md), and of one row seen
+    # twice a sixth.
     columns = rows.T if count > 1 else rows.repeat(2, 1).T
     return ops.reshape((table @ columns)[:, :count].T.contiguous(), (*x.shape[:2], -1))

@@ -1,4 +1,4 @@
-"""One batch of token ids, as users and libraries write it, to the arrays that the model takes."""
+"""One batch of token ids, in the form that users and libraries write it, as the arrays that the model takes."""
 
 import re
 import sys
@@ -117,6 +117,7 @@ class BatchArrays:
             raise ValueError(re.sub(r"`(\w+)`", lambda name: f"`{theirs.get(name[1], name[1])}`", str(error))) from None
 
     def _arrays(self, x, y, sample_weight):
+        """The batch's inputs, labels and weights, before an error is told in Hugging Face's names."""
         given, rest = x.pop(LABELS, None), None
         if given is not None and y is not None:
             raise ValueError('Labels are given twice, as y and as x["labels"]: pass one of them.')
@@ -133,6 +134,7 @@ class BatchArrays:
         return self._with_rows_added(inputs, labels, weights)
 
     def _inputs(self, x, labels):
+        """The model's four inputs, checked; masks are made from the pad id, decoder ids from labels."""
         if x.get("decoder_token_ids") is None:
             if labels is None:
                 raise ValueError(
@@ -160,6 +162,7 @@ class BatchArrays:
         return inputs
 
     def _targets(self, inputs, labels, weights):
+        """Labels and weights: those given, or the decoder's ids moved one to the left."""
         ids, mask = inputs["decoder_token_ids"], inputs["decoder_padding_mask"]
         if labels is None:
             same = (mask[:, 1:] != 0) & (mask[:, 1:] == mask[:, :-1])
@@ -190,6 +193,7 @@ class BatchArrays:
         return labels, weights.astype("float32")
 
     def _with_rows_added(self, inputs, labels, weights):
+        """Rows of weight 0 added until the batch can be spread over the devices."""
         more = -len(weights) % self.multiple
         if not more:
             return inputs, labels, weights
@@ -229,7 +233,7 @@ def to_rows(name, value, fill, dtype="int32", width=0):
         A numpy array [B, L].
 
     Raises:
-        ValueError: if it is none of these, or has another number type or rank.
+        ValueError: if it is not one of these, or has another number type or rank.
     """
     array = _array(value, fill, dtype, width)
     if array is not None and array.dtype.kind == "f" and name.endswith("_mask") and (array == np.rint(array)).all():

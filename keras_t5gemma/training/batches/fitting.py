@@ -1,4 +1,4 @@
-"""`fit`, `evaluate` and `predict` of whatever `keras.Model` takes, texts or token ids, on every backend."""
+"""`fit`, `evaluate` and `predict` on everything that `keras.Model` takes, texts or token ids."""
 
 import contextlib
 import sys
@@ -58,7 +58,7 @@ class Fits(RestoresTrainingState):
                 `tf.data.Dataset`, a `keras.utils.PyDataset`, a `torch.utils.data.DataLoader`, a generator.
             y: labels for token ids, [B, T], -100 at positions without one. If None, the decoder's ids moved one to the
                 left. Of texts the preprocessor makes them.
-            batch_size: rows a step, for rows in memory; 32 if None.
+            batch_size: rows per step, for rows in memory; 32 if None.
             sample_weight: [B], one per row; or, for token ids, [B, T], of each label. If None, labels count that are
                 neither -100 nor `<pad>`, at positions of the decoder that are not padding.
             validation_data: as x, or a tuple of x, y and weights.
@@ -77,7 +77,7 @@ class Fits(RestoresTrainingState):
             A `keras.callbacks.History`.
 
         Raises:
-            ValueError: if the data are none of these, never end, or hold ids outside the vocabulary or shapes that do
+            ValueError: if the data have another form, never end, or hold ids outside the vocabulary or shapes that do
                 not fit; if the model is not compiled.
         """
         if class_weight is not None:

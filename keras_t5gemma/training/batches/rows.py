@@ -15,19 +15,19 @@ def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=
         x: a mapping of arrays or lists of B rows: token ids, strings or conversations.
         y: labels, an array of B rows, or None.
         sample_weight: likewise.
-        batch_size: rows a batch, 32 where None as in Keras.
+        batch_size: rows per batch, 32 if None as in Keras.
         shuffle: whether rows are shuffled, by `random`, which `keras.utils.set_random_seed` seeds too.
 
     Returns:
         A `grain.MapDataset` of `(x, y, sample_weight)`; columns that were arrays are arrays, and lists are lists.
 
     Raises:
-        ValueError: where the columns have no rows or differ in their number.
+        ValueError: if the columns have no rows or differ in their number.
     """
     columns = {**x, **{name: value for name, value in (("y", y), ("weight", sample_weight)) if value is not None}}
     for name, column in columns.items():
         if isinstance(column, (str, bytes)) or not hasattr(column, "__len__"):
-            raise ValueError(f"`{name}` must hold a row an example: an array or a list. Received: {column!r:.80}.")
+            raise ValueError(f"`{name}` must hold a row per example: an array or a list. Received: {column!r:.80}.")
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise ValueError(f"All columns need the same number of rows, at least one. Received: {lengths}.")
@@ -36,7 +36,7 @@ def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=
     def batch(rows):
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns = {name: np.stack(column) if name in stacked else column for name, column in columns.items()}
-        # Not packed by Keras, which leaves weights out where there is no y, as beside texts.
+        # Not packed by Keras, which leaves weights out if there is no y, as beside texts.
         return {name: columns[name] for name in x}, columns.get("y"), columns.get("weight")
 
     rows = grain.MapDataset.range(next(iter(lengths.values())))
@@ -50,7 +50,7 @@ def split_rows(x, y, sample_weight, fraction):
     """`(x, y, sample_weight)` twice: the first rows, and the last `fraction` of them for validation, as Keras does.
 
     Raises:
-        ValueError: where either would have no rows.
+        ValueError: if either would have no rows.
     """
     total = len(next(iter(x.values())))
     cut = int(total * (1 - fraction))

@@ -1,4 +1,4 @@
-"""What `fit`, `evaluate` and `predict` are given, as a dataset of batches that Keras reads on every backend."""
+"""The data given to `fit`, `evaluate` and `predict`, as a dataset of batches that Keras reads on every backend."""
 
 import dataclasses
 import itertools
@@ -177,6 +177,7 @@ def _is_of(module, name, data):
 
 
 def _length(data):
+    """How many batches data have; None if they do not say."""
     if isinstance(data, keras.utils.PyDataset):
         return data.num_batches
     if isinstance(data, grain.IterDataset) or _is_of("tensorflow", "data.Dataset", data):

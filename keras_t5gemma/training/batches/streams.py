@@ -1,4 +1,4 @@
-"""Batches of any iterable as a dataset that Keras reads: each batch once, whatever Keras looks at beforehand."""
+"""An iterable of batches as a dataset that Keras reads: each batch once, even if Keras looks ahead."""
 
 import threading
 
@@ -60,6 +60,7 @@ class Stream:
             yield batch
 
     def _next(self):
+        """The next batch of this pass, or the mark of its end."""
         fresh = self._pass is None
         if fresh:
             if self._used_up:

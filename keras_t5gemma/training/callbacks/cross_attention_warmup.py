@@ -1,4 +1,4 @@
-"""Callbacks for `fit`."""
+"""`CrossAttentionWarmup`: trains cross-attention alone at first."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ _CROSS_ATTENTION = "cross_attention"
 
 
 class CrossAttentionWarmup(keras.callbacks.Callback):
-    """Trains cross-attention alone for the first optimiser steps, then everything.
+    """Trains cross-attention alone for the first optimizer steps, then everything.
 
     An unbalanced pair has no self-attention to start cross-attention from: it starts from scratch, with the norms
     around it, between two stacks that are trained already. arXiv 2504.06225 trains it alone for the first
@@ -22,12 +22,12 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
 
         lm.fit(data, steps_per_epoch=10_000, callbacks=[CrossAttentionWarmup(steps=1000)])
 
-    Steps are the optimiser's own count, from its first on: a run that goes on from a checkpoint saved with its
-    optimiser goes on with the warm-up, too. What is not trainable to begin with, such as everything under LoRA but its
+    Steps are the optimizer's own count, from its first on: a run that goes on from a checkpoint saved with its
+    optimizer goes on with the warm-up, too. What is not trainable to begin with, such as everything under LoRA but its
     factors, stays as it is.
 
     Frozen here means that values are put back after each step, bit by bit: neither gradients nor weight decay nor
-    constraints move them. The optimiser itself runs as it will afterwards, on all gradients, clipping by their global
+    constraints move them. The optimizer itself runs as it will afterwards, on all gradients, clipping by their global
     norm included, so that its moments are ready at the release. Hiding the frozen variables from it would be worse:
     Adam corrects its moments for having started at zero by its count of steps, so that moments which start at step
     1,000 go uncorrected and make steps of up to 6 times the learning rate (what fine-tuning without the correction does
@@ -35,11 +35,11 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
     The price is that a step of the warm-up costs what any step costs, and on PyTorch a copy of the frozen values.
 
     Args:
-        steps: optimiser steps, K; a multiple of `steps_per_execution`, or the rest of its last execution is frozen too.
+        steps: optimizer steps, K; a multiple of `steps_per_execution`, or the rest of its last execution is frozen too.
 
     Raises:
-        ValueError: where `steps` is no positive integer, and in `fit` where the model has no trainable cross-attention
-            or its optimiser keeps moving averages (`use_ema`), which are taken before values are put back.
+        ValueError: if `steps` is not a positive integer, and in `fit` where the model has no trainable cross-attention
+            or its optimizer keeps moving averages (`use_ema`), which are taken before values are put back.
     """
 
     def __init__(self, steps):
@@ -49,11 +49,11 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
         self._in_charge = False
 
     def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
-        """Freezes, unless the optimiser is past the warm-up."""
+        """Freezes, unless the optimizer is past the warm-up."""
         if self._release is not None:
             self._release()  # from a `fit` that an error ended
         model = self.model
-        # Mixed precision wraps the optimiser that applies the gradients in one that scales the loss.
+        # Mixed precision wraps the optimizer that applies the gradients in one that scales the loss.
         optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
         if int(variable_array(optimizer.iterations)) < self.steps:
             frozen = [variable for variable in model.trainable_variables if _CROSS_ATTENTION not in variable.path]
@@ -129,7 +129,7 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
 
 
 def _putting_back(apply, frozen):
-    """An optimiser's `apply`, after which the frozen variables are as they were before."""
+    """An optimizer's `apply`, after which the frozen variables are as they were before."""
 
     def apply_and_put_back(grads, trainable_variables=None):
         before = [ops.copy(variable) for variable in frozen]

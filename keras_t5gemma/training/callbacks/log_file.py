@@ -1,4 +1,4 @@
-"""The log of a run as a CSV file: writing, going on with it, reading; no Keras here."""
+"""The log of a run as a CSV file: reading, writing, and appending to it. Needs no Keras."""
 
 import csv
 import math
@@ -19,7 +19,7 @@ def read_log(run):
         `{column: (steps, values)}`, two lists of numbers; a row that has no value in a column is left out of it.
 
     Raises:
-        ValueError: where there is no log, or a row of it is none.
+        ValueError: if there is no log, or a row of it is none.
     """
     path = Path(run) / LOG_FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():
@@ -35,6 +35,7 @@ def read_log(run):
 
 
 def _rows(path):
+    """The rows of a log file as dicts of numbers."""
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, 2):

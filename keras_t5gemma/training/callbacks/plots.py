@@ -1,15 +1,15 @@
-"""Pictures of runs, by Matplotlib, the extra `plots`; no Keras here."""
+"""Plots of runs by Matplotlib, the extra `plots`. Needs no Keras."""
 
 import contextlib
 from pathlib import Path
 
 from keras_t5gemma.training.callbacks.log_file import HELD_OUT, read_log
 
-LOSS_LABEL = "loss a target token, nats"
+LOSS_LABEL = "loss per target token, nats"
 
 
 def plot_runs(runs, path):
-    """Draws the logs of runs over each other: loss, held-out loss by denoiser, learning rate, tokens a second.
+    """Draws the logs of runs over each other: loss, held-out loss by denoiser, learning rate, tokens per second.
 
     Training loss is a line, held-out loss a line of dots. With several runs, a run keeps its colour in all panels; by
     denoiser, its style of line.
@@ -19,8 +19,8 @@ def plot_runs(runs, path):
         path: the picture to write; its ending says in what format, e.g. .png, .pdf, .svg.
 
     Raises:
-        ValueError: where a run has no log, two have one name, or Matplotlib does not know the format.
-        ImportError: where Matplotlib is not installed.
+        ValueError: if a run has no log, two have one name, or Matplotlib does not know the format.
+        ImportError: if Matplotlib is not installed.
     """
     logs = {_name(run): read_log(run) for run in runs}
     if len(logs) < len(runs):
@@ -29,7 +29,7 @@ def plot_runs(runs, path):
     kinds = {"loss": LOSS_LABEL}
     if len(denoisers) > 1:
         kinds["denoisers"] = f"held-out {LOSS_LABEL}"
-    rates = {"learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
+    rates = {"learning_rate": "learning rate", "tokens_per_second": "tokens per second"}
     kinds |= {column: label for column, label in rates.items() if any(column in log for log in logs.values())}
     with picture(path, len(kinds)) as panels:
         for panel, (kind, label) in zip(panels, kinds.items(), strict=True):
@@ -60,8 +60,8 @@ def picture(path, panels):
         A list of Matplotlib's axes.
 
     Raises:
-        ImportError: where Matplotlib is not installed.
-        ValueError: where it does not know the file's format.
+        ImportError: if Matplotlib is not installed.
+        ValueError: if it does not know the file's format.
     """
     try:
         import matplotlib

@@ -1,4 +1,4 @@
-"""How a run is going: a bar with loss, tokens a second and the time left."""
+"""The progress bar of a run: loss, tokens per second and the time left."""
 
 import datetime
 import math
@@ -50,7 +50,7 @@ class ProgressBar(keras.callbacks.Callback):
         display: a `progress_display`, in use.
         description: what stands before the bar.
         steps: in all.
-        tokens: a `TokenRate` among the callbacks before this one, or None for a bar without tokens a second.
+        tokens: a `TokenRate` among the callbacks before this one, or None for a bar without tokens per second.
         done: called when training begins, gives the batches that were trained on before; None for 0.
     """
 

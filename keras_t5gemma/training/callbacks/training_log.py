@@ -1,4 +1,4 @@
-"""The numbers of a run, a row an epoch, for programs to read: a CSV file, and TensorBoard."""
+"""`TrainingLog`: the numbers of a run, one row per epoch, as a CSV file and for TensorBoard."""
 
 import math
 import time
@@ -24,7 +24,7 @@ class TrainingLog(keras.callbacks.Callback):
     goes on from a checkpoint goes on with its log: rows after the checkpoint are dropped, so that none comes twice.
 
     Keras's own `CSVLogger` and `TensorBoard` do neither: what they wrote after the checkpoint stays and comes again,
-    they know neither tokens a second nor a held-out loss by denoiser, and the latter takes TensorFlow on every backend.
+    they know neither tokens per second nor a held-out loss by denoiser, and the latter needs TensorFlow.
 
         checkpoint = TrainingCheckpoint("run/checkpoints")
         held_out = held_out_by_part(texts, tokenizer, objective, num_batches=8, batch_size=8)
@@ -41,7 +41,7 @@ class TrainingLog(keras.callbacks.Callback):
         on_row: called with each row, a dict.
 
     Raises:
-        ImportError: where TensorBoard is asked for and not installed.
+        ImportError: if TensorBoard is asked for and not installed.
     """
 
     def __init__(
@@ -136,6 +136,7 @@ class _Events:
 
 
 def _event_files():
+    """TensorBoard's classes, imported if a log is written for it."""
     try:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.compat.proto.summary_pb2 import Summary

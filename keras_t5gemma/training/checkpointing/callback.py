@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, from which a killed run goes on to the bit."""
+"""Checkpoints of a training run. A killed run resumes bit-exactly (JAX)."""
 
 import math
 import threading
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 
 from keras_t5gemma._keras_internals import begin_with_epoch
-from keras_t5gemma.checkpoints.processes import process_count, together
+from keras_t5gemma.checkpoints.processes import on_all_processes, process_count
 from keras_t5gemma.checks import integer
 from keras_t5gemma.training.checkpointing import callback_state as watchers
 from keras_t5gemma.training.checkpointing import model_state as state
@@ -86,7 +86,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             weights alone are checked, when they are saved: where a loss scale skips such batches, say.
 
     Raises:
-        ValueError: where an argument is out of range; in `fit`, where the data are not from `data`, or are other data;
+        ValueError: if an argument is out of range; in `fit`, where the data are not from `data`, or are other data;
             if one of the callbacks that get their state back comes after this one, or
             `BackupAndRestore` is among them.
         CheckpointError: in `fit`, where the newest checkpoint is damaged or another model's, or the folder cannot be
@@ -115,7 +115,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 a dict of rows in memory, texts or token ids, as `fit` takes it.
             y: labels, for a dict of token ids.
             sample_weight: for a dict, as `fit` takes it.
-            batch_size: for a dict, rows a step.
+            batch_size: for a dict, rows per step.
             seed: for a dict, of the order of the rows, another one in each epoch; None for the order they have.
 
         Returns:
@@ -170,7 +170,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if found is None:
             self._data.start(0)
         else:
-            together(lambda: self._restore(*found))
+            on_all_processes(lambda: self._restore(*found))
         self._agreed = self._number  # the last checkpoint that all processes have
 
     def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
@@ -257,6 +257,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         return self._number == self._data.ends if self._steps is None else self._batch >= self._steps
 
     def _save(self, epoch, batch, watched=None, ended_by=None):
+        """Copies everything to the host, and has the thread write it."""
         self._wait()
         # Here and now: the next step changes all of it.
         described, arrays, model = state.host_copy(self.model)
@@ -294,7 +295,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        together(pending.result)
+        on_all_processes(pending.result)
         self._agreed = self._saved
         if process_count() > 1:
             # Not before: one that has yet to write may have nothing to go on from but what would be removed here.
@@ -312,6 +313,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         raise FloatingPointError(f"{why} {good}")
 
     def _restore(self, path, content):
+        """Gives the model, the data and the random generators the state of a checkpoint."""
         state.check(self.model, content["run"], path)
         if content["run"]["steps_per_epoch"] != self._steps:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""A Grain dataset that knows which of its batches were trained on, however far ahead of training it is read."""
+"""A Grain dataset that knows which of its batches were trained on, however far ahead it is read."""
 
 import json
 
@@ -9,7 +9,7 @@ import xxhash
 
 # Batches prepared ahead, in as many threads: enough to hide their making, and little memory.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-# Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; nobody stores as many.
+# Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; no storage holds as many.
 _ENDLESS = 2**40
 
 
@@ -31,7 +31,7 @@ class NumberedBatches(grain.IterDataset):
         dataset: a `grain.MapDataset` or `grain.IterDataset` of batches.
 
     Raises:
-        ValueError: where `dataset` is neither.
+        ValueError: if `dataset` is neither.
     """
 
     def __init__(self, dataset):
@@ -88,7 +88,7 @@ class NumberedBatches(grain.IterDataset):
             That batch.
 
         Raises:
-            ValueError: where the batch is another; the message says in what.
+            ValueError: if the batch is another; the message says in what.
         """
         number, expected = position["number"], position["last_batch"]
         self.start(number - 1)

@@ -1,4 +1,4 @@
-"""What a training run is made of, out of a compiled model and back into it, by the bit."""
+"""Captures and restores the state of a training run: weights, optimizer, metrics, random generators."""
 
 import base64
 import json
@@ -9,12 +9,12 @@ import keras
 import numpy as np
 
 from keras_t5gemma._keras_internals import global_seed_generator, variable_array
-from keras_t5gemma.checkpoints.export import ModelTensors, write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import ModelTensors, write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.processes import process_count, process_index
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource, flat_pieces, is_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.checkpoints.transforms import MeanTensors
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.training.checkpointing import shards as arrays
@@ -45,7 +45,7 @@ def host_copy(model):
 
 
 def description(model):
-    """What a model and its optimiser are, to tell whether a checkpoint is theirs; JSON-ready."""
+    """What a model and its optimizer are, to tell whether a checkpoint is theirs; JSON-ready."""
     backbone = getattr(model, "backbone", model)
     config = backbone.get_config() if isinstance(getattr(backbone, "config", None), T5GemmaConfig) else {}
     optimizer = keras.optimizers.serialize(model.optimizer)
@@ -80,10 +80,10 @@ def build_metrics(model, batch):
 
 
 def check(model, expected, path):
-    """Compares a model and its optimiser with a checkpoint's `description`.
+    """Compares a model and its optimizer with a checkpoint's `description`.
 
     Raises:
-        CheckpointError: where they differ; the message names the checkpoint, what came and what would work.
+        CheckpointError: if they differ; the message names the checkpoint, what came and what would work.
     """
     found = description(model)
     for part, title in (("model", "model's config"), ("optimizer", "optimizer")):
@@ -116,7 +116,7 @@ def check_variables(found, expected, group, path):
 
 
 def restore(model, path, content):
-    """Puts a checkpoint's weights and optimiser state into a model, into the layout of its variables."""
+    """Puts a checkpoint's weights and optimizer state into a model, into the layout of its variables."""
     _restore_backbone(model, [path])
     _restore_groups(model, [(path, content)], ("model", "optimizer"))
 
@@ -131,10 +131,10 @@ def restore_weights(model, checkpoints):
 
     Args:
         model: the model.
-        checkpoints: a list of a path and what is no array, each, oldest first.
+        checkpoints: a list of paths and metadata, oldest first.
 
     Raises:
-        CheckpointError: where one is another model's.
+        CheckpointError: if one is another model's.
     """
     found = [_describe(variable) for variable in model.variables]
     for path, content in checkpoints:
@@ -148,7 +148,7 @@ def write_model(path, content):
 
     Args:
         path: of the first process's part; the others' are read beside it.
-        content: what is no array of it, with a plain T5Gemma.
+        content: its metadata, with a plain T5Gemma.
     """
     described = content["t5gemma"]
     config = T5GemmaConfig.from_dict(described["config"])
@@ -156,7 +156,7 @@ def write_model(path, content):
     write_checkpoint(
         path / MODEL_FOLDER,
         config,
-        arrays.SavedTensors(arrays.SavedArrays(path, content), tensors(config)),
+        arrays.SavedTensors(arrays.SavedArrays(path, content), tensor_specs(config)),
         proto=None if proto is None else base64.b64decode(proto),
         chat=described["chat"],
         allow_non_finite=True,
@@ -179,7 +179,7 @@ def random_state():
 def set_random_state(state):
     """Sets what `random_state` gave."""
     if state["keras"] is not None:
-        keras.random.uniform(())  # makes the generator where there is none yet
+        keras.random.uniform(())  # makes the generator if there is none yet
         generator = global_seed_generator()
         generator.state.assign(np.array(state["keras"], generator.state.dtype))
     version, numbers, gauss = state["python"]
@@ -268,7 +268,7 @@ def _plain_backbone(model):
     config = getattr(backbone, "config", None)
     if not isinstance(config, T5GemmaConfig):
         return None
-    plain = {tensor.path for tensor in tensors(config)} == {weight.path for weight in backbone.weights}
+    plain = {tensor.path for tensor in tensor_specs(config)} == {weight.path for weight in backbone.weights}
     return backbone if plain and len({str(weight.dtype) for weight in backbone.weights}) == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""Rows in memory as a dataset of batches, whose order is that of a seed and the epoch."""
+"""Rows in memory as a dataset of batches in an order that follows from a seed and the epoch."""
 
 import grain
 import keras
@@ -16,7 +16,7 @@ def batches_of_rows(x, y=None, sample_weight=None, *, batch_size, seed):
         x: a mapping of arrays or lists of B rows: texts, conversations or token ids.
         y: labels, B rows, or None.
         sample_weight: likewise.
-        batch_size: rows a batch; the last one of an epoch may have fewer.
+        batch_size: rows per batch; the last one of an epoch may have fewer.
         seed: of the order, another one in each epoch; None for the order that the rows have.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: out of variables as the shards that this process holds, and back, region by region.
+"""The arrays of a checkpoint: written as the shards that this process holds, and read region by region.
 
 An array is a box of numbers, and so is a shard of it. Boxes are written as Python slices them: a shard of `kernel` with
 its rows 20 to 39 is named `kernel[20:40,0:64]`. An array that is whole has its own name alone.
@@ -57,7 +57,7 @@ class SavedArrays:
 
     Args:
         path: of a checkpoint, or of a process's part of one, that has been checked.
-        content: what is no array of it.
+        content: its metadata.
     """
 
     def __init__(self, path, content):
@@ -80,10 +80,10 @@ class SavedArrays:
 
         Args:
             name: of the array.
-            box: `((start, stop), ...)`, an axis each; the whole array where None.
+            box: `((start, stop), ...)`, an axis each; the whole array if None.
 
         Raises:
-            CheckpointError: where not all of it can be read here, or another part is damaged.
+            CheckpointError: if not all of it can be read here, or another part is damaged.
         """
         box = tuple((0, size) for size in self.shape(name)) if box is None else box
         overlaps = self._overlaps(name, box)
@@ -113,6 +113,7 @@ class SavedArrays:
         return overlaps if sum(map(_volume, overlaps)) == _volume(box) else None
 
     def _open(self, path):
+        """Adds a folder's file of arrays: the regions of each array, and where they lie."""
         file = safe_open(path / files.ARRAYS_FILE, framework="numpy")
         for key in file.keys():  # noqa: SIM118 it is no dict
             shard = _SHARD.fullmatch(key)

@@ -1,4 +1,4 @@
-"""A training checkpoint on disk: one folder a step, whole or not there, each file with its checksum."""
+"""A training checkpoint on disk: one folder per step, complete or absent, each file with its checksum."""
 
 import json
 import os
@@ -11,12 +11,12 @@ import xxhash
 from safetensors.numpy import save_file
 
 from keras_t5gemma.checkpoints.atomic_folder import check_space, new_folder
-from keras_t5gemma.checkpoints.export import write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, CheckpointError
 
-# In each step's folder: what is no array; arrays; and a T5Gemma's weights as a Hugging Face folder.
+# Files of a step folder: metadata (JSON), arrays (safetensors), and T5Gemma weights as a Hugging Face folder.
 STATE_FILE, ARRAYS_FILE, MODEL_FOLDER = "training.json", "training.safetensors", "model"
 _STEP = re.compile(r"step_(\d{8,})")
 # Hidden: what a killed run left half written (`new_folder` names it so), or half removed.
@@ -44,7 +44,7 @@ def prepare(folder):
     """Makes the folder, removes what a killed run left half done, and tries whether files can be written.
 
     Raises:
-        CheckpointError: where they cannot.
+        CheckpointError: if they cannot.
     """
     folder = Path(folder)
     try:
@@ -67,7 +67,7 @@ def write_step(folder, step, content, arrays, model=None):
     Args:
         folder: of all checkpoints.
         step: the number of batches trained on.
-        content: what is no array, JSON-ready.
+        content: the metadata, JSON-ready.
         arrays: numpy arrays by name.
         model: the arguments of `write_checkpoint` after the folder, or None.
 
@@ -75,7 +75,7 @@ def write_step(folder, step, content, arrays, model=None):
         The path of the new folder.
 
     Raises:
-        CheckpointError: where the disk has no room.
+        CheckpointError: if the disk has no room.
     """
     target = Path(folder) / step_name(step)
     if target.exists():
@@ -122,7 +122,7 @@ def read_state(path):
     """What is no array of a checkpoint, as it was written; its other files are not looked at.
 
     Raises:
-        CheckpointError: where it is damaged.
+        CheckpointError: if it is damaged.
     """
     file = Path(path) / STATE_FILE
     value = read_json(file)
@@ -136,7 +136,7 @@ def newest(folder):
     """The newest checkpoint of a folder, checked: its path and what is no array; None where there is none.
 
     Raises:
-        CheckpointError: where it is damaged. None other is taken in silence: the message names one that is good.
+        CheckpointError: if it is damaged. None other is taken in silence: the message names one that is good.
     """
     steps = steps_in(folder)
     if not steps:

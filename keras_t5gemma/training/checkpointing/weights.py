@@ -1,6 +1,6 @@
 """The weights in a run's checkpoints: as folders to average and load, and into a model."""
 
-from keras_t5gemma.checkpoints.processes import together
+from keras_t5gemma.checkpoints.processes import on_all_processes
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.training.checkpointing import model_state as state
 from keras_t5gemma.training.checkpointing import process_folders as parts
@@ -15,13 +15,13 @@ def training_weights(folder, last=None):
     Args:
         folder: of a `TrainingCheckpoint`, of a T5Gemma without LoRA and not quantized. Of a run of several processes it
             holds the folders of all; this is called in one process, and writes what it puts together into the first's.
-        last: how many of the newest; all where None.
+        last: how many of the newest; all if None.
 
     Returns:
         A list of paths of Hugging Face folders, oldest first.
 
     Raises:
-        CheckpointError: where there are fewer, one holds no such weights, or a part is missing or damaged.
+        CheckpointError: if there are fewer, one holds no such weights, or a part is missing or damaged.
     """
     steps = parts.readable_steps(folder)
     if not steps or len(steps) < (last or 0):
@@ -57,7 +57,7 @@ def load_training_weights(model, folder, step=None, *, last=None):
     Args:
         model: a model like the one trained.
         folder: of a `TrainingCheckpoint`.
-        step: the batches trained on; the newest checkpoint where None.
+        step: the batches trained on; the newest checkpoint if None.
         last: the mean of so many checkpoints up to that one instead, as float64 sums.
 
     Raises:
@@ -70,5 +70,5 @@ def load_training_weights(model, folder, step=None, *, last=None):
             f"{folder} holds training checkpoints of steps {list(steps)}. Received: step={step}"
             f"{'' if last is None else f', last={last}'}."
         )
-    checkpoints = together(lambda: [(steps[number], files.verified(steps[number])) for number in chosen])
-    together(lambda: state.restore_weights(model, checkpoints))
+    checkpoints = on_all_processes(lambda: [(steps[number], files.verified(steps[number])) for number in chosen])
+    on_all_processes(lambda: state.restore_weights(model, checkpoints))

@@ -33,7 +33,7 @@ class VocabularyCrossEntropy(keras.losses.Loss):
         name: the loss's name.
 
     Raises:
-        ValueError: where an argument is out of range.
+        ValueError: if an argument is out of range.
     """
 
     def __init__(self, z_loss=0.0, label_smoothing=0.0, name="vocabulary_cross_entropy", **kwargs):

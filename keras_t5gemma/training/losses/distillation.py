@@ -29,7 +29,7 @@ class Distillation(VocabularyCrossEntropy):
     What a teacher predicts is in each batch: see `distillation_dataset`. Student's and teacher's logits are made a
     chunk of tokens at a time, and gradients with them, as `VocabularyCrossEntropy` does.
 
-    The teacher is no part of the student: it is not trained, counted or saved with it. A model that was saved while it
+    The teacher is not part of the student: it is not trained, counted or saved with it. A model that was saved while it
     was compiled with this loss comes back without teacher and needs another `compile`.
 
     Args:
@@ -44,7 +44,7 @@ class Distillation(VocabularyCrossEntropy):
         **kwargs: what `keras.losses.Loss` takes besides.
 
     Raises:
-        ValueError: where an argument is out of range or `teacher` is none; in `compile`, where its vocabulary is not
+        ValueError: if an argument is out of range or `teacher` is none; in `compile`, where its vocabulary is not
             the student's; in `fit`, where batches lack the teacher's view.
     """
 
@@ -73,7 +73,7 @@ class Distillation(VocabularyCrossEntropy):
             tokenizer: the student's, or None.
 
         Raises:
-            ValueError: where they differ.
+            ValueError: if they differ.
         """
         if self.teacher is None:
             return
@@ -97,7 +97,7 @@ class Distillation(VocabularyCrossEntropy):
             vocabulary_size: V, to compare with that of a teacher who has to be asked for it; None not to ask.
 
         Raises:
-            ValueError: where it has no view, there is no teacher, or its vocabulary is another.
+            ValueError: if it has no view, there is no teacher, or its vocabulary is another.
         """
         if self.teacher is None:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which labels count: -100 does not, and a label that does not count may hold any id."""
+"""Which labels count: -100 does not, and a label of weight 0 may be any number."""
 
 from keras import ops
 
@@ -37,6 +37,7 @@ def labels_and_weights(labels, weights, shape=None):
 
 
 def _check_shape(name, found, expected):
+    """Refuses labels or weights that do not fit the logits."""
     if expected is None:
         return
     found, expected = tuple(found), tuple(expected)

@@ -1,4 +1,4 @@
-"""A teacher's logits on disk: made once, beforehand, and read in place of the teacher."""
+"""A teacher's logits on disk: computed once, and read in place of the teacher."""
 
 import json
 from pathlib import Path
@@ -37,15 +37,15 @@ def store_teacher_logits(data, teacher, folder, *, top_k=64, steps=None, tempera
         teacher: as for `Distillation`.
         folder: to make. It appears when it is complete.
         top_k: K, how many logits of a label are kept; the vocabulary's size, or more, for all.
-        steps: batches to write; all where None, for data that end.
+        steps: batches to write; all if None, for data that end.
         temperature: of the `Distillation` to come.
 
     Returns:
         The `StoredTeacher`.
 
     Raises:
-        ValueError: where an argument is out of range, or `data` are not the batches of a `distillation_dataset`.
-        CheckpointError: where the folder exists already, or the disk is full.
+        ValueError: if an argument is out of range, or `data` are not the batches of a `distillation_dataset`.
+        CheckpointError: if the folder exists already, or the disk is full.
     """
     top_k = integer(top_k, "top_k")
     steps = integer(steps, "steps", optional=True)
@@ -84,7 +84,7 @@ class StoredTeacher:
         vocabulary_size: V.
 
     Raises:
-        ValueError: where the folder is none of `store_teacher_logits`.
+        ValueError: if the folder is none of `store_teacher_logits`.
     """
 
     needs = (TOP_IDS, TOP_LOGITS, LOG_SUMS)
@@ -118,7 +118,7 @@ class StoredTeacher:
         return (ops.cast(y[TOP_IDS], "int32"), y[TOP_LOGITS], y[LOG_SUMS]), ()
 
 
-# Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; nobody stores as many.
+# Grain counts an endless dataset as `sys.maxsize` elements, or so many batches of them; no storage holds as many.
 _ENDLESS = 2**40
 
 

@@ -1,4 +1,4 @@
-"""AdamW in one pass over the weights on every backend: nothing of a weight's size is made on the way.
+"""AdamW in one pass over the weights on every backend, without temporary arrays of a weight's size.
 
 Keras's own makes some ten temporary tensors a weight on TensorFlow and PyTorch: half a gigabyte each for a table of
 256,000 x 512, and most of the time of a step.
@@ -31,7 +31,7 @@ class AdamW(SavesExclusions, LowPrecision, DefaultLearningRate, keras.optimizers
 
     @functools.cached_property
     def tensorflow_updates(self):
-        """A weight's step, compiled; an optimiser's own, because a `tf.function` must not outlive its variables."""
+        """A weight's step, compiled; an optimizer's own, because a `tf.function` must not outlive its variables."""
         return adamw_tensorflow.Updates(self)
 
     def _clip_gradients(self, grads):
@@ -45,6 +45,7 @@ class AdamW(SavesExclusions, LowPrecision, DefaultLearningRate, keras.optimizers
         super()._apply_weight_decay(variables)
 
     def _update_all(self, grads, variables, learning_rate):
+        """As Keras's, in one pass over the weights where the backend has one."""
         if not self._is_fused(variables):
             super()._update_all(grads, variables, learning_rate)
             return

@@ -40,6 +40,7 @@ def update(optimizer, grads, variables, learning_rate):
 
 
 def _update_in_chunks(optimizer, grad, variable, learning_rate):
+    """One bfloat16 variable's step, some numbers at a time in float32."""
     place = optimizer._get_variable_index(variable)
     master = optimizer._master_weights[place]
     stored = [variable, optimizer._momentums[place], optimizer._velocities[place]]
@@ -66,6 +67,7 @@ def _update_in_chunks(optimizer, grad, variable, learning_rate):
 
 
 def _kernel(optimizer, values, grads, momentums, velocities, learning_rate, decay):
+    """PyTorch's fused AdamW, with Keras's place for epsilon."""
     import torch
     from torch.optim.adamw import adamw
 

@@ -1,4 +1,4 @@
-"""The optimiser of an adaptation run: schedule, clipping and weight decay as in the papers."""
+"""The optimizer of an adaptation run: schedule, clipping and weight decay as in the papers."""
 
 from keras_t5gemma.checks import integer, is_number
 from keras_t5gemma.suggestions import check_choice
@@ -29,7 +29,7 @@ def optimizer(
     clip_norm=1.0,
     **kwargs,
 ):
-    """A Keras optimiser with a warm-up, a cosine, clipping by the global norm and weight decay.
+    """A Keras optimizer with a warm-up, a cosine, clipping by the global norm and weight decay.
 
     A linear warm-up of 100 steps, then a cosine, and gradients clipped at a global norm of 1 are T5Gemma 2's (arXiv
     2512.14856); a tenth at the end of the cosine and the weight decay are common choices, which it does not name.
@@ -42,15 +42,15 @@ def optimizer(
     Args:
         name: "adamw"; "adafactor", which keeps a row and a column of second moments a matrix; or "muon", which takes
             matrices through Newton-Schulz steps and embeddings and norms through AdamW.
-        learning_rate: the peak, reached after the warm-up; None for the optimiser's own for the model's
+        learning_rate: the peak, reached after the warm-up; None for the optimizer's own for the model's
             width, and another one for LoRA, see `rate_by_width`.
-        steps: optimiser steps in all; the cosine ends there. None for no cosine: the peak to the end.
+        steps: optimizer steps in all; the cosine ends there. None for no cosine: the peak to the end.
         warmup_steps: of the linear warm-up from zero; at most `steps`. None for 100, or a tenth of `steps` if less.
         final_fraction: of the peak, where the cosine ends.
         weight_decay: a step's shrinkage is `learning_rate * weight_decay`.
         no_decay: a weight with one of these in its name is not shrunk.
         clip_norm: the largest global norm of the gradients; None for any.
-        **kwargs: what the optimiser's class takes besides, e.g. `beta_2`; and for bfloat16 weights
+        **kwargs: what the optimizer's class takes besides, e.g. `beta_2`; and for bfloat16 weights
             `moments_dtype="bfloat16"`, which halves the moments' memory at the price of rounding noise, and
             `master_weights=True`, which keeps each weight in float32, too.
 

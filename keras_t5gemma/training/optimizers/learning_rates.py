@@ -1,4 +1,4 @@
-"""Learning rates: one recommendation an optimizer, a schedule, and a rate that callbacks may set."""
+"""Learning rates: one recommendation per optimizer and width, a schedule, and a rate that callbacks may set."""
 
 import math
 import statistics
@@ -8,8 +8,9 @@ import keras
 from keras import ops
 
 # Peak rates by the model's width D: `factor / D**power`, and at most the last number. The best of a grid for widths of
-# 64, 128 and 256 (benchmarks/RESULTS.md, "Learning rates"), continued to published widths as in arXiv 2203.03466:
-# AdamW's rate goes with 1/D. Adafactor's is relative to the size of a weight, which goes with 1/sqrt(D).
+# 64, 128 and 256 (benchmarks/log/2026-11-29-learning-rates-by-width.md), continued to published widths as in
+# arXiv 2203.03466: AdamW's rate goes with 1/D. Adafactor's is relative to the size of a weight, which goes with
+# 1/sqrt(D).
 _RULES = {
     "adamw": {"full": (0.1, 1.0, 2e-3), "lora": (2.5, 1.0, 1e-2)},
     "adafactor": {"full": (0.1, 0.5, 1e-2), "lora": (0.35, 0.5, 3e-2)},
@@ -147,6 +148,7 @@ class DefaultLearningRate:
             keras.optimizers.Optimizer.learning_rate.fset(self, value)
 
     def _warn_of_warm_up(self, value):
+        """Warns if the rate is set within the warm-up."""
         steps = getattr(self._learning_rate, "warmup_steps", 0)
         step = int(ops.convert_to_numpy(self.iterations.value))
         if step < steps:

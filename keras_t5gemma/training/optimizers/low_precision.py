@@ -1,4 +1,4 @@
-"""Training of weights that are stored in bfloat16: float32 everywhere else.
+"""Training of weights stored in bfloat16, with float32 everywhere else.
 
 Keras's optimizers compute in the dtype of the weights. In bfloat16 `beta_2 = 0.999` is 1, so that Adam's every step is
 zero, and what is smaller than half a unit in the last place is lost (8 bits: 6e-5 for a weight of 0.02).
@@ -33,7 +33,7 @@ class LowPrecision:
         *args: of the Keras optimizer.
         moments_dtype: "float32", or "bfloat16" for moments of bfloat16 weights, which are then rounded stochastically,
             too: half of their memory, for a noise of up to 0.8% in each moment and step.
-        master_weights: whether to keep a float32 copy of each bfloat16 weight, for 4 bytes a parameter. The weight is
+        master_weights: whether to keep a float32 copy of each bfloat16 weight, for 4 bytes per parameter. The weight is
             then the copy's nearest, and no rounding adds to the gradients' noise. What is written into a weight from
             outside counts: the copy starts from there.
         rounding_seed: of stochastic rounding. Its random numbers are a function of seed, step and variable.
@@ -174,6 +174,7 @@ class LowPrecision:
             super()._apply_weight_decay(others)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        """As Keras's, with what the step needs to know of the whole update."""
         if not any(is_bfloat16(variable) for variable in trainable_variables):
             self._update_all(grads, trainable_variables, learning_rate)
             return

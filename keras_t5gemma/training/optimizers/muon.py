@@ -1,4 +1,4 @@
-"""Muon, for bfloat16 weights, too."""
+"""Muon, for bfloat16 weights too."""
 
 import keras
 
@@ -11,7 +11,7 @@ from keras_t5gemma.training.optimizers.weight_decay import SavesExclusions
 class Muon(SavesExclusions, LowPrecision, DefaultLearningRate, keras.optimizers.Muon):
     """`keras.optimizers.Muon` (arXiv 2502.16982), with the same numbers for float32 weights; see `LowPrecision`.
 
-    Matrices go through Newton-Schulz steps, and embeddings, norms and what is no matrix through AdamW.
+    Matrices go through Newton-Schulz steps, and embeddings, norms and everything that is not a matrix through AdamW.
     """
 
     recommendation = "muon"

@@ -1,0 +1,5 @@
+"""The command line `keras-t5gemma`, without its being installed."""
+
+from keras_t5gemma.cli import app
+
+app()
