@@ -27,7 +27,7 @@ from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, write_t5gemma_config
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.presets import STACKS
 
@@ -155,7 +155,7 @@ def benchmark_load(folder, arguments):
     if not ours.exists():
         with new_folder(ours) as partial:
             write_json(partial / "config.json", write_t5gemma_config(config, "bfloat16"))
-            write_tensors(partial, RandomTensors({tensor.name: tensor.stored_shape for tensor in tensors(config)}))
+            write_tensors(partial, RandomTensors({tensor.name: tensor.stored_shape for tensor in tensor_specs(config)}))
     backends = [name for name in ("jax", "tensorflow", "torch") if importlib.util.find_spec(name)]
     if not theirs.exists():
         own_process.run(backends[0], "save_keras_hub_preset", theirs, check=True)

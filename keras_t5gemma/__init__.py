@@ -55,7 +55,7 @@ _MODULES = {
     "average_checkpoints": "checkpoints.convert",
     "convert_checkpoint": "checkpoints.convert",
     "CheckpointError": "checkpoints.tensor_source",
-    "export_to_hugging_face": "checkpoints.export",
+    "export_to_hugging_face": "checkpoints.hugging_face.export",
     "load_lora": "checkpoints.hugging_face.peft",
     "save_lora": "checkpoints.hugging_face.peft",
     "T5GemmaBackbone": "models.backbone",

@@ -154,7 +154,7 @@ def variable_array(variable):
 
 def flatten_layers(model):
     """A model's layers, nested ones included, the model itself first. Keras lists them in no public way."""
-    return model._flatten_layers()
+    return list(model._flatten_layers())
 
 
 def optimized_variables(optimizer):

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from peers import loud_inputs, tiny_config
-from tiny import loud_backbone
+from helpers.peers import loud_inputs, tiny_config
+from helpers.tiny import loud_backbone
 
 import keras_t5gemma as kt
 from keras_t5gemma.data.objectives.mixture import Mixture

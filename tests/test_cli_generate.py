@@ -5,9 +5,9 @@ import json
 
 import pytest
 import typer
-from peers import tiny_config
-from tiny import loud_backbone
-from tiny_tokenizer import TEXTS, train_tiny_tokenizer
+from helpers.peers import tiny_config
+from helpers.tiny import loud_backbone
+from helpers.tiny_tokenizer import TEXTS, train_tiny_tokenizer
 from typer.testing import CliRunner
 
 import keras_t5gemma as kt

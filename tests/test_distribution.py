@@ -6,17 +6,17 @@ PyTorch two processes, by `DistributedDataParallel`. Each backend runs its own p
 
 import re
 
-import distributed
 import keras
 import numpy as np
 import pytest
-from distributed import CONFIG, LAYOUTS
-from launch import PROCESSES, finish, free_address, start
-from peers import hf_gemma2, tiny_gemma_stack
-from tiny import loud_backbone
+from helpers import distributed
+from helpers.distributed import CONFIG, LAYOUTS
+from helpers.launch import PROCESSES, finish, free_address, start
+from helpers.peers import hf_gemma2, tiny_gemma_stack
+from helpers.tiny import loud_backbone
 
 import keras_t5gemma as kt
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 
 BACKEND = keras.config.backend()
 on_jax = BACKEND == "jax"
@@ -90,7 +90,7 @@ def test_heads_stay_whole_where_there_are_fewer_than_devices():
 
 def test_what_does_not_divide_is_cut_elsewhere_or_whole():
     """Nothing is a multiple of 11; of 16 the decoder's width is (32), but neither the encoder's (40) nor any heads."""
-    assert {cut(kt.layout_map(mesh((1, 11)), CONFIG), tensor.path) for tensor in tensors(CONFIG)} <= {
+    assert {cut(kt.layout_map(mesh((1, 11)), CONFIG), tensor.path) for tensor in tensor_specs(CONFIG)} <= {
         None,
         ("batch", None),
         (None, "batch"),
@@ -164,12 +164,12 @@ if on_jax:
 
     def test_each_device_holds_its_part_of_each_weight_but_norms(eight_devices, layout):
         parts = 1 if layout == "data parallel" else 8
-        for tensor in tensors(CONFIG):
+        for tensor in tensor_specs(CONFIG):
             held = np.prod(eight_devices[f"shape of {tensor.path}"])
             assert held * (1 if len(tensor.shape) == 1 else parts) == np.prod(tensor.shape), tensor.path
 
     def test_the_optimizers_state_lies_as_its_weights_do(eight_devices):
-        for tensor in tensors(CONFIG):
+        for tensor in tensor_specs(CONFIG):
             state = f"shape of sgd/{tensor.path.replace('/', '_')}_momentum"
             np.testing.assert_array_equal(eight_devices[state], eight_devices[f"shape of {tensor.path}"])
 
@@ -216,7 +216,7 @@ if on_jax:
         expected = float(lm.test_on_batch(*distributed.whole_batch(), return_dict=True)["loss"])
         for found in run_processes(tmp_path, "process", free_address(), folders[0]):
             assert abs(found["loss"] - expected) < 1e-5
-            for tensor in tensors(CONFIG):
+            for tensor in tensor_specs(CONFIG):
                 held = np.prod(found[f"shape of {tensor.path}"])
                 assert held * len(tensor.shape) == np.prod(tensor.shape), tensor.path
 

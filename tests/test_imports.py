@@ -45,6 +45,46 @@ WITHOUT_KERAS = (
     "training.callbacks.plots",
 )
 BACKENDS = ("keras", "keras_hub", "jax", "tensorflow", "torch")
+# Where a backend may be named: what differs by backend or device lives here.
+HOMES = (
+    "kernels",
+    "training.steps",
+    "training.optimizers",
+    "training.checkpointing",
+    "training.batches.streams",
+    "inference.programs",
+    "inference.memory",
+    "inference.buckets",
+    "inference.decoding.chunks",
+    "inference.samplers.top_k_top_p",
+    "checkpoints.to_device",
+    "checkpoints.processes",
+    "recipes.devices",
+    "demo.run",
+    "cli",
+    "_keras_internals",
+)
+# Attributes that Keras, keras-hub, Grain and PyTorch do not promise, and where they are used beside `_keras_internals`.
+# Checked with Keras 3.15.1, keras-hub 0.32, Grain 0.2 and PyTorch 2.13.
+PRIVATE_OF_OTHERS = {
+    "text.tokenizer": {"_add_special_token", "_set_proto_tf"},
+    "kernels.embedding.quantized": {"_embeddings", "_int4_block_size"},
+    "layers.embedding": {"_embeddings"},
+    "training.optimizers": {
+        "_get_variable_index",
+        "_iterations",
+        "_learning_rate",
+        "_model_variables_moving_average",
+        "_momentums",
+        "_should_use_adamw",
+        "_trainable_variables",
+        "_use_weight_decay",
+        "_velocities",
+    },
+    "training.batches.sources": {"_num_epochs"},
+    "data.pipelines.streams": {"_parent"},
+    "inference.programs.recorded_torch": {"_schema", "_to_copy"},
+}
 
 
 def modules():
@@ -84,6 +124,46 @@ def test_module_imports_only_from_a_lower_rank_or_its_own_folder(path, name):
 def test_module_imports_nothing_private_of_keras(path, name):
     private = [imported for imported in imports(path) if imported.startswith(("keras.src", "keras_hub.src"))]
     assert not private, f"{name} imports {private}"
+
+
+def test_backends_are_named_in_their_homes_alone():
+    for path, name in modules().items():
+        if name.startswith(HOMES):
+            continue
+        assert "config.backend()" not in path.read_text(encoding="utf-8"), name
+        assert {"jax", "tensorflow", "torch"}.isdisjoint(imported.partition(".")[0] for imported in imports(path)), name
+
+
+def test_private_attributes_of_other_packages_are_listed():
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for path, name in modules().items()}
+    own = set()
+    for tree in trees.values():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, (ast.Attribute, ast.Name)) and isinstance(node.ctx, ast.Store):
+                own.add(node.attr if isinstance(node, ast.Attribute) else node.id)
+    listed = set().union(*PRIVATE_OF_OTHERS.values())
+    for name, tree in trees.items():
+        if name == "_keras_internals":
+            continue
+        used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        private = {
+            attr for attr in used if attr.startswith("_") and not attr.startswith("__") and attr not in own - listed
+        }
+        allowed = set().union(*(names for place, names in PRIVATE_OF_OTHERS.items() if name.startswith(place)))
+        assert private <= allowed, f"{name} uses {sorted(private - allowed)}"
+
+
+def test_each_folder_lists_its_modules():
+    for folder in sorted({path.parent for path in modules()} - {PACKAGE}):
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+        listed = {line.split()[0].rstrip("/,") for line in text.splitlines()[1:] if line.strip()}
+        listed |= {line.split()[1] for line in text.splitlines()[1:] if ", " in line[:20]}
+        files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+        folders = {path.parent.name for path in folder.glob("*/__init__.py")}
+        assert files | folders <= listed, f"{folder}: {sorted((files | folders) - listed)}"
+        assert len(files | folders) <= 16, f"{folder} has {len(files | folders)} entries"
 
 
 @pytest.mark.parametrize("name", WITHOUT_KERAS)

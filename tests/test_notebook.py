@@ -8,7 +8,7 @@ import keras
 import nbclient
 import nbformat
 import pytest
-from stand_ins import write_stand_ins
+from helpers.stand_ins import write_stand_ins
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.tensor_table import parameter_count

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import pages
 import pytest
-from launch import finish, start
+from helpers import pages
+from helpers.launch import finish, start
+from helpers.stand_ins import serve, write_stand_ins
 from safetensors.numpy import load_file
-from stand_ins import serve, write_stand_ins
 
 import keras_t5gemma as kt
 from keras_t5gemma._keras_internals import flatten_layers

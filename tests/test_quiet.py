@@ -3,9 +3,9 @@
 import re
 
 import keras
-import pages
-from launch import finish, output, start
-from stand_ins import write_stand_ins
+from helpers import pages
+from helpers.launch import finish, output, start
+from helpers.stand_ins import write_stand_ins
 
 # What other libraries say of themselves, and this package has no way to call otherwise. Each pattern is a whole line.
 NOT_OURS = {
@@ -22,7 +22,7 @@ def test_ordinary_use_prints_nothing(tmp_path):
     (tmp_path / "models").mkdir()
     folders = write_stand_ins(tmp_path / "models", [(pages.ROOT / "README.md").read_text(encoding="utf-8")])
     (tmp_path / "out").mkdir()
-    program = pages.ROOT / "tests" / "quiet_use.py"
+    program = pages.ROOT / "tests" / "helpers" / "quiet_use.py"
     # "default" shows what Python hides in libraries, once per place.
     process = start(
         program,

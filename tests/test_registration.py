@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from peers import loud_inputs, tiny_config
-from tiny import loud_backbone
-from tiny_tokenizer import train_tiny_tokenizer
+from helpers.peers import loud_inputs, tiny_config
+from helpers.tiny import loud_backbone
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 
 import keras_t5gemma as kt
 from keras_t5gemma.registration import REGISTERING

@@ -9,14 +9,14 @@ import re
 import keras
 import numpy as np
 import pytest
-import sharded_runs
-from launch import PROCESSES, finish, free_address, output, start
+from helpers import sharded_runs
+from helpers.launch import PROCESSES, finish, free_address, output, start
+from helpers.tiny_recipe import write_tiny_recipe
 from safetensors.numpy import load_file
-from tiny_recipe import write_tiny_recipe
 
 import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.training.checkpointing import step_folder as resume_files
 
 CONFIG = sharded_runs.CONFIG
@@ -92,7 +92,7 @@ if on_jax:
 
     def test_no_process_writes_a_whole_matrix_nor_two_the_same_shard(runs):
         folder, _ = runs
-        for tensor in tensors(CONFIG):
+        for tensor in tensor_specs(CONFIG):
             # Of the weight and of both of Adam's moments.
             of_tensor = re.compile(rf"(model/\d+/|optimizer/.*){re.escape(tensor.path).replace('/', '[/_]')}[^/]*\[.*")
             held = [{k: a for k, a in arrays(folder / "whole", i).items() if of_tensor.fullmatch(k)} for i in (0, 1)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from peers import tiny_config
+from helpers.peers import tiny_config
 
 import keras_t5gemma as kt
 from keras_t5gemma.models.backbone import T5GemmaBackbone

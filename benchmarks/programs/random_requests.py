@@ -45,7 +45,7 @@ def compiled(program, model, shapes):
     if program == "keras-hub":
         return len(shapes)
     counter = {"jax": "_cache_size", "tensorflow": "experimental_get_tracing_count"}[backend]
-    return sum(getattr(one._compiled, counter)() for one in model._generate_programs.values())
+    return sum(getattr(one._compiled, counter)() for one in model.programs.values("generate"))
 
 
 def main():

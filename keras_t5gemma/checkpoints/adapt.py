@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import TABLE, tensors
+from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.suggestions import check_choice
 
@@ -91,7 +91,7 @@ class AdaptedTensors(TensorSource):
         self._head_dim = stack.head_dim
         self._sources = {"encoder": encoder.tensors, "decoder": decoder.tensors}
         self._seed = seed
-        self._tensors = {tensor.name: tensor for tensor in tensors(self.config)}
+        self._tensors = {tensor.name: tensor for tensor in tensor_specs(self.config)}
 
     def names(self):
         """The names in a Hugging Face T5Gemma."""

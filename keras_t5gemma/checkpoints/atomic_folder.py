@@ -1,4 +1,4 @@
-"""A folder that appears under its name only when it is complete."""
+"""A folder that appears under its name only once it is complete."""
 
 import contextlib
 import errno

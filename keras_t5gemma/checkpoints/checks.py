@@ -1,7 +1,7 @@
-"""Whether a source's tensors are those of its config, without reading any data."""
+"""Checks that a source's tensors are those of its config, without reading any numbers."""
 
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 
 
 def check_source(config, source):
@@ -19,7 +19,7 @@ def check_source(config, source):
     """
     for stack in ("encoder", "decoder"):
         check_depth(source, stack, getattr(config, stack))
-    return check_tensors(source, {tensor.name: tensor.stored_shape for tensor in tensors(config)}, "T5Gemma")
+    return check_tensors(source, {tensor.name: tensor.stored_shape for tensor in tensor_specs(config)}, "T5Gemma")
 
 
 def check_depth(source, title, stack):

@@ -5,7 +5,7 @@ No model is built and Keras is not imported, so a laptop can make a T5Gemma 9B-2
 
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
-from keras_t5gemma.checkpoints.export import write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
 from keras_t5gemma.checkpoints.hugging_face.tokenizer import read_proto
 from keras_t5gemma.checkpoints.sources import gemma2_source, locate_gemma2, locate_t5gemma, t5gemma_source

@@ -5,7 +5,8 @@ import numpy as np
 
 from keras_t5gemma.checkpoints.checks import check_source
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, check_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
+from keras_t5gemma.checkpoints.to_device import to_tensor
 from keras_t5gemma.layers.initialization import weights_from
 
 
@@ -30,7 +31,7 @@ def load(make, config, source, *, allow_non_finite=False):
         ValueError: where the model's variables are not those of `config`.
     """
     check_source(config, source)
-    expected = {tensor.path: tensor for tensor in tensors(config)}
+    expected = {tensor.path: tensor for tensor in tensor_specs(config)}
     distributed = keras.distribution.distribution() is not None
 
     def read(path, shape, dtype):
@@ -39,7 +40,7 @@ def load(make, config, source, *, allow_non_finite=False):
         tensor = expected.get(path)
         if tensor is None or tensor.shape != shape:
             raise ValueError(f"The model is not that of the config: it has {path} of shape {shape}.")
-        return _tensor(_read_as(source, tensor, dtype, allow_non_finite))
+        return to_tensor(_read_as(source, tensor, dtype, allow_non_finite))
 
     with weights_from(read):
         model = make()
@@ -71,11 +72,11 @@ def load_into(model, config, source, *, allow_non_finite=False):
     """
     variables = plain_variables(model)
     ignored = check_source(config, source)
-    expected = tensors(config)
+    expected = tensor_specs(config)
     _match_variables(variables, expected)
     for tensor in expected:
         variable = variables[tensor.path]
-        variable.assign(_tensor(_read_as(source, tensor, variable.dtype, allow_non_finite), variable))
+        variable.assign(to_tensor(_read_as(source, tensor, variable.dtype, allow_non_finite), variable))
     return ignored
 
 
@@ -107,31 +108,6 @@ def _aligned(shape, dtype):
     buffer = np.empty(size + _ALIGNMENT, "uint8")
     begin = -buffer.ctypes.data % _ALIGNMENT
     return buffer[begin : begin + size].view(dtype).reshape(shape)
-
-
-def _tensor(array, variable=None):
-    """An array of nobody else's as a tensor on the same memory, where the device is the CPU; else a copy there.
-
-    Keras's own conversion makes one copy on JAX and TensorFlow and two on PyTorch, which for the embedding of a large
-    vocabulary is what decides how much memory loading takes.
-    """
-    backend = keras.config.backend()
-    bits = array.view("int16") if array.dtype == DTYPES["BF16"] else array  # numpy shares no bfloat16 with others
-    if backend == "torch":
-        import torch
-
-        return torch.from_numpy(bits).view(torch.bfloat16) if bits is not array else torch.from_numpy(array)
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        with tf.device("CPU"):
-            tensor = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
-            return tf.bitcast(tensor, tf.bfloat16) if bits is not array else tensor
-    import jax
-
-    layout = getattr(variable, "_layout", None)
-    # With a layout straight to the shards: Keras would put the whole tensor onto the first device before.
-    return jax.device_put(array) if layout is None else keras.distribution.distribute_tensor(array, layout)
 
 
 def plain_variables(model):

@@ -1,4 +1,4 @@
-"""Several processes of one program, which JAX alone has: who this is, what all agree on, and tensors in parts."""
+"""Multi-process helpers (JAX): rank, agreement between processes, and gathering of sharded tensors."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ def gather(value):
     return _multihost().process_allgather(np.asarray(value))
 
 
-def together(action):
+def on_all_processes(action):
     """Calls a function, and raises on all processes where it raised on one.
 
     Without it the others would wait at their next step for a process that has gone.
@@ -62,18 +62,18 @@ def together(action):
     return result
 
 
-def lies_here(tensor):
+def is_local(tensor):
     """Whether this process holds the only copy of a tensor, or of a variable: no other has a part of it."""
     tensor = getattr(tensor, "value", tensor)
     return not _on_jax() or not isinstance(tensor, _jax().Array) or tensor.is_fully_addressable
 
 
-def whole(tensor):
+def gathered(tensor):
     """A tensor or a variable as numpy; where its parts lie on several processes, all must ask for it at once."""
     import keras
 
     tensor = getattr(tensor, "value", tensor)
-    if lies_here(tensor) or tensor.is_fully_replicated:
+    if is_local(tensor) or tensor.is_fully_replicated:
         return np.asarray(keras.ops.convert_to_numpy(tensor))
     return _multihost().process_allgather(tensor, tiled=True)
 
@@ -84,14 +84,14 @@ def write_on_first(source, tensors, write):
     The first announces each tensor that it reads, and all gather it: one tensor at a time is whole.
 
     Args:
-        source: a `TensorSource` that reads a model by `whole`.
+        source: a `TensorSource` that reads a model by `gathered`.
         tensors: what it reads, variables or tensors.
         write: called with a source, on one process.
 
     Raises:
         CheckpointError: where another process is the one that writes, and it failed.
     """
-    if all(map(lies_here, tensors)):
+    if all(map(is_local, tensors)):
         write(source)
         return
     announce = _multihost().broadcast_one_to_all

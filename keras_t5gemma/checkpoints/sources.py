@@ -1,4 +1,4 @@
-"""Where weights come from: a folder, a hub, a preset or a model in memory, each as a config and lazy tensors."""
+"""Where weights come from: a folder, a hub, a preset or a model in memory, as a config and lazy tensors."""
 
 import dataclasses
 from pathlib import Path

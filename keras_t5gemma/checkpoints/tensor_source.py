@@ -1,4 +1,4 @@
-"""What a checkpoint is to the rest of the package: named tensors that are read one at a time, strictly."""
+"""`TensorSource`, the interface of every checkpoint: named tensors that are read one at a time, strictly."""
 
 import abc
 

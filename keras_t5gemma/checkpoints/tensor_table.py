@@ -1,4 +1,4 @@
-"""The one table of T5Gemma's tensors: a row a kind, from which loading, export, adapting and counting all follow.
+"""The one table of T5Gemma's tensors, one row per kind. Loading, export, adaptation and counting follow from it.
 
 Letters in shapes: V vocabulary, D width, E the encoder's width, N query heads, K key/value heads, H head size, F
 feed-forward. Letters written together are one axis: "D NH" is a matrix of D rows and N x H columns.
@@ -87,7 +87,7 @@ TABLE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class TensorSpec:
     """One tensor of one model: a row with its letters filled in.
 
     Attributes:
@@ -122,14 +122,14 @@ class Tensor:
         return array.T if self.row.transposed else array
 
 
-def tensors(config):
+def tensor_specs(config):
     """Every tensor of a T5Gemma, once: encoder then decoder, each from its embedding through its layers.
 
     Args:
         config: a `T5GemmaConfig`.
 
     Returns:
-        A list of `Tensor`.
+        A list of `TensorSpec`.
     """
     entries = []
     for stack in STACKS:
@@ -146,7 +146,7 @@ def parameter_count(config):
 
     The tied output projection counts once, as in the published counts.
     """
-    return sum(math.prod(tensor.shape) for tensor in tensors(config))
+    return sum(math.prod(tensor.shape) for tensor in tensor_specs(config))
 
 
 def _tensor(row, stack, layer, sizes):
@@ -154,7 +154,7 @@ def _tensor(row, stack, layer, sizes):
         return None if text is None else text.format(s=stack, i=layer)
 
     shape = tuple(math.prod(sizes[letter] for letter in axis) for axis in row.letters.split())
-    return Tensor(row, stack, layer, fill(row.path), fill(row.t5gemma), fill(row.gemma2), shape)
+    return TensorSpec(row, stack, layer, fill(row.path), fill(row.t5gemma), fill(row.gemma2), shape)
 
 
 def _runs(rows):

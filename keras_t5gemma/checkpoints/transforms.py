@@ -1,4 +1,4 @@
-"""Sources made of sources, tensor by tensor: in another dtype, or the mean of several."""
+"""Sources made of other sources, tensor by tensor: in another dtype, or as the mean of several."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Checks that read a checkpoint's numbers: its checksums, beside another checkpoint, beside its Gemma 2."""
+"""Checks that read a checkpoint's numbers: its checksums, and comparisons with another checkpoint."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.progress import byte_progress
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, check_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.checkpoints.transforms import equal_pieces
 
 
@@ -112,7 +112,7 @@ def check_invariants(checkpoint, encoder, decoder=None, *, length=64, seed=0):
                 f"{theirs.num_layers} of width {theirs.hidden_dim}."
             )
         x = np.random.default_rng(seed).standard_normal((1, length, mine.hidden_dim), dtype="float32")
-        table = [tensor for tensor in tensors(adapted.config) if tensor.stack == stack]
+        table = [tensor for tensor in tensor_specs(adapted.config) if tensor.stack == stack]
         own_names = {tensor.path.partition("/")[2]: tensor for tensor in table}
         names = {path: (tensor, tensor.name) for path, tensor in own_names.items()}
         their_names = {path: (tensor, tensor.gemma2) for path, tensor in own_names.items()}

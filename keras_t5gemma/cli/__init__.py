@@ -1,4 +1,14 @@
-"""The command line. Keras is imported only by the verbs that compute, once their arguments are known to be good."""
+"""The command line. Keras is imported only by the verbs that compute, once their arguments have been checked.
+
+checkpoint_verbs  The verbs adapt, export, average, inspect and verify
+environment       `env`: versions, backend and devices for bug reports
+generation        The verb generate
+inspection        The tables that `inspect` prints
+options           Arguments and options that several verbs share
+prompts           Prompts from arguments, stdin and files, and one line per answer
+session           What every verb needs: a backend, readable errors, and a free place to write to
+training_verbs    The verbs train and plot
+"""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The verbs from checkpoint to checkpoint: adapt, export, average, inspect, verify."""
+"""The verbs adapt, export, average, inspect and verify."""
 
 from typing import Annotated
 

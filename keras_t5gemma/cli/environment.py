@@ -1,4 +1,4 @@
-"""What a bug report needs to say: versions, backend, devices. Nothing here fails where a library does."""
+"""`env`: versions, backend and devices for bug reports. Does not fail if a library does."""
 
 import importlib.metadata
 import importlib.util

@@ -1,4 +1,4 @@
-"""The verb that answers: generate."""
+"""The verb generate."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What `keras-t5gemma inspect` finds in a checkpoint."""
+"""The tables that `inspect` prints."""
 
 import dataclasses
 import math

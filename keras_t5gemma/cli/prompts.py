@@ -1,4 +1,4 @@
-"""What `generate` reads and writes: prompts from arguments, stdin and files, and a line for each answer."""
+"""Prompts from arguments, stdin and files, and one line per answer."""
 
 import json
 import sys

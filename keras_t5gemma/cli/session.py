@@ -1,4 +1,4 @@
-"""What every verb needs around it: a backend, errors a user can read, a free place to write to."""
+"""What every verb needs: a backend, readable errors, and a free place to write to."""
 
 import contextlib
 import enum

@@ -1,4 +1,4 @@
-"""The verbs of training: train, plot."""
+"""The verbs train and plot."""
 
 from pathlib import Path
 from typing import Annotated

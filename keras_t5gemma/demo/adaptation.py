@@ -1,4 +1,4 @@
-"""The comparison the demo is about: a T5Gemma adapted from Gemma 2, and one of its size from scratch."""
+"""Trains a T5Gemma adapted from Gemma 2 beside one of its size from scratch."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""How the demo ends: its models learn a task, and answer questions that they have never seen."""
+"""Fine-tunes the demo's models on a task with right answers, and asks them held-out questions."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What every training run of the demo shares: the optimiser."""
+"""The optimizer of every training run of the demo."""
 
 import keras_t5gemma as kt
 

@@ -1,4 +1,4 @@
-"""A small Gemma 2, trained from scratch: what the demo has in place of a downloaded checkpoint."""
+"""Trains a small Gemma 2 from scratch, which the demo has in place of a downloaded checkpoint."""
 
 import grain
 import keras

@@ -1,4 +1,4 @@
-"""What the demo shows for itself: a table, a picture, completions, and a file with every number."""
+"""The demo's outputs: a table, a plot, completions, and a file with every number."""
 
 import dataclasses
 import itertools

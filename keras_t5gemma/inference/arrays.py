@@ -1,4 +1,4 @@
-"""What a user hands to the model, checked and laid out as the model wants it."""
+"""Prompts and targets as arrays, checked, and results as the user gets them."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Few shapes: batches and lengths rounded up, so that few programs are compiled, and what runs on which device."""
+"""`Buckets`: rounds batch sizes and lengths up, so that few programs are compiled."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -83,31 +83,23 @@ class Buckets:
         return cls(**config)
 
 
-class Rounds:
-    """Mixed into a model that has a `preprocessor`, or None: its `buckets`, and arrays rounded up to them."""
-
-    @property
-    def buckets(self):
-        """The `Buckets` of `generate`, `stream`, `score` and `embed`; others may be assigned at any time."""
-        return self._buckets
-
-    @buckets.setter
-    def buckets(self, value):
-        if not isinstance(value, Buckets):
-            raise ValueError(f"`buckets` must be a kt.Buckets. Received: {value!r}.")
-        self._buckets = value
-
-    def _rounded(self, arrays, most_rows=None):
-        """A dict of arrays as a program takes them: see `rounded` and `distributed`."""
-        limits = {"batch": most_rows}
-        if self.preprocessor is not None:
-            limits["encoder"] = self.preprocessor.encoder_sequence_length
-            limits["decoder"] = self.preprocessor.decoder_sequence_length
-        buckets = self.buckets if _is_compiled(self) else _EXACT
-        return distributed(rounded(arrays, buckets, limits, _devices_of_a_batch()))
-
-
 _EXACT = Buckets(None, None, None)
+
+
+def rounded_for(lm, arrays, most_rows=None):
+    """A dict of arrays as a model's programs take them: see `rounded` and `distributed`.
+
+    Args:
+        lm: a `T5GemmaSeq2SeqLM`, whose `buckets` and preprocessor say which sizes there are.
+        arrays: as for `rounded`.
+        most_rows: the most rows to round up to, or None.
+    """
+    limits = {"batch": most_rows}
+    if lm.preprocessor is not None:
+        limits["encoder"] = lm.preprocessor.encoder_sequence_length
+        limits["decoder"] = lm.preprocessor.decoder_sequence_length
+    buckets = lm.buckets if _is_compiled(lm) else _EXACT
+    return distributed(rounded(arrays, buckets, limits, _devices_of_a_batch()))
 
 
 def rounded(arrays, buckets, limits, multiple=1):

@@ -1,4 +1,4 @@
-"""Texts as vectors: the encoder's output, pooled."""
+"""`embed`: texts as vectors, the pooled output of the encoder."""
 
 import contextlib
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from keras import ops
 
 from keras_t5gemma.checks import check_token_ids, integer
 from keras_t5gemma.concurrency import reading
-from keras_t5gemma.inference.buckets import Rounds
+from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.memory import memory_errors_explained
-from keras_t5gemma.inference.programs.compiled import Program, Programs
+from keras_t5gemma.inference.programs.compiled import Program
 from keras_t5gemma.suggestions import check_choice
 from keras_t5gemma.text.encoding import Packer, pad_rows
 from keras_t5gemma.text.progress import text_progress
@@ -19,75 +19,69 @@ from keras_t5gemma.text.progress import text_progress
 POOLINGS = ("mean", "last")
 
 
-class Embeds(Rounds):
-    """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone` and perhaps a `preprocessor`."""
+def embed(lm, inputs, pooling="mean", *, batch_size=32, progress=False):
+    """The encoder's representation of each text, in one vector.
 
-    def embed(self, inputs, pooling="mean", *, batch_size=32, progress=False):
-        """The encoder's representation of each text, in one vector.
+    Texts are sorted by length and padded, in batches, to the model's `buckets`, so that a short one does not pay
+    for a long one and few programs are compiled. Neither changes a text's vector.
 
-        Texts are sorted by length and padded, in batches, to the model's `buckets`, so that a short one does not pay
-        for a long one and few programs are compiled. Neither changes a text's vector.
+    Args:
+        inputs: with a preprocessor a text or a list of them, which the encoder reads as in `generate` (in turns,
+            where the preprocessor is for chats). Without one a list of N rows of ids, of any length, an array
+            [N, S], or a dict of `encoder_token_ids` and `encoder_padding_mask` [N, S].
+        pooling: "mean" of all tokens, or "last" for that of the last one, which in arXiv 2504.06225 stands for the
+            whole text in classification. Padding has no part in either.
+        batch_size: texts that are encoded at once, at most.
+        progress: whether to show a progress bar.
 
-        Args:
-            inputs: with a preprocessor a text or a list of them, which the encoder reads as in `generate` (in turns,
-                where the preprocessor is for chats). Without one a list of N rows of ids, of any length, an array
-                [N, S], or a dict of `encoder_token_ids` and `encoder_padding_mask` [N, S].
-            pooling: "mean" of all tokens, or "last" for that of the last one, which in arXiv 2504.06225 stands for the
-                whole text in classification. Padding has no part in either.
-            batch_size: texts that are encoded at once, at most.
-            progress: whether to show a progress bar.
+    Returns:
+        float32 [N, D of the encoder], in the order of the inputs; without N for a single text.
 
-        Returns:
-            float32 [N, D of the encoder], in the order of the inputs; without N for a single text.
+    Raises:
+        ValueError: where there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
+            or `batch_size` is none of these.
+        MemoryError, RuntimeError: as for `generate`.
+    """
+    check_choice(pooling, "pooling", POOLINGS)
+    batch_size = integer(batch_size, "batch_size")
+    rows, batched = _encoder_rows(lm, inputs)
+    program = lm.programs.get(("embed", pooling), lambda: Program(partial(_pooled, lm, pooling=pooling), lm))
+    vectors = np.zeros((len(rows), lm.backbone.config.encoder.hidden_dim), "float32")
+    # The longest first: memory that does not suffice is known at once.
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    with text_progress("Embedding", len(rows)) if progress else contextlib.nullcontext() as advance:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            ids, mask = pad_rows([rows[i] for i in chosen], len(rows[chosen[0]]), pad_id=0)
+            batch = {"encoder_token_ids": ids, "encoder_padding_mask": mask}
+            arrays = rounded_for(lm, batch, batch_size)
+            with reading(lm, "embed"), memory_errors_explained(lm, batch, arrays):
+                vectors[chosen] = ops.convert_to_numpy(program(arrays))[: len(chosen)]
+            if progress:
+                advance(len(chosen))
+    return vectors if batched else vectors[0]
 
-        Raises:
-            ValueError: where there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
-                or `batch_size` is none of these.
-            MemoryError, RuntimeError: as for `generate`.
-        """
-        check_choice(pooling, "pooling", POOLINGS)
-        batch_size = integer(batch_size, "batch_size")
-        rows, batched = self._encoder_rows(inputs)
-        program = self._embed_programs.get(pooling, lambda: Program(partial(self._pooled, pooling=pooling), self))
-        vectors = np.zeros((len(rows), self.backbone.config.encoder.hidden_dim), "float32")
-        # The longest first: memory that does not suffice is known at once.
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        with text_progress("Embedding", len(rows)) if progress else contextlib.nullcontext() as advance:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                ids, mask = pad_rows([rows[i] for i in chosen], len(rows[chosen[0]]), pad_id=0)
-                batch = {"encoder_token_ids": ids, "encoder_padding_mask": mask}
-                arrays = self._rounded(batch, batch_size)
-                with reading(self, "embed"), memory_errors_explained(self, batch, arrays):
-                    vectors[chosen] = ops.convert_to_numpy(program(arrays))[: len(chosen)]
-                if progress:
-                    advance(len(chosen))
-        return vectors if batched else vectors[0]
 
-    def compile(self, *args, **kwargs):
-        """Forgets the programs, for which `run_eagerly` and `jit_compile` may have changed."""
-        super().compile(*args, **kwargs)
-        self._embed_programs = Programs(len(POOLINGS))
+def _pooled(lm, inputs, pooling):
+    """float32 [B, D] of the encoder's two inputs, int [B, S], padded on the right."""
+    mask = inputs["encoder_padding_mask"]
+    output = ops.cast(lm.backbone.encoder(inputs["encoder_token_ids"], mask, training=False), "float32")
+    counts = ops.sum(mask, axis=1)
+    if pooling == "mean":
+        weights = ops.cast(mask, "float32") / ops.cast(counts, "float32")[:, None]
+    else:
+        weights = ops.one_hot(counts - 1, mask.shape[1], dtype="float32")
+    # Not as a product with the mask: what stands at padding must not matter, were it NaN.
+    output = ops.where(ops.expand_dims(mask, 2) != 0, output, 0.0)
+    return ops.einsum("bs,bsd->bd", weights, output)
 
-    def _pooled(self, inputs, pooling):
-        """float32 [B, D] of the encoder's two inputs, int [B, S], padded on the right."""
-        mask = inputs["encoder_padding_mask"]
-        output = ops.cast(self.backbone.encoder(inputs["encoder_token_ids"], mask, training=False), "float32")
-        counts = ops.sum(mask, axis=1)
-        if pooling == "mean":
-            weights = ops.cast(mask, "float32") / ops.cast(counts, "float32")[:, None]
-        else:
-            weights = ops.one_hot(counts - 1, mask.shape[1], dtype="float32")
-        # Not as a product with the mask: what stands at padding must not matter, were it NaN.
-        output = ops.where(ops.expand_dims(mask, 2) != 0, output, 0.0)
-        return ops.einsum("bs,bsd->bd", weights, output)
 
-    def _encoder_rows(self, inputs):
-        """`(rows of ids without padding, whether there may be several)`."""
-        if self.preprocessor is not None:
-            packer = Packer(self.preprocessor.tokenizer, self.preprocessor.chat, self.preprocessor.truncate)
-            return packer.prompts(inputs, self.preprocessor.encoder_sequence_length)
-        return _token_rows(inputs, self.backbone.config.vocabulary_size)
+def _encoder_rows(lm, inputs):
+    """`(rows of ids without padding, whether there may be several)`."""
+    if lm.preprocessor is not None:
+        packer = Packer(lm.preprocessor.tokenizer, lm.preprocessor.chat, lm.preprocessor.truncate)
+        return packer.prompts(inputs, lm.preprocessor.encoder_sequence_length)
+    return _token_rows(inputs, lm.backbone.config.vocabulary_size)
 
 
 def _token_rows(inputs, vocabulary_size):

@@ -1,4 +1,4 @@
-"""Logits processors: what may be generated next, given what there is; they compose, and go with every sampler.
+"""Logits processors: change which token may come next. They compose, and work with every sampler.
 
 A processor is any callable `(logits, sequences) -> logits`. Those here are frozen: equal ones share a compiled program.
 "Sequence" is the decoder's, its prompt included, as in `transformers`, whose numbers these give.

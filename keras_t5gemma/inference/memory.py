@@ -1,4 +1,4 @@
-"""A request too large for memory: recognised, and said in one error with what would fit."""
+"""Requests that are too large for memory: recognized, and answered by one error that says what would fit."""
 
 import contextlib
 import math
@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_t5gemma.layers.cache import places
+from keras_t5gemma.layers.cache import cache_slots
 
 # What the backends' errors have in common is their text: "RESOURCE_EXHAUSTED: Out of memory allocating" or, where it
 # comes late, "INTERNAL: ... Out of memory allocating" on JAX, "OOM when allocating" on TensorFlow, the rest on PyTorch.
@@ -29,7 +29,7 @@ def cache_bytes(config, rows, encoder_length, decoder_length, itemsize, ahead=No
     """
     decoder, ahead = config.decoder, decoder_length if ahead is None else max(1, ahead)
     windows = [decoder.sliding_window if kind == "sliding" else None for kind in decoder.layer_kinds]
-    kept = sum(places(decoder_length, window, ahead) + encoder_length for window in windows)
+    kept = sum(cache_slots(decoder_length, window, ahead) + encoder_length for window in windows)
     key_and_value = 2 * decoder.num_key_value_heads * decoder.head_dim * itemsize
     return rows * (kept * key_and_value + 4 * (encoder_length + decoder_length))
 

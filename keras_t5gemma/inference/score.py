@@ -1,11 +1,13 @@
-"""How likely given targets are: one pass of the model, without the logits of the whole batch."""
+"""`score`: the log-probabilities of given targets, in one pass and without the logits of the whole batch."""
+
+from functools import partial
 
 import numpy as np
 from keras import ops
 
 from keras_t5gemma.concurrency import reading
 from keras_t5gemma.inference.arrays import moved_to_the_left, prompt_arrays, scoring_arrays
-from keras_t5gemma.inference.buckets import Rounds
+from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.decoding.loop import token_log_probs
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.programs.compiled import Program
@@ -13,62 +15,56 @@ from keras_t5gemma.kernels.cross_entropy.chunks import TokenChunks, default_chun
 from keras_t5gemma.text.encoding import Packer
 
 
-class Scores(Rounds):
-    """Mixed into a `Seq2SeqLM` that has a T5Gemma `backbone`, a `head` and perhaps a `preprocessor`."""
+def score(lm, inputs, targets, *, closed=True):
+    """The log-likelihood of each target given its input, by the model alone: no temperature, no processors.
 
-    def score(self, inputs, targets, *, closed=True):
-        """The log-likelihood of each target given its input, by the model alone: no temperature, no processors.
+    It is one teacher-forced pass, and what `generate(return_log_probs=True)` gives for the same tokens.
 
-        It is one teacher-forced pass, and what `generate(return_log_probs=True)` gives for the same tokens.
+    Args:
+        inputs: one or more prompts, as for `generate`; a target follows the start of its answer, if it has one.
+        targets: with a preprocessor a string a prompt; without one a row of ids a prompt, of any length, or what
+            `generate(strip_prompt=True)` gave.
+        closed: whether texts are whole answers, whose end (`<eos>`, after `<end_of_turn>` where the preprocessor is
+            for chats) counts too, rather than the beginnings of some. Ids are taken as they are.
 
-        Args:
-            inputs: one or more prompts, as for `generate`; a target follows the start of its answer, if it has one.
-            targets: with a preprocessor a string a prompt; without one a row of ids a prompt, of any length, or what
-                `generate(strip_prompt=True)` gave.
-            closed: whether texts are whole answers, whose end (`<eos>`, after `<end_of_turn>` where the preprocessor is
-                for chats) counts too, rather than the beginnings of some. Ids are taken as they are.
+    Returns:
+        A dict of `log_likelihood`, float32 [B], in nats, and `log_probs`, float32 [B, M], of each target's tokens,
+        0 after its end. Without B for a single prompt.
 
-        Returns:
-            A dict of `log_likelihood`, float32 [B], in nats, and `log_probs`, float32 [B, M], of each target's tokens,
-            0 after its end. Without B for a single prompt.
+    Raises:
+        ValueError: where prompts or targets are not as described, or do not match in number.
+        MemoryError, RuntimeError: as for `generate`.
+    """
+    if lm.preprocessor is not None:
+        inputs = lm.preprocessor.generate_preprocess(inputs)
+        targets = _target_rows(lm.preprocessor, targets, closed)
+    vocabulary_size = lm.backbone.config.vocabulary_size
+    arrays, lengths = scoring_arrays(prompt_arrays(inputs, None, vocabulary_size), targets, vocabulary_size)
+    (rows, length), rounded = arrays["labels"].shape, rounded_for(lm, arrays)
+    program = lm.programs.get(("score",), lambda: Program(partial(score_step, lm), lm))
+    with reading(lm, "score"), memory_errors_explained(lm, arrays, rounded):
+        log_probs = ops.convert_to_numpy(program(rounded))[:rows, :length]
+    log_probs = moved_to_the_left(log_probs, arrays["label_mask"])[:, : lengths.max()]
+    scores = {"log_likelihood": log_probs.sum(axis=1), "log_probs": log_probs}
+    return {name: x[0] for name, x in scores.items()} if np.ndim(inputs["encoder_token_ids"]) == 1 else scores
 
-        Raises:
-            ValueError: where prompts or targets are not as described, or do not match in number.
-            MemoryError, RuntimeError: as for `generate`.
-        """
-        if self.preprocessor is not None:
-            inputs = self.preprocessor.generate_preprocess(inputs)
-            targets = _target_rows(self.preprocessor, targets, closed)
-        vocabulary_size = self.backbone.config.vocabulary_size
-        arrays, lengths = scoring_arrays(prompt_arrays(inputs, None, vocabulary_size), targets, vocabulary_size)
-        (rows, length), rounded = arrays["labels"].shape, self._rounded(arrays)
-        with reading(self, "score"), memory_errors_explained(self, arrays, rounded):
-            log_probs = ops.convert_to_numpy(self._score_program(rounded))[:rows, :length]
-        log_probs = moved_to_the_left(log_probs, arrays["label_mask"])[:, : lengths.max()]
-        scores = {"log_likelihood": log_probs.sum(axis=1), "log_probs": log_probs}
-        return {name: x[0] for name, x in scores.items()} if np.ndim(inputs["encoder_token_ids"]) == 1 else scores
 
-    def score_step(self, inputs):
-        """Log-probabilities, float32 [B, T], of `labels` [B, T] given the model's four inputs; compiled as a whole."""
-        names = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
-        outputs = self.backbone({name: inputs[name] for name in names}, training=False)
-        hidden, labels = outputs["decoder_sequence_output"], inputs["labels"]
-        chunks = TokenChunks(hidden.shape, self.backbone.config.vocabulary_size, default_chunk_bytes(hidden))
-        hidden, cut = chunks.cut(hidden), chunks.cut(labels)
+def score_step(lm, inputs):
+    """Log-probabilities, float32 [B, T], of `labels` [B, T] given the model's four inputs; compiled as a whole."""
+    names = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
+    outputs = lm.backbone({name: inputs[name] for name in names}, training=False)
+    hidden, labels = outputs["decoder_sequence_output"], inputs["labels"]
+    chunks = TokenChunks(hidden.shape, lm.backbone.config.vocabulary_size, default_chunk_bytes(hidden))
+    hidden, cut = chunks.cut(hidden), chunks.cut(labels)
 
-        def body(i, log_probs):
-            # By the head itself, which is right for an embedding that is quantized, too.
-            logits = self.head(ops.expand_dims(hidden[i], 0))[0]
-            here = token_log_probs(logits, ops.expand_dims(cut[i], 1))
-            return ops.slice_update(log_probs, [i, 0], ops.transpose(here))
+    def body(i, log_probs):
+        # By the head itself, which is right for an embedding that is quantized, too.
+        logits = lm.head(ops.expand_dims(hidden[i], 0))[0]
+        here = token_log_probs(logits, ops.expand_dims(cut[i], 1))
+        return ops.slice_update(log_probs, [i, 0], ops.transpose(here))
 
-        log_probs = ops.fori_loop(0, chunks.count, body, ops.zeros(cut.shape, "float32"))
-        return chunks.join(log_probs, ops.shape(labels))
-
-    def compile(self, *args, **kwargs):
-        """Forgets the program, whose `run_eagerly` and `jit_compile` may have changed."""
-        super().compile(*args, **kwargs)
-        self._score_program = Program(self.score_step, self)
+    log_probs = ops.fori_loop(0, chunks.count, body, ops.zeros(cut.shape, "float32"))
+    return chunks.join(log_probs, ops.shape(labels))
 
 
 def _target_rows(preprocessor, texts, closed):

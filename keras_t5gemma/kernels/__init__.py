@@ -11,6 +11,7 @@ Each operation has a plain implementation in `keras.ops`, which is the oracle of
     cache_update      writing into the keys and values that decoding keeps
     device            where tensors are computed
     float16           values clipped to float16's range
+    gradients         whether gradients are recorded
     rematerialization activations that are computed again in the backward pass
     soft_cap          `cap * tanh(x / cap)`
 """

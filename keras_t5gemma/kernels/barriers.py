@@ -1,16 +1,19 @@
-"""Tensors that are to be in memory as they are, whatever reads them."""
+"""Optimization barriers: keep a compiler from recomputing, fusing or transposing a tensor."""
 
 import functools
 
 import keras
 
 
-def settled(structure):
-    """The same tensors, none of which is made again, or laid out anew, by what reads it.
+def materialized(structure):
+    """The same tensors, each computed once and kept in memory as it is, whatever reads it.
 
-    XLA would carry what keys are transposed from through a decoding loop, and transpose it in every step; or make the
-    exponentials of logits once for their sum and once more for their gradients. PyTorch would lay out a transposed view
+    Without it, XLA carries the untransposed keys through a decoding loop and transposes them in every step, or computes
+    the exponentials of logits once for their sum and once more for their gradients. PyTorch copies a transposed view
     for each product.
+
+    Args:
+        structure: tensors, nested.
     """
     if keras.config.backend() == "torch":
         return keras.tree.map_structure(lambda x: x.contiguous(), structure)
@@ -21,26 +24,26 @@ def settled(structure):
     return jax.lax.optimization_barrier(structure)
 
 
-def handed_on(x):
-    """The same tensor, for one reader more: its gradients are summed as they come, rather than kept for one sum.
+def with_gradients_summed_early(x):
+    """The same tensor, for one more reader, whose gradient is added to the running sum as soon as it exists.
 
-    XLA would keep, of the encoder's output, those of all layers of the decoder. TensorFlow, where they are large, and
-    PyTorch sum by themselves.
+    Without it, XLA keeps one gradient of the encoder's output per decoder layer, and sums them at the end. TensorFlow
+    (for large tensors) and PyTorch sum early by themselves.
     """
-    return settled(x) if keras.config.backend() == "jax" else x
+    return materialized(x) if keras.config.backend() == "jax" else x
 
 
-def settled_backwards(tensors):
-    """The same tensors, whose gradients are in memory, all of them, before any of them is used.
+def with_gradients_materialized(tensors):
+    """The same tensors. All of their gradients are in memory before the backward pass goes on.
 
-    XLA, on TPUs, would go on from layer to layer and leave the weights' gradients for later, and with them all that
-    they are made of.
+    Without it, XLA on TPUs goes on to the next layer and leaves the gradients of the weights for later, and keeps all
+    the activations that they need.
     """
-    return _settled_backwards()(tensors) if keras.config.backend() == "jax" else tensors
+    return _with_backward_barrier()(tensors) if keras.config.backend() == "jax" else tensors
 
 
 @functools.cache
-def _settled_backwards():
+def _with_backward_barrier():
     import jax
 
     same = jax.custom_vjp(lambda tensors: tensors)

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_t5gemma.kernels.barriers import settled_backwards
+from keras_t5gemma.kernels.barriers import with_gradients_materialized
 
 
 def rematerialized(call, layer, *tensors):
@@ -34,13 +34,13 @@ def rematerialized(call, layer, *tensors):
             result = call(*args[: len(tensors)])
         return result, *(scope.get_current_value(state) for state in states)
 
-    result, *after = run(*settled_backwards([*tensors, *map(ops.convert_to_tensor, trained)]))
+    result, *after = run(*with_gradients_materialized([*tensors, *map(ops.convert_to_tensor, trained)]))
     for state, value in zip(states, after, strict=True):
         state.assign(value)
     return result
 
 
-def fused(call, *tensors):
+def recomputed(call, *tensors):
     """Calls a function of elementwise steps and sums, such as a norm, of which only what goes in is worth keeping.
 
     XLA makes one pass of it by itself. TensorFlow would keep each step's result for the backward pass; there they are

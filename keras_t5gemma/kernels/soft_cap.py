@@ -1,7 +1,8 @@
 """The soft cap of logits (Gemma 2, arXiv 2408.00118, section 2)."""
 
-import keras
 from keras import ops
+
+from keras_t5gemma.kernels.gradients import may_overwrite
 
 
 def soft_cap(logits, cap):
@@ -14,15 +15,3 @@ def soft_cap_of_own(logits, cap):
     if cap is None or not may_overwrite():
         return soft_cap(logits, cap)
     return logits.div_(cap).tanh_().mul_(cap)
-
-
-def may_overwrite():
-    """Whether tensors may be changed in place: on PyTorch without gradients.
-
-    There each step would else make a tensor of the logits' size, which the system has to find and clear.
-    """
-    if keras.config.backend() != "torch":
-        return False
-    import torch
-
-    return not torch.is_grad_enabled()

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.kernels.attention.dispatch import attention
-from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.float16 import clip_to_range
 from keras_t5gemma.layers.initialization import as_rows, dense
 from keras_t5gemma.layers.rope import rotate
 
@@ -52,7 +52,7 @@ class Attention(keras.layers.Layer):
         if angles is not None:
             key = rotate(key, angles)
         value = self._split_heads(self.value_dense(rows), source)
-        return {name: ops.swapaxes(finite(x), 1, 2) for name, x in (("key", key), ("value", value))}
+        return {name: ops.swapaxes(clip_to_range(x), 1, 2) for name, x in (("key", key), ("value", value))}
 
     def call(self, x, keys_values, visible, angles=None):
         """Attends.
@@ -74,7 +74,7 @@ class Attention(keras.layers.Layer):
         groups = config.num_query_heads // config.num_key_value_heads
         grouped = (batch, length, config.num_key_value_heads, groups, config.head_dim)
         # Scaled before the product, so that float16 has its range for it.
-        query = ops.reshape(finite(query) * config.query_scale, grouped)
+        query = ops.reshape(clip_to_range(query) * config.query_scale, grouped)
         cap, dtype = config.attention_soft_cap, self.compute_dtype
         attended = attention(query, keys_values["key"], keys_values["value"], visible, cap=cap, dtype=dtype)
         width = config.num_query_heads * config.head_dim

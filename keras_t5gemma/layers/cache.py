@@ -1,4 +1,4 @@
-"""The keys and values that decoding keeps: a place a position, or, where a window is shorter, a ring of places.
+"""The keys and values that decoding keeps: one slot per position, or a ring of slots for a shorter window.
 
 A ring of six places after position 7 was written:
 
@@ -14,7 +14,7 @@ from keras import ops
 from keras_t5gemma.kernels.cache_update import write_at
 
 
-def places(length, window, ahead):
+def cache_slots(length, window, ahead):
     """R, the places of a layer's cache.
 
     Args:
@@ -35,7 +35,7 @@ def is_start(index):
     return isinstance(index, int) and index == 0
 
 
-def place(index, places):
+def slot_of(index, places):
     """The place of a position; one for all layers of a kind."""
     return index if isinstance(index, int) and index < places else _mod(index, places)
 

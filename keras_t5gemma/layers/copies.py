@@ -1,4 +1,4 @@
-"""What is said to those who copy a model layer by layer."""
+"""The error for copying a model layer by layer."""
 
 
 def part_of_a_model(layer):

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-from keras_t5gemma.kernels.float16 import finite
-from keras_t5gemma.kernels.rematerialization import fused
+from keras_t5gemma.kernels.float16 import clip_to_range
+from keras_t5gemma.kernels.rematerialization import recomputed
 from keras_t5gemma.layers.initialization import as_rows, dense
 
 
@@ -30,7 +30,7 @@ class FeedForward(keras.layers.Layer):
     def call(self, x):
         """Maps [B, T, D] to [B, T, D]."""
         rows = as_rows(x)
-        down = self.down_dense(fused(_gated, self.gate_dense(rows), self.up_dense(rows)))
+        down = self.down_dense(recomputed(_gated, self.gate_dense(rows), self.up_dense(rows)))
         return ops.reshape(down, ops.shape(x))
 
     def compute_output_shape(self, input_shape):
@@ -39,4 +39,4 @@ class FeedForward(keras.layers.Layer):
 
 
 def _gated(gate, up):
-    return finite(keras.activations.gelu(finite(gate), approximate=True) * finite(up))
+    return clip_to_range(keras.activations.gelu(clip_to_range(gate), approximate=True) * clip_to_range(up))

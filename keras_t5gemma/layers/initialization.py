@@ -1,4 +1,4 @@
-"""Where a layer's weights come from when it is built: fresh draws, or a checkpoint that is being read."""
+"""Initial values of a layer's weights: random draws, or the checkpoint that is being read."""
 
 import contextlib
 import contextvars

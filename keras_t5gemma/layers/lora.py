@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685) on chosen layers of a model: which, with what rank, and merged into their weights again."""
+"""LoRA (arXiv 2106.09685): chooses layers and ranks, and merges LoRA into the weights."""
 
 import fnmatch
 

@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-from keras_t5gemma.kernels.float16 import finite
-from keras_t5gemma.kernels.rematerialization import fused
+from keras_t5gemma.kernels.float16 import clip_to_range
+from keras_t5gemma.kernels.rematerialization import recomputed
 from keras_t5gemma.layers.initialization import FirstValue
 
 
@@ -27,10 +27,10 @@ class RMSNorm(keras.layers.Layer):
 
     def call(self, x):
         """Normalises [..., D] and returns it in the compute dtype."""
-        return fused(self._normalise, x, ops.convert_to_tensor(self.scale))
+        return recomputed(self._normalise, x, ops.convert_to_tensor(self.scale))
 
     def _normalise(self, x, scale):
-        x, weight = ops.cast(finite(x), "float32"), 1.0 + ops.cast(scale, "float32")
+        x, weight = ops.cast(clip_to_range(x), "float32"), 1.0 + ops.cast(scale, "float32")
         return ops.cast(ops.rms_normalization(x, weight, axis=-1, epsilon=self.epsilon), self.compute_dtype)
 
     def compute_output_shape(self, input_shape):

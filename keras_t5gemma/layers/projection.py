@@ -4,8 +4,8 @@ import keras
 from keras import ops
 
 from keras_t5gemma.kernels.choose import implementation
-from keras_t5gemma.kernels.embedding.quantized import goes_by_blocks, project
-from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.embedding.quantized import has_block_product, product_by_blocks
+from keras_t5gemma.kernels.float16 import clip_to_range
 from keras_t5gemma.kernels.matmul import PACKAGE as MATMUL
 from keras_t5gemma.kernels.soft_cap import soft_cap_of_own
 from keras_t5gemma.layers.copies import part_of_a_model
@@ -27,7 +27,7 @@ class VocabularyProjection(keras.layers.Layer):
 
     def call(self, x):
         """Maps [B, T, D] to float32 logits [B, T, V]."""
-        return soft_cap_of_own(ops.cast(finite(self._project(x)), "float32"), self.cap)
+        return soft_cap_of_own(ops.cast(clip_to_range(self._project(x)), "float32"), self.cap)
 
     def get_config(self):
         """Refused: a copy made by itself would not be tied to its embedding any more."""
@@ -45,8 +45,8 @@ class VocabularyProjection(keras.layers.Layer):
 
     def _project(self, x):
         embedding, product = self.embedding, implementation(MATMUL).table_product
-        if goes_by_blocks(embedding, x):
-            return project(product, x, embedding)
+        if has_block_product(embedding, x):
+            return product_by_blocks(product, x, embedding)
         if self.is_quantized or not embedding.tie_weights:
             return embedding(x, reverse=True)
         # The table as it is stored: through `reverse=True` XLA:CPU transposes it anew for every token decoded.

@@ -1,4 +1,4 @@
-"""Layers that come back from a file as they were: quantized by the same quantizers, LoRA beside its kernel.
+"""Layers that are saved and loaded unchanged: with their quantizers, and with LoRA beside the kernel.
 
 Keras adds LoRA's product to the kernel in every file it writes, quantizes the sum once more if the layer is quantized,
 and forgets which quantizers a layer was quantized by.

@@ -1,4 +1,4 @@
-"""A T5Gemma made of two Gemma 2."""
+"""`adapt_gemma2`: a T5Gemma made of one Gemma 2 or of two."""
 
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.load import load

@@ -7,6 +7,7 @@ import keras
 import keras_hub
 
 from keras_t5gemma import presets
+from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.load import load
 from keras_t5gemma.checkpoints.sources import locate_t5gemma, t5gemma_source
@@ -160,7 +161,7 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
         """As `enable_lora`, on layers by path: `{path: (rank, lora_alpha)}`."""
         self.trainable_before_lora = lora.enable(self, layers)
         # What keras-hub's `save_lora_weights` goes by: the layers' numbers among those with weights, and one rank.
-        with_weights = [layer for layer in self._flatten_layers(include_self=False) if layer.weights]
+        with_weights = [layer for layer in flatten_layers(self)[1:] if layer.weights]
         self._lora_enabled_layers = [i for i, layer in enumerate(with_weights) if layer.path in layers]
         self._lora_rank = max(rank for rank, _ in layers.values())
 
@@ -199,7 +200,7 @@ class T5GemmaBackbone(Guarded, Quantizes, keras_hub.models.Backbone):
         with h5py.File(filepath, "r") as file:
             found = sorted(int(name) for name in file["lora"] if name.isdigit())
             rank = int(file["lora/vars/rank"][()])
-        with_weights = [layer for layer in self._flatten_layers(include_self=False) if layer.weights]
+        with_weights = [layer for layer in flatten_layers(self)[1:] if layer.weights]
         if not lora.lora_layers(self):
             self.enable_lora_on({with_weights[i].path: (rank, None) for i in found})
         elif found != self._lora_enabled_layers:

@@ -1,4 +1,4 @@
-"""Keras's own methods of a model, each in its turn where several threads or a callback use them."""
+"""Keras's methods of a model, made safe for callbacks and threads."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""`quantize` on the layers that have something to quantize, and dtypes such as "int8_from_bfloat16"."""
+"""`quantize`, and dtypes such as "int8_from_bfloat16"."""
 
 import functools
 import re

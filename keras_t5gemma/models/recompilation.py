@@ -1,4 +1,4 @@
-"""Training and inference keep up with a model that was changed since: LoRA, `quantize`, `trainable`.
+"""Recompiles a model after LoRA, `quantize` or `trainable` changed it.
 
 Keras wants `compile` again after each of these. Without it JAX and PyTorch fail in their own ways, and TensorFlow goes
 on with the program it has: it trains what was frozen, or predicts without LoRA.

@@ -1,4 +1,4 @@
-"""What a backbone's config says beside its architecture: quantized layers, LoRA, and what is frozen.
+"""The part of a backbone's config beside its architecture: quantization, LoRA, and frozen weights.
 
 keras-hub's config keeps the layers' dtype policies alone. Its loader drops them for a backbone without its task, and
 they say neither by which quantizers a layer was quantized nor what LoRA it has.

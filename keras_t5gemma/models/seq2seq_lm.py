@@ -1,6 +1,7 @@
 """The task model: logits for training, text for a prompt."""
 
 import contextlib
+from functools import partial
 
 import keras
 import keras_hub
@@ -9,10 +10,12 @@ from keras_t5gemma._keras_internals import track_loss_in_float32
 from keras_t5gemma.checkpoints.sources import locate_t5gemma
 from keras_t5gemma.inference.buckets import Buckets
 from keras_t5gemma.inference.decoding.loop import resolve_sampler
-from keras_t5gemma.inference.embed import Embeds
-from keras_t5gemma.inference.generate import Generates
-from keras_t5gemma.inference.score import Scores
-from keras_t5gemma.inference.stream import Streams
+from keras_t5gemma.inference.embed import embed
+from keras_t5gemma.inference.generate import decoding_step, generate, generate_step
+from keras_t5gemma.inference.programs.compiled import Programs
+from keras_t5gemma.inference.programs.recorded_torch import recorded
+from keras_t5gemma.inference.score import score
+from keras_t5gemma.inference.stream import stream
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.guarded import Guarded
@@ -23,18 +26,16 @@ from keras_t5gemma.presets import PREPROCESSOR_OPTIONS, PRESETS, is_hugging_face
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
-from keras_t5gemma.training.accumulation import Accumulation
 from keras_t5gemma.training.batches.fitting import Fits
 from keras_t5gemma.training.losses.cross_entropy import ChunkedLoss, VocabularyCrossEntropy
 from keras_t5gemma.training.losses.distillation import Distillation
 from keras_t5gemma.training.optimizers.checks import check_optimizer
 from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
+from keras_t5gemma.training.steps.accumulation import Accumulation, release_gradients
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaSeq2SeqLM(
-    Taught, Recompiles, Fits, Generates, Scores, Streams, Embeds, Guarded, Quantizes, keras_hub.models.Seq2SeqLM
-):
+class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.models.Seq2SeqLM):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
     Args:
@@ -57,6 +58,13 @@ class T5GemmaSeq2SeqLM(
     backbone_cls = T5GemmaBackbone
     preprocessor_cls = T5GemmaSeq2SeqLMPreprocessor
     presets = PRESETS
+
+    # What a trained model is asked. As functions they read from top to bottom, see `inference`.
+    generate = generate
+    generate_step = generate_step
+    stream = stream
+    score = score
+    embed = embed
 
     def __init__(self, backbone, preprocessor=None, *, buckets=None, **kwargs):
         _check_keywords(kwargs)
@@ -81,6 +89,17 @@ class T5GemmaSeq2SeqLM(
         super().__init__(inputs=inputs, outputs=head(backbone(inputs)["decoder_sequence_output"]), **kwargs)
         self.head = head
         self.backbone = backbone  # again: PyTorch's module did not exist yet above, and would miss its parameters
+
+    @property
+    def buckets(self):
+        """The `Buckets` of `generate`, `stream`, `score` and `embed`; others may be assigned at any time."""
+        return self._buckets
+
+    @buckets.setter
+    def buckets(self, value):
+        if not isinstance(value, Buckets):
+            raise ValueError(f"`buckets` must be a kt.Buckets. Received: {value!r}.")
+        self._buckets = value
 
     @classmethod
     def from_preset(cls, preset, load_weights=True, **kwargs):
@@ -168,7 +187,11 @@ class T5GemmaSeq2SeqLM(
             optimizer = keras.optimizers.get(optimizer)
             if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        self.jit_compile_is_auto = kwargs.get("jit_compile", "auto") == "auto"
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
+        # What was compiled for another sampler, or other options, goes.
+        self.programs = Programs()
+        self.recorded_step = recorded(partial(decoding_step, self), self)
         track_loss_in_float32(self)
 
     def make_train_function(self, force=False):
@@ -208,8 +231,7 @@ class T5GemmaSeq2SeqLM(
                 logs = self._accumulation.train_step(self, *args, **kwargs)
             else:
                 logs = super().train_step(*args, **kwargs)
-        if keras.config.backend() == "torch":
-            self.zero_grad()  # Keras would keep the gradients until the next batch has been through all layers
+        release_gradients(self)
         return logs
 
     def test_step(self, *args, **kwargs):

@@ -1,8 +1,8 @@
-"""Which device holds which part of which weight and activation: layouts for `keras.distribution`."""
+"""Layouts for `keras.distribution`: which device holds which part of a weight or activation."""
 
 import keras
 
-from keras_t5gemma.checkpoints.tensor_table import TABLE, tensors
+from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
 
 # By letter in `name_maps.TABLE`: the axis of a matrix that tensor parallelism cuts in pieces. The other one is D or E,
 # the width of a stack, and full sharding cuts that.
@@ -84,7 +84,7 @@ def layout_map(device_mesh, config=None, *, data_axis="batch", model_axis="model
         )
     devices = dict(zip(device_mesh.axis_names, device_mesh.shape, strict=True))
     model_axis = model_axis if model_axis in devices else None
-    shapes = {} if config is None else {(tensor.row, tensor.stack): tensor.shape for tensor in tensors(config)}
+    shapes = {} if config is None else {(tensor.row, tensor.stack): tensor.shape for tensor in tensor_specs(config)}
     layouts = keras.distribution.LayoutMap(device_mesh)
     for row in TABLE:
         for stack in row.stacks:

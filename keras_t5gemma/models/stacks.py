@@ -5,12 +5,12 @@ from keras import ops
 
 from keras_t5gemma.kernels.attention.dispatch import has_kernel
 from keras_t5gemma.kernels.attention.masks import attention_mask, visible_keys
-from keras_t5gemma.kernels.barriers import handed_on, settled
+from keras_t5gemma.kernels.barriers import materialized, with_gradients_summed_early
 from keras_t5gemma.kernels.cache_update import write_at
 from keras_t5gemma.kernels.embedding.lookup import look_up
 from keras_t5gemma.kernels.rematerialization import rematerialized
 from keras_t5gemma.layers.block import Block
-from keras_t5gemma.layers.cache import is_start, place, places, positions
+from keras_t5gemma.layers.cache import cache_slots, is_start, positions, slot_of
 from keras_t5gemma.layers.copies import part_of_a_model
 from keras_t5gemma.layers.initialization import embedding
 from keras_t5gemma.layers.norm import RMSNorm
@@ -82,7 +82,7 @@ class Stack(keras.layers.Layer):
             if kind not in masks:
                 room = None if caches is None or is_start(start) else caches[i]["self"]["key"].shape[2]
                 masks[kind] = self._visible(kind, query_segments, key_segments, start, room)
-                indices[kind] = start if room is None or query_segments.shape[1] > 1 else place(start, room)
+                indices[kind] = start if room is None or query_segments.shape[1] > 1 else slot_of(start, room)
         angles = rotary_angles(ops.shape(token_ids)[1], start, config.head_dim, config.rope_wavelength)
         x = ops.cast(look_up(self.token_embedding, token_ids, only_gradient=not self.projects), self.compute_dtype)
         # Gemma rounds the factor to the compute dtype: sqrt(3584) is 59.867 in float32, 59.75 in bfloat16.
@@ -92,7 +92,7 @@ class Stack(keras.layers.Layer):
         for i, (block, kind) in enumerate(zip(self.blocks, config.layer_kinds, strict=True)):
             cache = None if caches is None else caches[i]
             if encoder[0] is not None and training:
-                encoder = (handed_on(encoder[0]), encoder[1])
+                encoder = (with_gradients_summed_early(encoder[0]), encoder[1])
             if self.rematerialize and training and cache is None:
                 x = _rematerialized(block, x, masks[kind], angles, encoder)
             else:
@@ -202,13 +202,13 @@ class Decoder(Stack):
         config, batch = self.config, ops.shape(encoder_output)[0]
 
         def empty(kind):
-            room = places(length, self._window(kind), length if ahead is None else max(1, ahead))
+            room = cache_slots(length, self._window(kind), length if ahead is None else max(1, ahead))
             shape = (batch, config.num_key_value_heads, room, config.head_dim)
             return {name: ops.zeros(shape, dtype=self.compute_dtype) for name in ("key", "value")}
 
         return {
             "layers": [
-                {"self": empty(kind), "cross": settled(block.cross_attention.keys_values(encoder_output))}
+                {"self": empty(kind), "cross": materialized(block.cross_attention.keys_values(encoder_output))}
                 for block, kind in zip(self.blocks, config.layer_kinds, strict=True)
             ],
             "segments": ops.zeros((batch, length), dtype="int32"),

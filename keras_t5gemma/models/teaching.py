@@ -1,8 +1,8 @@
-"""How a model's steps get at a teacher that is no part of the model."""
+"""Gives a model's training steps access to a teacher that is not part of the model."""
 
 import contextlib
 
-import keras
+from keras_t5gemma.training.steps.accumulation import steps_are_functions
 
 
 class Taught:
@@ -59,7 +59,7 @@ class Taught:
     @contextlib.contextmanager
     def _carrying_teacher(self, carries=True):
         before = self._carries_teacher
-        teacher = self._teacher_variables() if carries and not before and keras.config.backend() == "jax" else []
+        teacher = self._teacher_variables() if carries and not before and steps_are_functions() else []
         values = [variable.value for variable in teacher]
         self._carries_teacher = carries and (before or bool(teacher))
         try:

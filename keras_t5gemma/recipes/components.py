@@ -1,4 +1,4 @@
-"""What a recipe names, made: model and data."""
+"""Builds the model, the data and the optimizer that a recipe names."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Keys that say nothing in the company of others: what a recipe states and a run would not look at."""
+"""Recipe keys that have no effect beside others."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""`[objective]` to an objective."""
+"""The section `[objective]` of a recipe, as an objective."""
 
 import warnings
 

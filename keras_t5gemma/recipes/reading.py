@@ -1,4 +1,4 @@
-"""A recipe file to a `Recipe`; what is wrong in it is told with the file, the key, what came and what would work."""
+"""Reads and checks a recipe file; an error names the file, the key, what came and what would work."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A recipe to a trained model: the run, and going on with one that was stopped."""
+"""Runs a recipe, and resumes a run that was stopped."""
 
 import contextlib
 import math
@@ -10,9 +10,9 @@ from rich.console import Console
 
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.convert import average_checkpoints
-from keras_t5gemma.checkpoints.export import export_to_hugging_face
+from keras_t5gemma.checkpoints.hugging_face.export import export_to_hugging_face
 from keras_t5gemma.checkpoints.hugging_face.peft import save_lora
-from keras_t5gemma.checkpoints.processes import gather, together
+from keras_t5gemma.checkpoints.processes import gather, on_all_processes
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.recipes.components import compiled_model, held_out_batches, training_data
 from keras_t5gemma.recipes.devices import distribution, process
@@ -56,7 +56,7 @@ def run_recipe(recipe, console=None):
     with locked(folder, index):
         model_folder = folder / MODEL_FOLDER
         # The first process speaks for all: the others may see another disk.
-        over = together(lambda: index == 0 and begin(folder, recipe) and model_folder.exists())
+        over = on_all_processes(lambda: index == 0 and begin(folder, recipe) and model_folder.exists())
         if gather(over)[0]:
             _say(console, index, f"{folder} holds this run already, trained to its end.")
             return model_folder

@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, which recipe it was begun with; no Keras here."""
+"""The folder of a run: which recipe it was begun with, and who uses it. Needs no Keras."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Every key of a training recipe, with its type, its range and what it means; no Keras here."""
+"""Every key of a training recipe, with its type, its range and its meaning. Needs no Keras."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Texts to rows of ids that fit, and rows to padded arrays: what the preprocessor does, on one batch, in numpy."""
+"""Texts to padded arrays of ids, one batch at a time, in numpy: the work of the preprocessor."""
 
 import dataclasses
 

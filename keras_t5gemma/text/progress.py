@@ -1,4 +1,4 @@
-"""How far a long list of texts is."""
+"""A progress bar for long lists of texts."""
 
 import contextlib
 

@@ -1,4 +1,4 @@
-"""Training a SentencePiece vocabulary with Gemma's layout, for models that start from nothing (and for tests)."""
+"""Trains a SentencePiece vocabulary in Gemma's layout, for models from scratch and for tests."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Ids that come one after the other as text that stands."""
+"""Ids that come one at a time, as text in whole characters."""
 
 # A character of UTF-8 has up to four bytes, so up to three wait for the rest of it. SentencePiece shows each byte that
 # belongs to no whole character as U+FFFD.

@@ -1,1 +1,10 @@
-"""What `fit()` needs beyond Keras: callbacks."""
+"""Training: `fit` and what it needs beyond Keras.
+
+batches/        data of `fit` in any form, as arrays
+callbacks/      warm-up, logs, progress, plots
+checkpointing/  runs that resume
+losses/         cross-entropy, distillation
+optimizers/     AdamW, Adafactor, Muon; bfloat16
+steps/          the training step of a batch in parts
+evaluation      Held-out loss, in all and by denoiser
+"""

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import transformers
-from peers import hf_gemma2, hf_t5gemma, tiny_config, tiny_gemma_stack, tiny_keras_gemma
+from helpers.peers import hf_gemma2, hf_t5gemma, tiny_config, tiny_gemma_stack, tiny_keras_gemma
 
 transformers.utils.logging.disable_progress_bar()
 

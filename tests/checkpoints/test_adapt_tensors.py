@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from peers import tiny_gemma_stack
-from tiny import NamedArrays
+from helpers.peers import tiny_gemma_stack
+from helpers.tiny import NamedArrays
 
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors, adapted_config
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config

@@ -7,13 +7,13 @@ import keras
 import numpy as np
 import pytest
 import transformers
+from helpers.peers import hf_logits, loud_inputs, tiny_config
+from helpers.tiny import backbone_of, loud_backbone
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 from keras import ops
-from peers import hf_logits, loud_inputs, tiny_config
 from safetensors.numpy import load_file
-from tiny import backbone_of, loud_backbone
-from tiny_tokenizer import train_tiny_tokenizer
 
-from keras_t5gemma.checkpoints.export import ModelTensors, export_to_hugging_face
+from keras_t5gemma.checkpoints.hugging_face.export import ModelTensors, export_to_hugging_face
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.sources import t5gemma_source

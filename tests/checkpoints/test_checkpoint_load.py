@@ -3,15 +3,15 @@
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.peers import hf_logits, hf_t5gemma, loud_inputs, tiny_config
+from helpers.tiny import backbone_of
 from keras import ops
-from peers import hf_logits, hf_t5gemma, loud_inputs, tiny_config
 from safetensors.numpy import load_file, save_file
-from tiny import backbone_of
 
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 NAME = "model.decoder.layers.1.cross_attn.k_proj.weight"
@@ -49,13 +49,13 @@ def test_each_stored_dtype_loads_into_each_variable_dtype_rounded_once(tmp_path,
     generator = np.random.default_rng(0)
     arrays = {
         tensor.name: generator.standard_normal(tensor.stored_shape).astype(numpy_dtypes.get(stored, stored))
-        for tensor in tensors(config)
+        for tensor in tensor_specs(config)
     }
     save_file(arrays, tmp_path / "model.safetensors")
     backbone = backbone_of(config, dtype=variables)
     load_into(backbone, config, CheckpointFolder(tmp_path))
     by_path = {variable.path: variable for variable in backbone.weights}
-    for tensor in tensors(config):
+    for tensor in tensor_specs(config):
         expected = tensor.from_stored(arrays[tensor.name]).astype(numpy_dtypes.get(variables, variables))
         assert by_path[tensor.path].dtype == variables
         np.testing.assert_array_equal(ops.convert_to_numpy(by_path[tensor.path].value), expected)

@@ -6,9 +6,9 @@ import json
 import keras_hub
 import numpy as np
 import pytest
+from helpers.peers import keras_t5gemma, loud_inputs, tiny_config, tiny_gemma_stack
+from helpers.tiny import backbone_of
 from keras import ops
-from peers import loud_inputs, tiny_config, tiny_gemma_stack
-from tiny import backbone_of
 
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.load import load_into
@@ -16,44 +16,6 @@ from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 
 STACK = tiny_gemma_stack()
-KINDS = {"sliding": "sliding_attention", "global": "full_attention"}
-
-
-def keras_t5gemma(config, **changes):
-    """keras-hub's own T5Gemma."""
-    sizes = {
-        f"{name}_{theirs}": getattr(stack, ours)
-        for name, stack in (("encoder", config.encoder), ("decoder", config.decoder))
-        for ours, theirs in (
-            ("hidden_dim", "hidden_dim"),
-            ("intermediate_dim", "intermediate_dim"),
-            ("num_layers", "num_layers"),
-            ("num_query_heads", "num_attention_heads"),
-            ("num_key_value_heads", "num_key_value_heads"),
-            ("head_dim", "head_dim"),
-        )
-    }
-    shared = config.decoder
-    backbone = keras_hub.models.T5GemmaBackbone(
-        **{
-            "vocabulary_size": config.vocabulary_size,
-            **sizes,
-            "encoder_layer_types": [KINDS[kind] for kind in config.encoder.layer_kinds],
-            "decoder_layer_types": [KINDS[kind] for kind in config.decoder.layer_kinds],
-            "query_pre_attn_scalar": shared.head_dim if shared.query_scalar is None else shared.query_scalar,
-            "sliding_window": shared.sliding_window,
-            "attn_logit_softcapping": shared.attention_soft_cap,
-            "final_logit_softcapping": config.final_logit_soft_cap,
-            "tie_word_embeddings": config.tie_embeddings,
-            "rope_max_wavelength": shared.rope_wavelength,
-            "rms_norm_eps": shared.norm_epsilon,
-            **changes,
-        }
-    )
-    generator = np.random.default_rng(0)
-    for variable in backbone.weights:
-        variable.assign(generator.uniform(-0.5, 0.5, tuple(variable.shape)))
-    return backbone
 
 
 def test_gemma2_folder_has_the_tensors_of_the_model(gemma2_folder, gemma2_peer):

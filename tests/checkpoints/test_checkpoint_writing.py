@@ -5,8 +5,8 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers.tiny import NamedArrays
 from safetensors import safe_open
-from tiny import NamedArrays
 
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.reader import INDEX_FILE, CheckpointFolder

@@ -11,24 +11,33 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers.flax import flax_tree
+from helpers.flax import write as write_orbax
+from helpers.peers import (
+    hf_gemma2,
+    hf_logits,
+    hf_t5gemma,
+    keras_t5gemma,
+    loud_inputs,
+    tiny_config,
+    tiny_gemma_stack,
+    tiny_keras_gemma,
+)
+from helpers.tensors import CONFIG, drawn
+from helpers.tiny import NamedArrays, loud_backbone
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 from keras import ops
-from peers import hf_gemma2, hf_logits, hf_t5gemma, loud_inputs, tiny_config, tiny_gemma_stack, tiny_keras_gemma
-from test_checkpoint_sources import keras_t5gemma
-from test_orbax import flax_tree
-from test_orbax import write as write_orbax
-from tiny import NamedArrays, loud_backbone
-from tiny_tokenizer import train_tiny_tokenizer
 
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.convert import adapt_gemma2_files, average_checkpoints, convert_checkpoint
-from keras_t5gemma.checkpoints.export import ModelTensors, export_to_hugging_face, write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
+from keras_t5gemma.checkpoints.hugging_face.export import ModelTensors, export_to_hugging_face, write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.hugging_face.writer import write_tensors
 from keras_t5gemma.checkpoints.sources import Source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, CheckpointError, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.checkpoints.transforms import MeanTensors, cast_tensors
 from keras_t5gemma.models.adapted import adapt_gemma2
 from keras_t5gemma.models.backbone import T5GemmaBackbone
@@ -271,16 +280,6 @@ def test_existing_folder_is_refused_and_kept(gemma2, tmp_path):
 
 
 # Averaging
-
-CONFIG = tiny_config(balanced=False, num_layers=2)
-
-
-def drawn(seed, dtype, config=CONFIG):
-    generator = np.random.default_rng(seed)
-    return {
-        tensor.name: generator.standard_normal(tensor.stored_shape).astype("float32").astype(dtype)
-        for tensor in tensors(config)
-    }
 
 
 @pytest.fixture(scope="module")
@@ -534,7 +533,7 @@ def adapted_stream(dtype):
 
 def t5gemma_stream(dtype):
     config = tiny_config(vocabulary_size=ROWS, **WIDE)
-    return Stream({tensor.name: tensor.stored_shape for tensor in tensors(config)}, dtype)
+    return Stream({tensor.name: tensor.stored_shape for tensor in tensor_specs(config)}, dtype)
 
 
 @pytest.mark.parametrize(

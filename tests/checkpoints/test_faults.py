@@ -9,18 +9,18 @@ import os
 import signal
 import tracemalloc
 
-import damage
 import h5py
 import numpy as np
 import pytest
-from gemma2_folder import write_gemma2
-from peers import tiny_config, tiny_gemma_stack
-from tiny import NamedArrays, loud_backbone
+from helpers import damage
+from helpers.gemma2_folder import write_gemma2
+from helpers.peers import tiny_config, tiny_gemma_stack
+from helpers.tiny import NamedArrays, loud_backbone
 
-from keras_t5gemma.checkpoints.export import write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 
 # Some 20 KB, so that a folder is written and read in milliseconds.
 CONFIG = tiny_config(
@@ -57,7 +57,9 @@ IN_DATA = (damage.flip_data, damage.blank_data, damage.swap_data)
 @pytest.fixture(scope="module")
 def arrays():
     generator = np.random.default_rng(0)
-    return {tensor.name: generator.standard_normal(tensor.stored_shape, dtype="float32") for tensor in tensors(CONFIG)}
+    return {
+        tensor.name: generator.standard_normal(tensor.stored_shape, dtype="float32") for tensor in tensor_specs(CONFIG)
+    }
 
 
 @pytest.fixture(scope="module")

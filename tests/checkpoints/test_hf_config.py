@@ -6,7 +6,7 @@ import json
 
 import pytest
 import transformers
-from peers import hf_t5gemma, tiny_config, tiny_gemma_stack
+from helpers.peers import hf_t5gemma, tiny_config, tiny_gemma_stack
 
 from keras_t5gemma.checkpoints.hugging_face.config import read_gemma2_config, read_t5gemma_config, write_t5gemma_config
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError

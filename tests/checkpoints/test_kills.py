@@ -6,13 +6,13 @@ import sys
 
 import numpy as np
 import pytest
-from gemma2_folder import write_gemma2
-from peers import tiny_config, tiny_gemma_stack
-from test_convert import drawn
-from tiny import NamedArrays
+from helpers.gemma2_folder import write_gemma2
+from helpers.peers import tiny_config, tiny_gemma_stack
+from helpers.tensors import drawn
+from helpers.tiny import NamedArrays
 
 from keras_t5gemma.checkpoints import convert
-from keras_t5gemma.checkpoints.export import write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.sources import t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 

@@ -16,9 +16,9 @@ def test_positions_before_the_ring_is_full_are_below_zero_where_nothing_was_writ
 
 
 def test_places_are_no_more_than_the_window_and_what_is_written_ahead():
-    assert cache.places(100, 8, 4) == 12
-    assert cache.places(10, 8, 4) == 10
-    assert cache.places(100, None, 4) == 100
+    assert cache.cache_slots(100, 8, 4) == 12
+    assert cache.cache_slots(10, 8, 4) == 10
+    assert cache.cache_slots(100, None, 4) == 100
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["known", "tensor"])
@@ -28,7 +28,7 @@ def test_each_place_holds_the_newest_of_its_positions(sizes, traced):
     for count in sizes:
         update = np.arange(index, index + count, dtype="float32").reshape(1, 1, count, 1) + 100
         where = ops.convert_to_tensor(index, dtype="int32") if traced else index
-        where = cache.place(where, size) if count == 1 else where
+        where = cache.slot_of(where, size) if count == 1 else where
         buffer = cache.write(buffer, ops.convert_to_tensor(update), where)
         index += count
         held = ops.convert_to_numpy(cache.positions(size, index - 1))

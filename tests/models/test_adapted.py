@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
+from helpers.peers import VOCABULARY_SIZE, hf_gemma2, tiny_gemma_stack
 from keras import ops
-from peers import VOCABULARY_SIZE, hf_gemma2, tiny_gemma_stack
 
 from keras_t5gemma.models.adapted import adapt_gemma2
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM

@@ -5,9 +5,9 @@ import dataclasses
 import keras
 import numpy as np
 import pytest
+from helpers.peers import loud_inputs, tiny_config
+from helpers.tiny import backbone_of, loud_backbone
 from keras import ops
-from peers import loud_inputs, tiny_config
-from tiny import backbone_of, loud_backbone
 
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM

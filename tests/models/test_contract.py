@@ -6,10 +6,10 @@ import sys
 import keras
 import numpy as np
 import pytest
+from helpers.peers import loud_inputs, tiny_config
+from helpers.tiny import loud_backbone
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 from keras import ops
-from peers import loud_inputs, tiny_config
-from tiny import loud_backbone
-from tiny_tokenizer import train_tiny_tokenizer
 
 from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
 from keras_t5gemma.data.pipelines.dataset import pretraining_dataset

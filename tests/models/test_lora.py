@@ -5,9 +5,9 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from helpers.peers import loud_inputs, tiny_config
+from helpers.tiny import loud_backbone
 from keras import ops
-from peers import loud_inputs, tiny_config
-from tiny import loud_backbone
 
 from keras_t5gemma.checkpoints.hugging_face.peft import load_lora, save_lora
 from keras_t5gemma.layers.lora import lora_layers

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
-from golden import GOLDEN_FILE, INPUT_NAMES, golden_config
+from helpers.golden import GOLDEN_FILE, INPUT_NAMES, golden_config
+from helpers.peers import hf_logits, loud_inputs, tiny_config
+from helpers.tiny import NamedArrays, backbone_of, loud_backbone, twins
 from keras import ops
-from peers import hf_logits, loud_inputs, tiny_config
-from tiny import NamedArrays, backbone_of, loud_backbone, twins
 
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM

@@ -5,9 +5,9 @@ import math
 import keras
 import numpy as np
 import pytest
+from helpers.peers import loud_inputs, tiny_config
+from helpers.tiny import loud_backbone
 from keras import ops
-from peers import loud_inputs, tiny_config
-from tiny import loud_backbone
 
 from keras_t5gemma.kernels.embedding import quantized
 from keras_t5gemma.kernels.embedding.lookup import look_up
@@ -117,6 +117,6 @@ def test_table_in_blocks_of_any_size_and_looked_up_by_rows_is_the_dequantized_on
     looked_up = look_up(embedding, ops.convert_to_tensor(ids))
     np.testing.assert_allclose(ops.convert_to_numpy(looked_up), table[ids], atol=1e-6)
     x = np.random.default_rng(0).normal(size=(2, 3, 7)).astype("float32")
-    assert quantized.goes_by_blocks(embedding, ops.convert_to_tensor(x))
+    assert quantized.has_block_product(embedding, ops.convert_to_tensor(x))
     logits = ops.convert_to_numpy(projection.VocabularyProjection(embedding)(ops.convert_to_tensor(x)))
     np.testing.assert_allclose(logits, x @ table.T, atol=1e-6)

@@ -7,14 +7,14 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-import saved_models
+from helpers import saved_models
+from helpers.launch import python_path
+from helpers.saved_models import DTYPES, LORA, QUANTIZATIONS, WRITE, logits, new_model, read, trainable, weights
 from keras import ops
-from saved_models import DTYPES, LORA, QUANTIZATIONS, WRITE, logits, new_model, read, trainable, weights
 
 import keras_t5gemma as kt
 
@@ -82,16 +82,11 @@ def others(tmp_path_factory):
     environment = {**os.environ, "KERAS_BACKEND": WRITERS[keras.config.backend()]}
     # As in `conftest`, which has looked at this backend: what JAX compiles here is tiny.
     environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    tests = Path(saved_models.__file__).parent
-    environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", ""), *_paths(tests)])
+    environment["PYTHONPATH"] = python_path()
     program = [sys.executable, saved_models.__file__, str(folder)]
     result = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return folder
-
-
-def _paths(tests):
-    return [path for path in sys.path if Path(path).is_relative_to(tests)]
 
 
 @pytest.mark.parametrize("lora", ["plain", "trained lora"])

@@ -6,7 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-import saved_models
+from helpers import saved_models
 
 import keras_t5gemma as kt
 

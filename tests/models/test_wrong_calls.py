@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from peers import tiny_config
-from tiny import loud_backbone
-from tiny_tokenizer import train_tiny_tokenizer
+from helpers.peers import tiny_config
+from helpers.tiny import loud_backbone
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 
 import keras_t5gemma as kt
 

@@ -3,7 +3,7 @@
 import contextlib
 
 import pytest
-from tiny_recipe import write_tiny_recipe
+from helpers.tiny_recipe import write_tiny_recipe
 
 
 @pytest.fixture(scope="session")

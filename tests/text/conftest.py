@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tiny_tokenizer import train_tiny_tokenizer
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 

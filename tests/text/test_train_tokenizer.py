@@ -2,9 +2,9 @@
 
 import pytest
 import sentencepiece
+from helpers.tiny_tokenizer import TEXTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_tokenizer import TEXTS
 
 from keras_t5gemma.text.train_tokenizer import train_tokenizer
 

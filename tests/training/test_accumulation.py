@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
+from helpers.one_step import assert_same_step, batch, language_model, take_steps, weights_of
 from keras import ops
-from one_step import assert_same_step, batch, language_model, take_steps, weights_of
 
-from keras_t5gemma.training.accumulation import Accumulation
 from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
 from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
+from keras_t5gemma.training.steps.accumulation import Accumulation
 
 ROWS = 6
 

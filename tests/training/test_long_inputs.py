@@ -2,7 +2,7 @@
 
 import keras
 import pytest
-from one_step import assert_same_step, batch, language_model, take_steps, weights_of
+from helpers.one_step import assert_same_step, batch, language_model, take_steps, weights_of
 
 from keras_t5gemma.kernels.attention import masks
 from keras_t5gemma.kernels.attention.dispatch import PACKAGE

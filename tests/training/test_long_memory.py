@@ -6,8 +6,8 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
-from peers import tiny_config
-from tiny import loud_backbone
+from helpers.peers import tiny_config
+from helpers.tiny import loud_backbone
 
 import keras_t5gemma as kt
 

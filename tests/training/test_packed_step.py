@@ -2,7 +2,7 @@
 
 import keras
 import numpy as np
-from one_step import assert_same_step, language_model, take_steps
+from helpers.one_step import assert_same_step, language_model, take_steps
 
 SIDES = ("encoder", "decoder")
 LENGTHS = ((9, 6), (4, 11), (6, 3))  # of the examples, longer than a window, encoder and decoder

@@ -4,7 +4,7 @@ import functools
 
 import keras
 import pytest
-from one_step import assert_same_step, batch, language_model, take_steps
+from helpers.one_step import assert_same_step, batch, language_model, take_steps
 
 from keras_t5gemma.layers.block import Block
 

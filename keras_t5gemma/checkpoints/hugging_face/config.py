@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` of T5Gemma and Gemma 2, to and from our configs, field by field and strictly.
+"""`config.json` of T5Gemma and Gemma 2, to and from our configs, field by field and strictly.
 
 What is read is what changes the function; a field that would change it in a way we do not compute is an error. The
 sliding window is the published one: `sliding_window` counts the query's own position, `|q - k| < sliding_window`.
@@ -8,7 +8,7 @@ import dataclasses
 import warnings
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, StackConfig, T5GemmaConfig
 
 LAYER_TYPES = {"sliding_attention": "sliding", "full_attention": "global"}
@@ -54,7 +54,7 @@ class Gemma2Config:
 
     def tensors(self):
         """Its tensors: the encoder's of the T5Gemma it would make, each of which has its Gemma 2 name."""
-        return [tensor for tensor in tensors(self._t5gemma()) if tensor.stack == "encoder"]
+        return [tensor for tensor in tensor_specs(self._t5gemma()) if tensor.stack == "encoder"]
 
     def _t5gemma(self):
         return T5GemmaConfig(self.stack, self.stack, self.vocabulary_size, self.final_logit_soft_cap)

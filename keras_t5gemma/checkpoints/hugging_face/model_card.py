@@ -1,4 +1,4 @@
-"""The README.md of a checkpoint: where it comes from, and what made it."""
+"""The README.md of a checkpoint: where it comes from, and which program wrote it."""
 
 import datetime
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""LoRA's matrices alone, in the files of Hugging Face's PEFT: trained here and used there, or the other way."""
+"""LoRA's matrices in the files of Hugging Face's PEFT, written and read."""
 
 import math
 import re
@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.reader import SafetensorsFile, read_json
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
-from keras_t5gemma.checkpoints.processes import whole, write_on_first
+from keras_t5gemma.checkpoints.processes import gathered, write_on_first
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource, is_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.concurrency import reading
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -142,7 +143,7 @@ class _Matrices(TensorSource):
         return np.dtype(self._variables[name].dtype)
 
     def read(self, name):
-        return whole(self._variables[name]).T
+        return gathered(self._variables[name]).T
 
     def where(self, name=None):
         return self._title if name is None else f"{self._title} ({self._variables[name].path})"
@@ -154,9 +155,8 @@ def _modules(backbone):
     Raises:
         ValueError: where LoRA is on an embedding.
     """
-    # Keras lists nested layers in no public way.
-    layers, modules = {layer.path: layer for layer in backbone._flatten_layers()}, {}
-    for tensor in tensors(backbone.config):
+    layers, modules = {layer.path: layer for layer in flatten_layers(backbone)}, {}
+    for tensor in tensor_specs(backbone.config):
         path, _, weight = tensor.path.rpartition("/")
         if weight == "kernel":
             modules[tensor.name.removesuffix(".weight")] = (tensor, layers[path])

@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a lazy mapping from tensor names to numpy arrays, read strictly and one tensor at a time.
+"""A Hugging Face folder as a lazy `TensorSource`, read strictly and one tensor at a time.
 
 safetensors only: nothing is ever unpickled. The format (https://huggingface.co/docs/safetensors): 8 bytes, little
 endian, the header's length; the header, a JSON object {name: {dtype, shape, data_offsets}} and, optionally,

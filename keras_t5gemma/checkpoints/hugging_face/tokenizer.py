@@ -1,4 +1,4 @@
-"""The tokenizer's files beside a checkpoint: Gemma's SentencePiece model, and what `transformers` needs to use it."""
+"""The tokenizer's files: Gemma's SentencePiece model, and the files that `transformers` needs beside it."""
 
 from pathlib import Path
 

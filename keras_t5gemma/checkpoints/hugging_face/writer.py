@@ -1,4 +1,4 @@
-"""Tensors to safetensors: one piece at a time, each tensor with its checksum."""
+"""Tensors to safetensors, one piece at a time, each tensor with its checksum."""
 
 import json
 import re

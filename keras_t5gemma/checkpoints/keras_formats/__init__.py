@@ -1,1 +1,6 @@
-"""TODO."""
+"""Keras's formats: presets and models of keras-hub and of this package.
+
+layouts  How Keras models lay out their tensors: keras-hub's Gemma 2 and T5Gemma, and ours. Needs no Keras
+models   keras-hub's Gemma 2 and T5Gemma models in memory, read as if they were Hugging Face checkpoints
+presets  Keras presets on disk, read as if they were Hugging Face checkpoints. Needs no Keras
+"""

@@ -1,4 +1,4 @@
-"""How Keras models lay out their tensors: keras-hub's Gemma 2, keras-hub's T5Gemma, and ours; no Keras needed.
+"""How Keras models lay out their tensors: keras-hub's Gemma 2 and T5Gemma, and ours. Needs no Keras.
 
 A tensor's group is the path of its layer by attributes, as Keras's h5 files write it: "self_attention/query_dense" in
 the block. The same table serves a file and a model in memory.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, layer_pattern
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import TABLE, tensors
+from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 # Our layer within a block: in keras-hub's Gemma, in keras-hub's T5Gemma; each with the kernel's axes, a letter each as
@@ -124,7 +124,7 @@ def expected_tensors(config):
     """The tensors of a config by name in Hugging Face's checkpoints: `{name: name_maps.Tensor}`."""
     if isinstance(config, Gemma2Config):
         return {tensor.gemma2: tensor for tensor in config.tensors()}
-    return {tensor.name: tensor for tensor in tensors(config)}
+    return {tensor.name: tensor for tensor in tensor_specs(config)}
 
 
 def _gemma2_config(values, where):

@@ -1,4 +1,4 @@
-"""Keras presets on disk, read one tensor at a time as if they were Hugging Face checkpoints; no Keras needed.
+"""Keras presets on disk, read as if they were Hugging Face checkpoints. Needs no Keras.
 
 `model.weights.h5`, or `model.weights.json`, an index, and its shards.
 """

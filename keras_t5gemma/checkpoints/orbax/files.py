@@ -1,4 +1,4 @@
-"""A folder in Orbax's format as tensorstores by parameter: nothing but their shapes and dtypes is read here.
+"""A folder in Orbax's format as tensorstores by parameter; only shapes and dtypes are read here.
 
 The format (https://orbax.readthedocs.io): the JSON file `_METADATA` lists the keys that lead to each parameter; each is
 a zarr array under its keys joined by dots, all of them in one OCDBT database or each in a folder of its own. The arrays

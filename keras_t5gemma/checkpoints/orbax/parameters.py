@@ -1,4 +1,4 @@
-"""T5Gemma's Flax checkpoints, as Kaggle has them in Orbax's format, read as if they were Hugging Face's.
+"""T5Gemma's Flax checkpoints (Orbax, from Kaggle), read as if they were Hugging Face checkpoints.
 
 The parameters are those of google-deepmind/gemma: `gemma/research/t5gemma/modules.py`, `gemma/gm/nn/_modules.py` and
 `gemma/gm/nn/_layers.py`.
@@ -10,7 +10,7 @@ import warnings
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.orbax.files import open_orbax, result
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import STACKS, tensors
+from keras_t5gemma.checkpoints.tensor_table import STACKS, tensor_specs
 from keras_t5gemma.config import T5GemmaConfig
 
 # The published vocabulary, and the rows that Flax's embeddings have beyond it for UL2's extra ids.
@@ -121,7 +121,7 @@ class OrbaxTensors(TensorSource):
         self.folder = folder
         if not config.tie_embeddings:
             raise CheckpointError(f"{folder}: `tie_embeddings` is False. Expected True, as in every Flax T5Gemma.")
-        placed = [(tensor, self._columns(tensor, arrays)) for tensor in tensors(config)]
+        placed = [(tensor, self._columns(tensor, arrays)) for tensor in tensor_specs(config)]
         if surplus := sorted(arrays.keys() - {columns[0].path for _, columns in placed}):
             raise CheckpointError(
                 f"{folder}: {len(surplus)} parameter(s) that this T5Gemma does not have, among them {surplus[0]!r}."

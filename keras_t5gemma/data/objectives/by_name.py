@@ -1,4 +1,4 @@
-"""The objectives that have a name."""
+"""The objectives by name."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""What an objective makes, and its one way into the model's arrays."""
+"""`Example`, the output of an objective, and its conversion to model inputs."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Any objectives in any proportion, as one objective."""
+"""Several objectives in given proportions, as one objective."""
 
 import dataclasses
 import math

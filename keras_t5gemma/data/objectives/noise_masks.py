@@ -1,4 +1,4 @@
-"""Where corrupted spans lie in a sequence, and what inputs and targets they make of it."""
+"""Where the corrupted spans of a sequence lie, and the inputs and targets that follow from them."""
 
 import numpy as np
 

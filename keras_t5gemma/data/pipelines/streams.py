@@ -1,4 +1,4 @@
-"""Stages of Grain pipelines: documents in order, to examples, to rows, to batches; each can save its position."""
+"""Stages of Grain pipelines: documents, examples, rows, batches. Each can save its position."""
 
 import collections
 

@@ -1,4 +1,4 @@
-"""What a decoder-only teacher reads of a batch, and where in it each label is predicted; for distillation."""
+"""The tokens that a decoder-only teacher reads for a batch, and where in them it predicts each label."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""A source's rows: texts out of them, and streams of them that are shared out and can save their position."""
+"""A source's rows: the texts in them, and streams of them that are shared out and can save their position."""
 
 import importlib
 from collections.abc import Mapping

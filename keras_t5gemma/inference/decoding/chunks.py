@@ -1,4 +1,4 @@
-"""Decoding in chunks, so that what is there can be seen before the rest is."""
+"""Decoding in chunks of tokens, for streams."""
 
 import keras
 from keras import ops

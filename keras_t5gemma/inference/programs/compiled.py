@@ -1,4 +1,4 @@
-"""A function of tensors as one program, compiled where the backend compiles."""
+"""A function of tensors as one program, compiled if the backend compiles."""
 
 import contextlib
 import threading
@@ -27,17 +27,21 @@ def by_xla(model):
 _COMPILING = threading.RLock()
 
 
+# Programs for different options are kept. More are a sign of options made anew for each call.
+MOST_PROGRAMS = 64
+
+
 class Programs:
-    """The newest programs by what they are for; safe to ask from several threads.
+    """The newest programs of a model by their keys, which begin with the kind; safe to ask from several threads.
 
     Args:
         most: how many are kept; the oldest goes first.
     """
 
-    def __init__(self, most):
+    def __init__(self, most=MOST_PROGRAMS):
         self._most = most
         self._made = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # one program may be made of others
 
     def get(self, key, make):
         """The one for a key, made by `make()` if there is none."""
@@ -48,10 +52,10 @@ class Programs:
                 self._made[key] = make()
             return self._made[key]
 
-    def values(self):
-        """A list of all."""
+    def values(self, kind=None):
+        """A list of all programs, or of those whose key begins with `kind`."""
         with self._lock:
-            return list(self._made.values())
+            return [program for key, program in self._made.items() if kind in (None, key[0])]
 
     def __len__(self):
         return len(self._made)

@@ -1,4 +1,4 @@
-"""A decoding step on PyTorch without the Python of its layers: recorded as a list of tensor operations, and replayed.
+"""A decoding step on PyTorch, recorded as tensor operations and replayed without the Python of its layers.
 
 Of a step of Small-Small on a CPU, half is Keras calling layers; on a GPU, nearly all is waiting for Python. A recording
 does what the layers did, operation by operation, so that its numbers are the same:

@@ -1,3 +1,7 @@
-"""Samplers beside those of keras-hub, and the names of all that `compile` takes."""
+"""Samplers beside those of keras-hub, and the names of all that `compile` takes.
+
+beam         Beam search that gives each example the same result, whatever batch it is in
+top_k_top_p  Random choice of the next token among the likeliest, and seeds for a single call
+"""
 
 SAMPLERS = ("greedy", "beam", "top_k", "top_p", "random", "contrastive")

@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_t5gemma.kernels.attention.masks import attention_mask
-from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.float16 import clip_to_range
 from keras_t5gemma.kernels.soft_cap import soft_cap
 
 # Added to the logits of hidden keys before the softmax: far below any logit, and finite, so that a query that sees no
@@ -39,7 +39,7 @@ def in_blocks(query, key, value, mask, *, cap, dtype):
 
 def attention_logits(query, key):
     """Logits before the cap: float32 [B, K, G, T, S] of query [B, T, K, G, H] and key [B, K, S, H]."""
-    return ops.cast(finite(matmul(ops.transpose(query, (0, 2, 3, 1, 4)), ops.swapaxes(key, 2, 3))), "float32")
+    return ops.cast(clip_to_range(matmul(ops.transpose(query, (0, 2, 3, 1, 4)), ops.swapaxes(key, 2, 3))), "float32")
 
 
 def attention_bias(visible):

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_t5gemma.kernels.attention import query_blocks, reference
-from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.float16 import clip_to_range
 
 
 def attend(query, key, value, visible, *, cap, dtype):
@@ -16,7 +16,7 @@ def attend(query, key, value, visible, *, cap, dtype):
     # With keys laid out for `reference.matmul`, TensorFlow's CPU kernel sums in float16, where infinities of both signs
     # make NaN.
     logits = ops.einsum("btkgh,bskh->bkgts", query, ops.swapaxes(key, 1, 2))
-    weights = reference.softmax(ops.cast(finite(logits), "float32"), reference.attention_bias(visible), cap)
+    weights = reference.softmax(ops.cast(clip_to_range(logits), "float32"), reference.attention_bias(visible), cap)
     return reference.weighted_values(weights, value, visible, dtype)
 
 

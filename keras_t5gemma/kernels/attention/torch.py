@@ -6,7 +6,8 @@ import keras
 import torch
 
 from keras_t5gemma.kernels.attention import query_blocks, reference
-from keras_t5gemma.kernels.soft_cap import may_overwrite, soft_cap_of_own
+from keras_t5gemma.kernels.gradients import may_overwrite
+from keras_t5gemma.kernels.soft_cap import soft_cap_of_own
 
 
 def attend(query, key, value, visible, *, cap, dtype):

@@ -8,7 +8,7 @@ import keras
 from jax.sharding import PartitionSpec
 from keras import ops
 
-from keras_t5gemma.kernels.barriers import settled
+from keras_t5gemma.kernels.barriers import materialized
 from keras_t5gemma.kernels.cross_entropy import reference
 from keras_t5gemma.kernels.cross_entropy.reference import scaled, tensor_of  # noqa: F401 the rest of the interface
 from keras_t5gemma.kernels.device import devices_of_a_batch
@@ -42,4 +42,4 @@ def sums_and_gradients(token_loss, targets, x, table, train_table):
         check_vma=False,
     )
     # Settled, or the backward pass might begin while each device still holds the table's whole gradient.
-    return settled(mapped(*targets, x, ops.cast(table, x.dtype)))
+    return materialized(mapped(*targets, x, ops.cast(table, x.dtype)))

@@ -11,7 +11,7 @@ from keras import ops
 
 from keras_t5gemma.kernels.cross_entropy.chunks import chunk_targets
 from keras_t5gemma.kernels.cross_entropy.reference import scaled  # noqa: F401 the rest of the interface
-from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.float16 import clip_to_range
 from keras_t5gemma.kernels.soft_cap import soft_cap
 
 
@@ -64,7 +64,7 @@ def _program(token_loss, train_table):
 def _between_products(token_loss):
     @tf.function(jit_compile=True)
     def program(logits, *by_token):
-        capped = soft_cap(tf.cast(finite(logits), tf.float32), token_loss.cap)
+        capped = soft_cap(tf.cast(clip_to_range(logits), tf.float32), token_loss.cap)
         sums, gradient = token_loss.of_logits(capped, *by_token, gradients=True)
         return sums, tf.cast(gradient, logits.dtype)
 

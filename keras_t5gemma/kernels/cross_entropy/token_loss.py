@@ -5,7 +5,7 @@ import typing
 
 from keras import ops
 
-from keras_t5gemma.kernels.barriers import settled
+from keras_t5gemma.kernels.barriers import materialized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Softmax:
         """Takes them of logits [m, V]."""
         largest = ops.max(logits, axis=-1, keepdims=True)
         # Settled, since XLA's sum of exponentials that it makes itself takes five times as long on CPUs.
-        exponentials = settled(ops.exp(logits - largest))
+        exponentials = materialized(ops.exp(logits - largest))
         return cls(largest, exponentials, largest + ops.log(ops.sum(exponentials, axis=-1, keepdims=True)))
 
     def times(self, factors):

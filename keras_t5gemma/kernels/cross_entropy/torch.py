@@ -10,7 +10,7 @@ from keras_t5gemma.kernels.cross_entropy.chunks import chunk_targets
 from keras_t5gemma.kernels.cross_entropy.reference import tensor_of  # noqa: F401 the rest of the interface
 from keras_t5gemma.kernels.cross_entropy.token_loss import CrossEntropy
 from keras_t5gemma.kernels.device import on_cpu
-from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.float16 import clip_to_range
 from keras_t5gemma.kernels.soft_cap import soft_cap
 
 # Bytes of logits handled at once on a CPU: what its cache holds from one step to the next.
@@ -21,7 +21,7 @@ _ROWS_AT_ONCE = 2**15
 
 def sums_and_gradients(token_loss, targets, x, table, train_table):
     """As `reference.sums_and_gradients`."""
-    x = finite(x)
+    x = clip_to_range(x)
     compute, vocabulary_size = table.to(x.dtype), table.shape[0]
     count, tokens, width = x.shape
     sums = torch.zeros(2, dtype=torch.float32, device=x.device)
@@ -31,7 +31,7 @@ def sums_and_gradients(token_loss, targets, x, table, train_table):
     for i in range(count):
         torch.mm(x[i], compute.T, out=logits)
         sums += _to_gradients_by_rows(token_loss, logits, token_loss.by_token(*chunk_targets(targets, i)))
-        x_gradient[i] = finite(torch.mm(logits, compute))
+        x_gradient[i] = clip_to_range(torch.mm(logits, compute))
         if train_table:
             table_gradient = _added(table_gradient, logits, x[i])
     return (sums, x_gradient, table_gradient) if train_table else (sums, x_gradient)
@@ -66,7 +66,7 @@ def _to_gradients_by_rows(token_loss, logits, by_token):
     for start in range(0, tokens, rows):
         part = logits[start : start + rows]
         wide, workspace = blocks[:, : len(part)]
-        wide = part if logits.dtype == torch.float32 else wide.copy_(finite(part))
+        wide = part if logits.dtype == torch.float32 else wide.copy_(clip_to_range(part))
         sums = sums + in_place(token_loss, wide, workspace, *(array[start : start + rows] for array in by_token))
         if wide is not part:
             part.copy_(wide)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import keras
 from keras import ops
 
-from keras_t5gemma.kernels.barriers import settled
+from keras_t5gemma.kernels.barriers import materialized
 from keras_t5gemma.kernels.embedding import reference
 from keras_t5gemma.kernels.matmul.jax import has_quick_kernel
 
@@ -16,7 +16,7 @@ def rows(embedding, token_ids, only_gradient):
     if has_quick_kernel(table):
         # XLA gathers in float32 and would convert the whole table before a decoding loop. The barrier makes each
         # lookup's table a new value, so it converts only the gathered rows.
-        return ops.take(*settled((table, token_ids)), axis=0)
+        return ops.take(*materialized((table, token_ids)), axis=0)
     # Over several devices, the layer sees to where its output lies.
     if only_gradient and keras.distribution.distribution() is None:
         return _rows(table, token_ids)

@@ -19,15 +19,15 @@ def int4_rows(embedding, token_ids):
     return _unpacked(embedding, *(ops.take(x, token_ids, axis=0) for x in _int4_arrays(embedding)))
 
 
-def goes_by_blocks(embedding, x):
-    """Whether `project` serves this layer for x: on CPUs, whose libraries have no product with int8 worth its name."""
+def has_block_product(embedding, x):
+    """Whether to use `product_by_blocks` for this layer and x: on CPUs, which have no fast product with int8."""
     is_plain = embedding.tie_weights and not embedding.lora_enabled
     mode = embedding.quantization_mode
     as_is = mode == "int8" or (mode == "int4" and embedding.inputs_quantizer is None)
     return as_is and is_plain and on_cpu(x)
 
 
-def project(product, x, embedding):
+def product_by_blocks(product, x, embedding):
     """Float32 [B, T, V] of x [B, T, D] and a tied table [V, D] in int8 or int4, some rows of it at a time.
 
     Args:

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_t5gemma.kernels.float16 import finite
+from keras_t5gemma.kernels.float16 import clip_to_range
 
 
 def dense(call, x, kernel):  # noqa: ARG001 other implementations multiply by it themselves
@@ -26,4 +26,4 @@ def table_product(x, table):
 
 def float32_product(equation, left, right):
     """An einsum in float32 of two operands in the compute dtype."""
-    return ops.cast(finite(ops.einsum(equation, left, right)), "float32")
+    return ops.cast(clip_to_range(ops.einsum(equation, left, right)), "float32")

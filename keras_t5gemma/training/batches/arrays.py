@@ -1,4 +1,4 @@
-"""One batch of token ids, as users and libraries write it, to the arrays that the model takes."""
+"""One batch of token ids, in the form that users and libraries write it, as the arrays that the model takes."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""`fit`, `evaluate` and `predict` of whatever `keras.Model` takes, texts or token ids, on every backend."""
+"""`fit`, `evaluate` and `predict` on everything that `keras.Model` takes, texts or token ids."""
 
 import contextlib
 import sys

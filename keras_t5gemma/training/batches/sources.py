@@ -1,4 +1,4 @@
-"""What `fit`, `evaluate` and `predict` are given, as a dataset of batches that Keras reads on every backend."""
+"""The data given to `fit`, `evaluate` and `predict`, as a dataset of batches that Keras reads on every backend."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Batches of any iterable as a dataset that Keras reads: each batch once, whatever Keras looks at beforehand."""
+"""An iterable of batches as a dataset that Keras reads: each batch once, even if Keras looks ahead."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""Callbacks for `fit`."""
+"""`CrossAttentionWarmup`: trains cross-attention alone at first."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""The log of a run as a CSV file: writing, going on with it, reading; no Keras here."""
+"""The log of a run as a CSV file: reading, writing, and appending to it. Needs no Keras."""
 
 import csv
 import math

@@ -1,4 +1,4 @@
-"""Pictures of runs, by Matplotlib, the extra `plots`; no Keras here."""
+"""Plots of runs by Matplotlib, the extra `plots`. Needs no Keras."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""How a run is going: a bar with loss, tokens a second and the time left."""
+"""The progress bar of a run: loss, tokens per second and the time left."""
 
 import datetime
 import math

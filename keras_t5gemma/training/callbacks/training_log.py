@@ -1,4 +1,4 @@
-"""The numbers of a run, a row an epoch, for programs to read: a CSV file, and TensorBoard."""
+"""`TrainingLog`: the numbers of a run, one row per epoch, as a CSV file and for TensorBoard."""
 
 import math
 import time

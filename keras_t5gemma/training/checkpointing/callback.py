@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, from which a killed run goes on to the bit."""
+"""Checkpoints of a training run. A killed run resumes bit-exactly (JAX)."""
 
 import math
 import threading
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 
 from keras_t5gemma._keras_internals import begin_with_epoch
-from keras_t5gemma.checkpoints.processes import process_count, together
+from keras_t5gemma.checkpoints.processes import on_all_processes, process_count
 from keras_t5gemma.checks import integer
 from keras_t5gemma.training.checkpointing import callback_state as watchers
 from keras_t5gemma.training.checkpointing import model_state as state
@@ -170,7 +170,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if found is None:
             self._data.start(0)
         else:
-            together(lambda: self._restore(*found))
+            on_all_processes(lambda: self._restore(*found))
         self._agreed = self._number  # the last checkpoint that all processes have
 
     def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
@@ -294,7 +294,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        together(pending.result)
+        on_all_processes(pending.result)
         self._agreed = self._saved
         if process_count() > 1:
             # Not before: one that has yet to write may have nothing to go on from but what would be removed here.

@@ -1,4 +1,4 @@
-"""What Keras's callbacks know of a run: saved with it, and given back when it goes on."""
+"""The state of Keras's callbacks: saved with a run, and given back when the run resumes."""
 
 import keras
 

@@ -1,4 +1,4 @@
-"""A Grain dataset that knows which of its batches were trained on, however far ahead of training it is read."""
+"""A Grain dataset that knows which of its batches were trained on, however far ahead it is read."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What a training run is made of, out of a compiled model and back into it, by the bit."""
+"""Captures and restores the state of a training run: weights, optimizer, metrics, random generators."""
 
 import base64
 import json
@@ -9,12 +9,12 @@ import keras
 import numpy as np
 
 from keras_t5gemma._keras_internals import global_seed_generator, variable_array
-from keras_t5gemma.checkpoints.export import ModelTensors, write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import ModelTensors, write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.processes import process_count, process_index
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource, flat_pieces, is_finite
-from keras_t5gemma.checkpoints.tensor_table import tensors
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
 from keras_t5gemma.checkpoints.transforms import MeanTensors
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.training.checkpointing import shards as arrays
@@ -156,7 +156,7 @@ def write_model(path, content):
     write_checkpoint(
         path / MODEL_FOLDER,
         config,
-        arrays.SavedTensors(arrays.SavedArrays(path, content), tensors(config)),
+        arrays.SavedTensors(arrays.SavedArrays(path, content), tensor_specs(config)),
         proto=None if proto is None else base64.b64decode(proto),
         chat=described["chat"],
         allow_non_finite=True,
@@ -268,7 +268,7 @@ def _plain_backbone(model):
     config = getattr(backbone, "config", None)
     if not isinstance(config, T5GemmaConfig):
         return None
-    plain = {tensor.path for tensor in tensors(config)} == {weight.path for weight in backbone.weights}
+    plain = {tensor.path for tensor in tensor_specs(config)} == {weight.path for weight in backbone.weights}
     return backbone if plain and len({str(weight.dtype) for weight in backbone.weights}) == 1 else None
 
 

@@ -1,4 +1,4 @@
-"""The folders of a run of several processes: one a process, and in each the checkpoints as one process has them.
+"""The folders of a run of several processes: one per process, each with that process's checkpoints.
 
     run/process_0_of_2/step_00000500/    what the first process holds of every array, and its own state
     run/process_1_of_2/step_00000500/    what the second does
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from keras_t5gemma.checkpoints.processes import gather, process_count, process_index, together
+from keras_t5gemma.checkpoints.processes import gather, on_all_processes, process_count, process_index
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.training.checkpointing import step_folder as files
 
@@ -54,8 +54,8 @@ def begin(folder):
     """
     count = process_count()
     own = part_folder(folder, process_index(), count)
-    together(lambda: _check_count(folder, count))
-    together(lambda: files.prepare(own))
+    on_all_processes(lambda: _check_count(folder, count))
+    on_all_processes(lambda: files.prepare(own))
     if count == 1:
         return own, files.newest(own)
     return own, agree_on_checkpoint(folder, own)
@@ -86,7 +86,7 @@ def agree_on_checkpoint(folder, own):
             f"the missing folders back (each process needs its own, process_<index>_of_{process_count()}), or choose "
             f"another `folder` to begin anew."
         )
-    content = None if step == 0 else together(lambda: _verified(own / files.step_name(step)))
+    content = None if step == 0 else on_all_processes(lambda: _verified(own / files.step_name(step)))
     for path in files.steps_in(own):
         if files.step_of(path) > step:
             shutil.rmtree(path)
@@ -103,7 +103,7 @@ def restorable_steps(folder):
         A dict from batches trained on, in order, to the path of a checkpoint, or of a part of one: this process's own,
         where it is one of as many as wrote it, else of one that can be seen from here.
     """
-    count, seen = together(lambda: _seen(folder))
+    count, seen = on_all_processes(lambda: _seen(folder))
     own = part_folder(folder, process_index(), count)
     if process_count() != count or own not in seen:
         own = next(iter(seen), None)

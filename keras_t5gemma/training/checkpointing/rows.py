@@ -1,4 +1,4 @@
-"""Rows in memory as a dataset of batches, whose order is that of a seed and the epoch."""
+"""Rows in memory as a dataset of batches in an order that follows from a seed and the epoch."""
 
 import grain
 import keras

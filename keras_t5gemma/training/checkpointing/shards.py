@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: out of variables as the shards that this process holds, and back, region by region.
+"""The arrays of a checkpoint: written as the shards that this process holds, and read region by region.
 
 An array is a box of numbers, and so is a shard of it. Boxes are written as Python slices them: a shard of `kernel` with
 its rows 20 to 39 is named `kernel[20:40,0:64]`. An array that is whole has its own name alone.

@@ -1,4 +1,4 @@
-"""A training checkpoint on disk: one folder a step, whole or not there, each file with its checksum."""
+"""A training checkpoint on disk: one folder per step, complete or absent, each file with its checksum."""
 
 import json
 import os
@@ -11,7 +11,7 @@ import xxhash
 from safetensors.numpy import save_file
 
 from keras_t5gemma.checkpoints.atomic_folder import check_space, new_folder
-from keras_t5gemma.checkpoints.export import write_checkpoint
+from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.reader import read_json
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, CheckpointError

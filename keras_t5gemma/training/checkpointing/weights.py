@@ -1,6 +1,6 @@
 """The weights in a run's checkpoints: as folders to average and load, and into a model."""
 
-from keras_t5gemma.checkpoints.processes import together
+from keras_t5gemma.checkpoints.processes import on_all_processes
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.training.checkpointing import model_state as state
 from keras_t5gemma.training.checkpointing import process_folders as parts
@@ -70,5 +70,5 @@ def load_training_weights(model, folder, step=None, *, last=None):
             f"{folder} holds training checkpoints of steps {list(steps)}. Received: step={step}"
             f"{'' if last is None else f', last={last}'}."
         )
-    checkpoints = together(lambda: [(steps[number], files.verified(steps[number])) for number in chosen])
-    together(lambda: state.restore_weights(model, checkpoints))
+    checkpoints = on_all_processes(lambda: [(steps[number], files.verified(steps[number])) for number in chosen])
+    on_all_processes(lambda: state.restore_weights(model, checkpoints))

@@ -1,4 +1,4 @@
-"""Which labels count: -100 does not, and a label that does not count may hold any id."""
+"""Which labels count: -100 does not, and a label of weight 0 may be any number."""
 
 from keras import ops
 

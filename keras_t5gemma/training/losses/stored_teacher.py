@@ -1,4 +1,4 @@
-"""A teacher's logits on disk: made once, beforehand, and read in place of the teacher."""
+"""A teacher's logits on disk: computed once, and read in place of the teacher."""
 
 import json
 from pathlib import Path

@@ -1,6 +1,5 @@
-"""Teachers of `Distillation`: what each gives for a batch, and what a chunk of the loss makes of it."""
+"""Teachers of `Distillation`: the arrays that each gives for a batch, and how a chunk of the loss uses them."""
 
-import contextlib
 import dataclasses
 
 import keras
@@ -8,7 +7,9 @@ import keras_hub
 from keras import ops
 
 from keras_t5gemma.data.pipelines.teacher_view import PADDING_MASK, POSITIONS, TOKEN_IDS
-from keras_t5gemma.kernels.cross_entropy.chunks import chunk_logits
+from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.kernels.gradients import without_gradients
+from keras_t5gemma.kernels.matmul import PACKAGE as MATMUL
 from keras_t5gemma.kernels.soft_cap import soft_cap
 
 # What stored batches have in the place of the teacher's tokens: see `StoredTeacher`.
@@ -26,7 +27,7 @@ class Projection:
 
     def by_token(self, hidden, table):
         """Logits before the cap [m, V] of hidden states [m, D] and a table [V, D]."""
-        return (chunk_logits(hidden, table, None),)
+        return (implementation(MATMUL).float32_product("md,vd->mv", hidden, table),)
 
     def logits(self, raw):
         """Capped ones."""
@@ -182,15 +183,6 @@ def check_vocabulary(found, expected):
             f"`teacher` must have the student's vocabulary, of {expected} tokens: logits are compared one by one. "
             f"Received: a teacher with {found}."
         )
-
-
-def without_gradients():
-    """A context in which nothing is kept for a backward pass; only PyTorch would keep what nobody asks for."""
-    if keras.config.backend() != "torch":
-        return contextlib.nullcontext()
-    import torch
-
-    return torch.no_grad()
 
 
 def _inputs(y):

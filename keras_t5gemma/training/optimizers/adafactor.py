@@ -1,4 +1,4 @@
-"""Adafactor that keeps what it is known for keeping: a row and a column a matrix."""
+"""Adafactor, with one row and one column of second moments per matrix, for bfloat16 weights too."""
 
 import keras
 from keras import ops

@@ -1,4 +1,4 @@
-"""AdamW in one pass over the weights on every backend: nothing of a weight's size is made on the way.
+"""AdamW in one pass over the weights on every backend, without temporary arrays of a weight's size.
 
 Keras's own makes some ten temporary tensors a weight on TensorFlow and PyTorch: half a gigabyte each for a table of
 256,000 x 512, and most of the time of a step.

@@ -1,4 +1,4 @@
-"""AdamW's step on TensorFlow: one function a weight, compiled by XLA."""
+"""AdamW's step on TensorFlow: one function per weight, compiled by XLA."""
 
 import functools
 

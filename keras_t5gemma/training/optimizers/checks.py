@@ -1,4 +1,4 @@
-"""Whether an optimizer moves the weights it is to train."""
+"""Checks that an optimizer can move the weights it is given."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The optimiser of an adaptation run: schedule, clipping and weight decay as in the papers."""
+"""The optimizer of an adaptation run: schedule, clipping and weight decay as in the papers."""
 
 from keras_t5gemma.checks import integer, is_number
 from keras_t5gemma.suggestions import check_choice

@@ -1,4 +1,4 @@
-"""TensorFlow's gradients of lookups, `tf.IndexedSlices`: some rows of a table, an id possibly more than once."""
+"""TensorFlow's gradients of lookups, `tf.IndexedSlices`: rows of a table, with ids that may repeat."""
 
 import keras
 

@@ -1,4 +1,4 @@
-"""Learning rates: one recommendation an optimizer, a schedule, and a rate that callbacks may set."""
+"""Learning rates: one recommendation per optimizer and width, a schedule, and a rate that callbacks may set."""
 
 import math
 import statistics

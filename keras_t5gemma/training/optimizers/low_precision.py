@@ -1,4 +1,4 @@
-"""Training of weights that are stored in bfloat16: float32 everywhere else.
+"""Training of weights stored in bfloat16, with float32 everywhere else.
 
 Keras's optimizers compute in the dtype of the weights. In bfloat16 `beta_2 = 0.999` is 1, so that Adam's every step is
 zero, and what is smaller than half a unit in the last place is lost (8 bits: 6e-5 for a weight of 0.02).

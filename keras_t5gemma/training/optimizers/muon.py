@@ -1,4 +1,4 @@
-"""Muon, for bfloat16 weights, too."""
+"""Muon, for bfloat16 weights too."""
 
 import keras
 

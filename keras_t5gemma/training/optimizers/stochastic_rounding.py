@@ -1,4 +1,4 @@
-"""Float32 numbers into bfloat16 so that small steps are not lost: up or down at random, right on average.
+"""Stochastic rounding of float32 to bfloat16: up or down at random, right on average.
 
 A weight of 0.02 has neighbours 1.2e-4 away in bfloat16. Rounded to the nearest, a step of 2e-5 leaves it as it is,
 however often it is taken; rounded at random it moves the weight every sixth time (arXiv 2010.06192). The lower half of

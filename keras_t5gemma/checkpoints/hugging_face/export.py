@@ -1,0 +1,184 @@
+"""A checkpoint to a Hugging Face folder that `transformers` loads with the same logits; a model in memory, too."""
+
+from pathlib import Path
+
+from keras_t5gemma._keras_internals import flatten_layers
+from keras_t5gemma.checkpoints.atomic_folder import new_folder
+from keras_t5gemma.checkpoints.hugging_face.config import write_t5gemma_config
+from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
+from keras_t5gemma.checkpoints.hugging_face.tokenizer import stop_ids, write_tokenizer
+from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
+from keras_t5gemma.checkpoints.processes import gathered, write_on_first
+from keras_t5gemma.checkpoints.tensor_source import DTYPES, TensorSource
+from keras_t5gemma.checkpoints.tensor_table import tensor_specs
+from keras_t5gemma.checkpoints.transforms import cast_tensors
+from keras_t5gemma.concurrency import reading
+from keras_t5gemma.config import BOS_ID
+from keras_t5gemma.presets import PREPROCESSOR_FILE, PREPROCESSOR_OPTIONS
+
+
+def export_to_hugging_face(
+    model, folder, *, tokenizer=None, chat=None, dtype=None, max_shard_size="5GB", allow_non_finite=False
+):
+    """Writes `config.json`, `generation_config.json`, safetensors and, with a tokenizer, its files.
+
+    The preprocessor's lengths, `chat` and `truncate` are kept in a file of their own, which other programs ignore and
+    `from_preset` here reads.
+
+    LoRA is merged into the kernels it belongs to. The encoder's `sliding_window` is written as published checkpoints
+    have it, `|q - k| < sliding_window`. Beyond the window `transformers` 5.23 then sees one key more on each side (4.53
+    to 4.57 do not), in this checkpoint as in Google's. A model with a causal encoder, which `transformers` does not
+    know, is written under a model type that it refuses and `from_preset` here reads.
+
+    A model whose weights lie on several processes (JAX, `keras.distribution`) is exported by all of them, with the same
+    call: each tensor in turn is gathered, and the first process writes it. It works in a callback of `fit`, too.
+
+    Args:
+        model: a `T5GemmaBackbone`, or a `T5GemmaSeq2SeqLM`, whose preprocessor then gives `tokenizer` and `chat`.
+        folder: the path to create. It appears when it is complete; an existing one is refused.
+        tokenizer: a tokenizer with a SentencePiece `proto`, or `None`.
+        chat: whether the model reads prompts in Gemma's turns: writes their chat template, and `<end_of_turn>` among
+            the ids at which generation stops.
+        dtype: "float32", "float16" or "bfloat16"; `None` for each variable's own, bit for bit.
+        max_shard_size: bytes in a file, an int or a text such as "5GB".
+        allow_non_finite: whether weights may be infinities and NaNs; else they are named and refused.
+
+    Raises:
+        TypeError: where the folder comes first.
+        ValueError: where the model is quantized, or an argument is none of these.
+        CheckpointError: where the folder exists, a `query_scalar` is no whole number, which `transformers` could not
+            read, or a weight does not fit in float16 or is not finite.
+        RuntimeError: if another thread trains the model.
+    """
+    if isinstance(model, (str, Path)):
+        raise TypeError(f"`model` comes before `folder`: export_to_hugging_face(model, folder). Received: {model!r}.")
+    backbone = getattr(model, "backbone", model)
+    preprocessor = getattr(model, "preprocessor", None)
+    tokenizer = getattr(preprocessor, "tokenizer", None) if tokenizer is None else tokenizer
+    chat = bool(getattr(preprocessor, "chat", False)) if chat is None else chat
+    options = {name: getattr(preprocessor, name) for name in PREPROCESSOR_OPTIONS if hasattr(preprocessor, name)}
+    options = {**options, "chat": chat} if options else None
+    proto = None if tokenizer is None else tokenizer.proto
+    if tokenizer is not None and not isinstance(proto, bytes):
+        raise ValueError(f"`tokenizer` must have its SentencePiece model as `proto`. Received: {tokenizer!r}.")
+
+    def write(source):
+        write_checkpoint(
+            folder,
+            backbone.config,
+            cast_tensors(source, dtype),
+            proto=proto,
+            chat=chat,
+            preprocessor=options,
+            max_shard_size=max_shard_size,
+            allow_non_finite=allow_non_finite,
+            card=model_card("A T5Gemma exported from Keras", {"model": backbone.name}),
+        )
+
+    with reading(model, "export_to_hugging_face"):
+        write_on_first(ModelTensors(backbone), backbone.weights, write)
+
+
+def write_checkpoint(
+    folder,
+    config,
+    source,
+    *,
+    proto=None,
+    chat=False,
+    preprocessor=None,
+    max_shard_size="5GB",
+    allow_non_finite=False,
+    card=None,
+):
+    """Writes a whole Hugging Face folder, which appears when it is complete.
+
+    Args:
+        folder: the path to create.
+        config: the `T5GemmaConfig`.
+        source: the `TensorSource`, under Hugging Face's names.
+        proto: the tokenizer's SentencePiece model, bytes, or None.
+        chat: whether the model reads prompts in Gemma's turns.
+        preprocessor: the options of this package's preprocessor by name, or None.
+        max_shard_size: bytes in a file, an int or a text such as "5GB".
+        allow_non_finite: whether tensors may hold infinities and NaNs.
+        card: the text of the model card, or None.
+
+    Raises:
+        ValueError: where an argument is none of these.
+        CheckpointError: as for `export_to_hugging_face`.
+    """
+    if chat and proto is None:
+        raise ValueError("`chat=True` needs a `tokenizer`: Gemma's turns are tokens of its vocabulary.")
+    # The embedding stands for all: a model has one dtype unless somebody mixed policies by hand.
+    dtype = str(source.dtype(source.names()[0]))
+    hf_config = write_t5gemma_config(config, dtype, stop_ids(proto, chat))
+    with new_folder(folder) as partial:
+        write_json(partial / "config.json", hf_config)
+        special = {name: hf_config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        write_json(partial / "generation_config.json", {**special, "decoder_start_token_id": BOS_ID})
+        if proto is not None:
+            write_tokenizer(partial, proto, chat, config.vocabulary_size)
+        if preprocessor:
+            write_json(partial / PREPROCESSOR_FILE, preprocessor)
+        if card is not None:
+            (partial / "README.md").write_text(card, encoding="utf-8")
+        write_tensors(
+            partial, source, max_shard_size, allow_non_finite=allow_non_finite, title=f"Writing {Path(folder).name}"
+        )
+
+
+class ModelTensors(TensorSource):
+    """The weights of a backbone as a `TensorSource` under Hugging Face's names, LoRA merged.
+
+    Args:
+        backbone: a `T5GemmaBackbone`.
+
+    Raises:
+        ValueError: where the backbone is quantized.
+    """
+
+    def __init__(self, backbone):
+        known = {str(dtype): dtype for dtype in DTYPES.values()}
+        self._title = f"the model {backbone.name!r}"
+        self._tensors = {tensor.name: tensor for tensor in tensor_specs(backbone.config)}
+        # By path of the layer: its `kernel`, `embeddings` or `scale` is the weight with LoRA's product added, where it
+        # is enabled, while the variable of that path is the frozen one. Keras lists nested layers in no public way.
+        self._layers = {layer.path: layer for layer in flatten_layers(backbone)}
+        self._dtypes = {}
+        for tensor in self._tensors.values():
+            layer, _ = self._layer(tensor)
+            if getattr(layer, "quantization_mode", None) is not None:
+                raise ValueError(
+                    f"{tensor.path} is quantized ({layer.quantization_mode}). A Hugging Face T5Gemma is not: "
+                    f"export the model from before `quantize`, or keep this one with `save_to_preset`."
+                )
+            self._dtypes[tensor.name] = known[layer.variable_dtype]
+
+    def names(self):
+        """The names in a Hugging Face T5Gemma."""
+        return list(self._tensors)
+
+    def shape(self, name):
+        """The shape as Hugging Face stores it."""
+        return self._tensors[name].stored_shape
+
+    def dtype(self, name):
+        """The variable's own."""
+        return self._dtypes[name]
+
+    def read(self, name):
+        """The weight as numpy, in Hugging Face's layout; all processes ask for it at once, where it lies on several."""
+        tensor = self._tensors[name]
+        layer, attribute = self._layer(tensor)
+        array = gathered(getattr(layer, attribute))
+        # A merged kernel may come in the compute dtype.
+        return tensor.to_stored(array.astype(self._dtypes[name], copy=False))
+
+    def where(self, name=None):
+        """The model's name, and the variable's path."""
+        return self._title if name is None else f"{self._title} ({self._tensors[name].path})"
+
+    def _layer(self, tensor):
+        path, _, attribute = tensor.path.rpartition("/")
+        return self._layers[path], attribute

@@ -1,0 +1,152 @@
+"""Gradient accumulation within a step: the batch runs in parts, and the step is that of the whole batch.
+
+Keras's `gradient_accumulation_steps` takes the plain mean over batches, whatever number of target tokens each has, and
+keeps its sums from step to step. Here a part's loss counts by its share of the whole batch's weight, which is known
+beforehand, and the optimiser sees one gradient a batch: clipping, schedules, counts of steps and checkpoints know
+nothing of it.
+"""
+
+import keras
+from keras import ops
+
+from keras_t5gemma.checks import integer
+from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.training.losses.labels import labels_and_weights
+from keras_t5gemma.training.optimizers.low_precision import LowPrecision
+
+PACKAGE = __name__.rpartition(".")[0]
+# What a loss divides its sum by, and so what a part's share is: of the weights, of the elements, or all of it.
+_BY_WEIGHT, _BY_ELEMENTS, _SUM = ("mean_with_sample_weight",), ("sum_over_batch_size", "mean"), ("sum",)
+
+
+class Accumulation:
+    """How a model's training step runs a batch in parts.
+
+    Each part takes every n-th row, so that rows which lie spread over devices stay where they are. A batch whose rows
+    do not divide by the number of parts is cut into the next larger number that they divide by, which changes nothing
+    but time: parts are of equal size, and none is larger than asked for.
+
+    Args:
+        steps: parts of a batch, n.
+        loss: what the model is compiled with; its `reduction` says how the losses of parts add up.
+
+    Raises:
+        ValueError: where `steps` is no positive integer, or where it is more than one and `loss` is not a single one
+            that sums or averages.
+    """
+
+    def __init__(self, steps, loss):
+        self.steps = steps = integer(steps, "accumulation_steps")
+        self._reduction = _reduction(loss)
+        self._labels_of = getattr(loss, "labels_of", None)
+        if steps > 1 and self._reduction not in _BY_WEIGHT + _BY_ELEMENTS + _SUM:
+            raise ValueError(
+                f"accumulation_steps={steps} needs a single loss, to know what the losses of parts add up to, with a "
+                f"`reduction` of {', '.join(map(repr, _BY_WEIGHT + _BY_ELEMENTS + _SUM))}. Received: loss={loss!r} "
+                f"with the reduction {self._reduction!r}."
+            )
+
+    def train_step(self, model, *args):
+        """As `model.train_step` of the backend that runs, with its arguments and its result."""
+        return implementation(PACKAGE).train_step(self, model, *args)
+
+    def cut(self, data):
+        """A batch in parts.
+
+        Args:
+            data: `(x, y, sample_weight)` as `fit` gives them, nested as they may be, of B rows.
+
+        Returns:
+            `(count, parts, shares)`: n; `(x, y, sample_weight)` whose arrays are [n, B / n, ...]; float32 [n], what the
+            loss of each part is to be multiplied by.
+        """
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(data)
+        if self._labels_of and self._reduction in _BY_WEIGHT:
+            # The weights that the loss will use, which are 0 at labels of -100.
+            _, weights = labels_and_weights(self._labels_of(y), weights)
+        data = x, y, weights
+        rows = batch_size(data)
+        count = self._count(rows)
+
+        def cut(x):
+            if x is None:
+                return None
+            shape = ops.shape(x)
+            return ops.swapaxes(ops.reshape(x, (shape[0] // count, count, *shape[1:])), 0, 1)
+
+        parts = keras.tree.map_structure(cut, data)
+        weights = parts[2]
+        if self._reduction in _SUM:
+            shares = ops.ones((count,), "float32")
+        elif self._reduction in _BY_ELEMENTS or weights is None:
+            shares = ops.ones((count,), "float32") / ops.cast(count, "float32")
+        else:
+            weights = ops.sum(ops.reshape(ops.cast(weights, "float32"), (count, -1)), axis=1)
+            shares = ops.divide_no_nan(weights, ops.sum(weights))
+        return count, parts, shares
+
+    def _count(self, rows):
+        """The smallest divisor of the rows that is no less than `steps`; as many as rows where there are fewer."""
+        if isinstance(rows, int):
+            return next(count for count in range(min(self.steps, rows), rows + 1) if rows % count == 0)
+        # TensorFlow traces a step for any number of rows.
+        import tensorflow as tf
+
+        counts = tf.range(tf.minimum(self.steps, rows), rows + 1)
+        return tf.reduce_min(tf.boolean_mask(counts, rows % counts == 0))
+
+
+def batch_size(data):
+    """Rows of a batch; an int where known."""
+    return ops.shape(next(x for x in keras.tree.flatten(data) if x is not None))[0]
+
+
+def _reduction(loss):
+    if loss is None or keras.tree.is_nested(loss):
+        return None
+    # Keras wraps plain functions in a loss that averages.
+    return getattr(keras.losses.get(loss), "reduction", _BY_ELEMENTS[0])
+
+
+def part(parts, i):
+    """Part i of the parts of a batch."""
+    return keras.tree.map_structure(lambda x: None if x is None else x[i], parts)
+
+
+def report(model, loss, rows):
+    """The step's logs, the loss of all parts among them; their metrics have been updated part by part."""
+    # The chunked loss has kept its mean over tokens already.
+    if model._chunked is None:
+        (tracker,) = (metric for metric in model.metrics if metric.name == "loss")
+        tracker.update_state(loss, sample_weight=rows)
+    return model.get_metrics_result()
+
+
+def for_optimizer(model, gradients, dtypes):
+    """Gradients in float32 for this package's optimizers, and in the dtypes of the weights for others."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if isinstance(optimizer, LowPrecision):
+        return gradients
+    return [
+        gradient if gradient is None else ops.cast(gradient, dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    ]
+
+
+def added(sums, gradients):
+    """Float32 sums of gradients of whatever dtype: small ones are not lost in a large sum."""
+    return [
+        total if more is None else ops.add(total, ops.cast(more, "float32"))
+        for total, more in zip(sums, gradients, strict=True)
+    ]
+
+
+def release_gradients(model):
+    """Frees a step's gradients on PyTorch, where Keras keeps them until the next forward pass is over."""
+    if keras.config.backend() == "torch":
+        model.zero_grad()
+
+
+def steps_are_functions():
+    """Whether a step is a function of the model's variables (JAX): any other variable would be a constant in it."""
+    return keras.config.backend() == "jax"
