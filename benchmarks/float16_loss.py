@@ -3,7 +3,7 @@
     KERAS_BACKEND=jax python benchmarks/float16_loss.py [--pieces 256000] [--tokens 4096] [--width 64]
 
 An error is the norm of the difference to the norm of float32's gradient. The loss is scaled as `LossScaleOptimizer`
-scales it at first. tests/training/test_float16_loss.py asserts the same of a vocabulary of 32,000.
+scales it at first. tests/training/losses/test_float16_loss.py asserts the same of a vocabulary of 32,000.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 import record
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "training"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "training" / "losses"))
 
 
 def main():

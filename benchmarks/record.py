@@ -22,6 +22,8 @@ from topics import problems
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"
 VARIABLES = ("TF_NUM_INTEROP_THREADS", "TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "GLIBC_TUNABLES", "XLA_FLAGS")
+# Of this process at its start: a program may bind itself to one core later.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 PACKAGES = ("keras", "keras-hub", "jax", "tensorflow", "torch", "transformers")
 
 
@@ -84,14 +86,13 @@ def machine():
         for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
         if line.startswith("model name")
     ]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gpu = None
     if shutil.which("nvidia-smi"):
         found = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], check=False, capture_output=True, text=True
         )
         gpu = ", ".join(found.stdout.splitlines()) or None if found.returncode == 0 else None
-    return {"cpu": names[0] if names else platform.processor() or None, "cores": cores, "gpu": gpu}
+    return {"cpu": names[0] if names else platform.processor() or None, "cores": CORES, "gpu": gpu}
 
 
 def versions():

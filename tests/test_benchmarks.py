@@ -143,10 +143,15 @@ def test_links_to_benchmarks_lead_to_files_and_headings(page):
 
 
 def test_files_of_the_log_that_code_names_exist():
-    named = {
-        name
-        for folder in ("keras_t5gemma", "benchmarks", "tests")
-        for path in (ROOT / folder).rglob("*.py")
-        for name in re.findall(r"benchmarks/(log/[\w-]+\.md)", path.read_text(encoding="utf-8"))
-    }
-    assert {name for name in named if not (FOLDER / name).exists()} == set()
+    code = [path for folder in ("keras_t5gemma", "benchmarks", "tests") for path in (ROOT / folder).rglob("*.py")]
+    assert missing(code, r"benchmarks/log/[\w-]+\.md") == set()
+
+
+def test_tests_that_programs_name_exist():
+    assert missing(FOLDER.rglob("*.py"), r"tests/[\w/]+\.py") == set()
+
+
+def missing(paths, pattern):
+    """Names of files that some files have and that are not there."""
+    named = {name for path in paths for name in re.findall(pattern, path.read_text(encoding="utf-8"))}
+    return {name for name in named if not (ROOT / name).exists()}
