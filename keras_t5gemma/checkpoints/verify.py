@@ -143,7 +143,7 @@ def _hidden_states(config, source, names, x):
     Args:
         config: its `StackConfig`.
         source: the `TensorSource` it is in.
-        names: (`name_maps.Tensor`, name in the source) by our variable's path without the stack.
+        names: (`tensor_table.TensorSpec`, name in the source) by our variable's path without the stack.
         x: embeddings, float32 [1, T, D].
     """
     from keras import ops

@@ -102,14 +102,14 @@ def wide_console():
 
 
 def load_model(model, dtype, backend):
-    """The model of a preset, on a backend."""
+    """The model of a preset, or of a `PresetFolder`, on a backend."""
     from keras_t5gemma.checkpoints.sources import open_t5gemma
 
-    open_t5gemma(model)  # a name that does not exist is told before Keras is imported, which takes seconds
+    folder = open_t5gemma(model)  # a name that does not exist is told before Keras is imported, which takes seconds
     use_backend(backend)
     import keras_t5gemma as kt
 
-    return kt.T5GemmaSeq2SeqLM.from_preset(model, **({"dtype": str(dtype)} if dtype else {}))
+    return kt.T5GemmaSeq2SeqLM.from_preset(folder, **({"dtype": str(dtype)} if dtype else {}))
 
 
 def load_for_inference(model, dtype, backend, truncate=None):
@@ -131,7 +131,7 @@ def load_for_inference(model, dtype, backend, truncate=None):
 
     folder = open_t5gemma(model)
     use_backend(backend)
-    lm = load_model(model, inference_dtype(dtype, folder), backend)
+    lm = load_model(folder, inference_dtype(dtype, folder), backend)
     if truncate is not None:
         if lm.preprocessor is None:
             raise ValueError(f"--truncate cuts texts, and {model} has no preprocessor.")

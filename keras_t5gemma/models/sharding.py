@@ -4,7 +4,7 @@ import keras
 
 from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
 
-# By letter in `name_maps.TABLE`: the axis of a matrix that tensor parallelism cuts in pieces. The other one is D or E,
+# By letter in `TABLE`: the axis of a matrix that tensor parallelism cuts in pieces. The other one is D or E,
 # the width of a stack, and full sharding cuts that.
 _MODEL_LETTERS = ("V", "NH", "KH", "F")
 

@@ -11,6 +11,7 @@ from keras import ops
 import keras_t5gemma as kt
 from keras_t5gemma.inference.decoding.loop import Control
 from keras_t5gemma.inference.generate import generate_program
+from keras_t5gemma.inference.programs.compiled import Programs
 from keras_t5gemma.kernels.cross_entropy.chunks import CHUNK_BYTES
 
 LENGTH = 16
@@ -231,6 +232,14 @@ def test_programs_of_options_made_anew_each_time_are_not_kept_for_ever(lm):
     for _ in range(100):
         generate_program(lm, Control(processors=(lambda logits, _: logits,)))
     assert len(lm.programs) <= 64
+
+
+def test_program_that_asks_for_another_leaves_no_more_than_are_kept():
+    programs = Programs(2)
+    for number in range(5):
+        made = programs.get(("outer", number), lambda number=number: [programs.get(("inner", number), object)])
+        assert programs.get(("outer", number), object) is made
+        assert len(programs) == 2
 
 
 @pytest.mark.parametrize(

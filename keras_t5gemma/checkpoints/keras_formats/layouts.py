@@ -14,7 +14,7 @@ from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 # Our layer within a block: in keras-hub's Gemma, in keras-hub's T5Gemma; each with the kernel's axes, a letter each as
-# in the table of `name_maps`. keras-hub's einsum layers keep the heads as an axis. No axes: a norm's scale.
+# in the table of `tensor_table`. keras-hub's einsum layers keep the heads as an axis. No axes: a norm's scale.
 _IN_BLOCK = {
     "pre_self_attention_norm": ("pre_attention_norm", "pre_self_attn_layernorm"),
     "self_attention/query": ("attention/query_dense: N D H", "self_attn/query_dense: D N H"),
@@ -65,7 +65,7 @@ class Layout:
         """Where a tensor lies.
 
         Args:
-            tensor: a `name_maps.Tensor`.
+            tensor: a `tensor_table.TensorSpec`.
 
         Returns:
             A `Place`.
@@ -121,7 +121,7 @@ def to_stored(array, letters, stored):
 
 
 def expected_tensors(config):
-    """The tensors of a config by name in Hugging Face's checkpoints: `{name: name_maps.Tensor}`."""
+    """The tensors of a config by name in Hugging Face's checkpoints: `{name: tensor_table.TensorSpec}`."""
     if isinstance(config, Gemma2Config):
         return {tensor.gemma2: tensor for tensor in config.tensors()}
     return {tensor.name: tensor for tensor in tensor_specs(config)}

@@ -15,7 +15,7 @@ from keras_t5gemma.config import T5GemmaConfig
 
 # The published vocabulary, and the rows that Flax's embeddings have beyond it for UL2's extra ids.
 VOCABULARY_SIZE, EXTRA_ROWS = T5GemmaConfig.vocabulary_size, 128
-# The letters of `name_maps` that a stack's config tells; V and E depend on both stacks.
+# The letters of `tensor_table` that a stack's config tells; V and E depend on both stacks.
 FIELDS = {
     "D": "hidden_dim",
     "F": "intermediate_dim",
@@ -27,7 +27,7 @@ FIELDS = {
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Where Flax keeps one kind of tensor, beside the row of the table in `name_maps` with the same path.
+    """Where Flax keeps one kind of tensor, beside the row of the table in `tensor_table` with the same path.
 
     Attributes:
         path: the parameter's; `{s}` stands for the stack, `{i}` for the layer.

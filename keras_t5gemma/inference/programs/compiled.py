@@ -27,7 +27,7 @@ def by_xla(model):
 _COMPILING = threading.RLock()
 
 
-# Programs for different options are kept. More are a sign of options made anew for each call.
+# Programs for different options that are kept. More are a sign of options made anew for each call.
 MOST_PROGRAMS = 64
 
 
@@ -47,9 +47,10 @@ class Programs:
         """The one for a key, made by `make()` if there is none."""
         with self._lock:
             if key not in self._made:
-                if len(self._made) == self._most:
+                program = make()  # before there is room for it: it may ask for others
+                while len(self._made) >= self._most:
                     del self._made[next(iter(self._made))]
-                self._made[key] = make()
+                self._made[key] = program
             return self._made[key]
 
     def values(self, kind=None):

@@ -18,7 +18,7 @@ from keras_t5gemma.training.batches.rows import split_rows
 from keras_t5gemma.training.batches.sources import BatchSource
 from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
 
-# The second of the scales of int8, in a training step.
+# Keras's warning at the end of data without a length, and PyTorch's of how Keras transposes the scales of int8.
 _UNSAID = ("Your input ran out of data", "The use of `x.T` on tensors of dimension other than 2")
 
 

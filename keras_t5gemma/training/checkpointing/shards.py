@@ -145,7 +145,7 @@ class SavedTensors(TensorSource):
 
     Args:
         saved: the `SavedArrays`.
-        tensors: of the model's config, as `name_maps.tensors` gives them.
+        tensors: of the model's config, as `tensor_table.tensor_specs` gives them.
     """
 
     def __init__(self, saved, tensors):
