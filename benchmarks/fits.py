@@ -83,6 +83,7 @@ def compiled(lm, length, batch, place):
 
     from keras_t5gemma.data.pipelines import teacher_view
     from keras_t5gemma.training.losses.distillation import Distillation
+    from keras_t5gemma.training.steps.model import TaughtBatch
 
     def array(many, dtype="int32"):
         return jax.ShapeDtypeStruct((batch, many), dtype, sharding=place())
@@ -93,10 +94,15 @@ def compiled(lm, length, batch, place):
         y = dict.fromkeys((teacher_view.LABELS, teacher_view.POSITIONS), array(length))
         y |= dict.fromkeys((teacher_view.TOKEN_IDS, teacher_view.PADDING_MASK), array(2 * length))
     data = dict.fromkeys(names, array(length)), y, array(length, "float32")
-    with lm._carrying_teacher():
-        groups = (lm.trainable_variables, lm.non_trainable_variables, lm.optimizer.variables, lm.metrics_variables)
-        state = tuple([jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place(v)) for v in group] for group in groups)
-        return jax.jit(lm.train_step, donate_argnums=0).lower(state, data).compile()
+
+    def placed_like(variables):
+        return [jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=place(v)) for v in variables]
+
+    groups = (lm.trainable_variables, lm.non_trainable_variables, lm.optimizer.variables, lm.metrics_variables)
+    state = tuple(map(placed_like, groups))
+    if lm.teacher_variables:
+        data = TaughtBatch(data, placed_like(lm.teacher_variables))
+    return jax.jit(lm.train_step, donate_argnums=0).lower(state, data).compile()
 
 
 def placed(devices, mesh):

@@ -1,6 +1,5 @@
 """The task model: logits for training, text for a prompt."""
 
-import contextlib
 from functools import partial
 
 import keras
@@ -22,7 +21,6 @@ from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.quantization import Quantizes, quantize
 from keras_t5gemma.models.recompilation import Recompiles
-from keras_t5gemma.models.teaching import Taught
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
@@ -32,11 +30,12 @@ from keras_t5gemma.training.losses.cross_entropy import ChunkedLoss, VocabularyC
 from keras_t5gemma.training.losses.distillation import Distillation
 from keras_t5gemma.training.optimizers.checks import check_optimizer
 from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
-from keras_t5gemma.training.steps.accumulation import Accumulation, release_gradients
+from keras_t5gemma.training.steps.accumulation import Accumulation
+from keras_t5gemma.training.steps.model import OwnSteps
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.models.Seq2SeqLM):
+class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub.models.Seq2SeqLM):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
     Args:
@@ -76,7 +75,6 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
         self.preprocessor = preprocessor
         config = backbone.config
         self._chunked = None
-        self._hands_over_hidden_states = False
         # A saved model's tokenizer reads its vocabulary only after this.
         has_vocabulary = preprocessor is not None and preprocessor.tokenizer.proto is not None
         if has_vocabulary and preprocessor.tokenizer.vocabulary_size() > config.vocabulary_size:
@@ -169,7 +167,7 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
             optimizer = default_optimizer(warmup_steps=0)
         loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
         own_metrics = weighted_metrics != "auto" or kwargs.get("metrics")
-        self._accumulation = Accumulation(accumulation_steps, loss)
+        self.accumulation = Accumulation(accumulation_steps, loss)
         self._chunked = None
         is_mean = getattr(loss, "reduction", None) == "mean_with_sample_weight"  # the chunked loss knows no other
         if isinstance(loss, VocabularyCrossEntropy) and is_mean and not own_metrics:
@@ -219,51 +217,50 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
         # In place of Keras's own mean of the losses, which weighs batches by their rows.
         return self._chunked.metrics + [metric for metric in super().metrics if metric.name != "loss"]
 
-    def call(self, inputs, training=None, mask=None):
-        """Logits [B, T, V] of the four inputs; within a training step, hidden states [B, T, D] for its chunked loss."""
-        if self._hands_over_hidden_states:
-            return self.backbone(inputs, training=training)["decoder_sequence_output"]
-        return super().call(inputs, training=training, mask=mask)
+    @property
+    def keeps_own_loss(self):
+        """Whether loss and accuracy are means over tokens, kept as the loss is computed."""
+        return self._chunked is not None
 
-    def train_step(self, *args, **kwargs):
-        """One step of `fit`, without logits where the loss can do without."""
-        with self._handing_over_hidden_states():
-            if self._accumulation.steps > 1:
-                logs = self._accumulation.train_step(self, *args, **kwargs)
-            else:
-                logs = super().train_step(*args, **kwargs)
-        release_gradients(self)
-        return logs
+    @property
+    def trains_without_logits(self):
+        """Whether steps make no logits [B, T, V]: the loss projects hidden states a chunk at a time."""
+        return self._chunked is not None and not self.head.is_quantized
 
-    def test_step(self, *args, **kwargs):
-        """One step of `evaluate`, likewise."""
-        with self._handing_over_hidden_states():
-            return super().test_step(*args, **kwargs)
+    def hidden_states(self, inputs, training=None):
+        """The decoder's last hidden states [B, T, D], which `head` projects to logits.
+
+        Args:
+            inputs: the model's four.
+            training: whether dropout is on.
+        """
+        return self.backbone(inputs, training=training)["decoder_sequence_output"]
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss of a step, and the accuracy, which only it knows."""
-        if not self._hands_over_hidden_states:
-            # A quantized embedding has logits; and before the first step Keras comes here once, symbolically.
-            y = self._chunked.loss.labels_of(y, y_pred.shape[-1]) if self._chunked else y
-            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-            if self._chunked:
-                self._chunked.update_from_logits(loss, y_pred, y, sample_weight)
-            return loss
-        return self._chunked(self.head, y_pred, y, sample_weight, training, more=sum(self.losses))
+        """The loss of a step. The chunked one updates its means of loss and accuracy, which only it knows.
+
+        Args:
+            x: the model's four inputs.
+            y: labels [B, T], or what else the loss takes.
+            y_pred: logits [B, T, V]; or None if the model `trains_without_logits`.
+            sample_weight: [B] or [B, T], or None.
+            training: whether gradients will be asked for.
+        """
+        if y_pred is None:
+            hidden = self.hidden_states(x, training=training)
+            return self._chunked(self.head, hidden, y, sample_weight, training, more=sum(self.losses))
+        # Of a quantized embedding; and before the first step Keras comes here once, symbolically.
+        y = self._chunked.loss.labels_of(y, y_pred.shape[-1]) if self._chunked else y
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        if self._chunked:
+            self._chunked.update_from_logits(loss, y_pred, y, sample_weight)
+        return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """The metrics' results; those of the chunked loss are up to date already."""
-        if self._hands_over_hidden_states:
+        """The metrics' results; those of a step without logits are up to date."""
+        if y_pred is None:
             return self.get_metrics_result()
         return super().compute_metrics(x, y, y_pred, sample_weight)
-
-    @contextlib.contextmanager
-    def _handing_over_hidden_states(self):
-        self._hands_over_hidden_states = self._chunked is not None and not self.head.is_quantized
-        try:
-            yield
-        finally:
-            self._hands_over_hidden_states = False
 
     def get_config(self):
         """The constructor's arguments."""
@@ -286,7 +283,7 @@ class T5GemmaSeq2SeqLM(Taught, Recompiles, Fits, Guarded, Quantizes, keras_hub.m
             **({"weighted_metrics": "auto"} if self._chunked else {}),
             # Keras keeps what it made of "auto" on this machine, and decoding loops ask whether it was, see `by_xla`.
             **({"jit_compile": "auto"} if self.jit_compile_is_auto else {}),
-            "accumulation_steps": self._accumulation.steps,
+            "accumulation_steps": self.accumulation.steps,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
         }
 

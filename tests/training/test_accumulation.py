@@ -25,14 +25,14 @@ def whole():
 
 def test_step_in_parts_is_that_of_the_whole_batch(whole, monkeypatch):
     lm = language_model(accumulation_steps=3)
-    seen, call = [], lm.call
+    seen, hidden_states = [], lm.hidden_states
 
-    def spied(x, training=None, mask=None):
+    def spied(x, training=None):
         if training:
             seen.append(x["decoder_token_ids"].shape[0])
-        return call(x, training=training, mask=mask)
+        return hidden_states(x, training=training)
 
-    monkeypatch.setattr(lm, "call", spied)
+    monkeypatch.setattr(lm, "hidden_states", spied)
     assert_same_step(take_steps(lm, batch(lm, ROWS), 2), whole)
     assert int(lm.optimizer.iterations) == 2
     # The model never sees more than a part; what is compiled is a loop over them, not all of them at once.

@@ -1,7 +1,9 @@
-"""The training step of a batch that runs in parts, one file per backend.
+"""The steps of `fit` and `evaluate`, this package's own, one file per backend.
 
+model         What a model gets its steps by
 accumulation  How a batch is cut into parts, and how their losses and gradients add up
-jax           One loop of XLA's
-tensorflow    One loop of the graph's
+common        What the backends share: loss, logs, gradients as an optimizer takes them
+jax           Functions of state and batch; parts are one loop of XLA's
+tensorflow    Parts are one loop of the graph's
 torch         One part after another
 """

@@ -10,11 +10,9 @@ import keras
 from keras import ops
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.kernels.choose import implementation
 from keras_t5gemma.training.losses.labels import labels_and_weights
-from keras_t5gemma.training.optimizers.low_precision import LowPrecision
+from keras_t5gemma.training.steps.common import batch_size
 
-PACKAGE = __name__.rpartition(".")[0]
 # What a loss divides its sum by, and so what a part's share is: of the weights, of the elements, or all of it.
 _BY_WEIGHT, _BY_ELEMENTS, _SUM = ("mean_with_sample_weight",), ("sum_over_batch_size", "mean"), ("sum",)
 
@@ -45,10 +43,6 @@ class Accumulation:
                 f"`reduction` of {', '.join(map(repr, _BY_WEIGHT + _BY_ELEMENTS + _SUM))}. Received: loss={loss!r} "
                 f"with the reduction {self._reduction!r}."
             )
-
-    def train_step(self, model, *args):
-        """As `model.train_step` of the backend that runs, with its arguments and its result."""
-        return implementation(PACKAGE).train_step(self, model, *args)
 
     def cut(self, data):
         """A batch in parts.
@@ -96,57 +90,8 @@ class Accumulation:
         return tf.reduce_min(tf.boolean_mask(counts, rows % counts == 0))
 
 
-def batch_size(data):
-    """Rows of a batch; an int where known."""
-    return ops.shape(next(x for x in keras.tree.flatten(data) if x is not None))[0]
-
-
 def _reduction(loss):
     if loss is None or keras.tree.is_nested(loss):
         return None
     # Keras wraps plain functions in a loss that averages.
     return getattr(keras.losses.get(loss), "reduction", _BY_ELEMENTS[0])
-
-
-def part(parts, i):
-    """Part i of the parts of a batch."""
-    return keras.tree.map_structure(lambda x: None if x is None else x[i], parts)
-
-
-def report(model, loss, rows):
-    """The step's logs, the loss of all parts among them; their metrics have been updated part by part."""
-    # The chunked loss has kept its mean over tokens already.
-    if model._chunked is None:
-        (tracker,) = (metric for metric in model.metrics if metric.name == "loss")
-        tracker.update_state(loss, sample_weight=rows)
-    return model.get_metrics_result()
-
-
-def for_optimizer(model, gradients, dtypes):
-    """Gradients in float32 for this package's optimizers, and in the dtypes of the weights for others."""
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if isinstance(optimizer, LowPrecision):
-        return gradients
-    return [
-        gradient if gradient is None else ops.cast(gradient, dtype)
-        for gradient, dtype in zip(gradients, dtypes, strict=True)
-    ]
-
-
-def added(sums, gradients):
-    """Float32 sums of gradients of whatever dtype: small ones are not lost in a large sum."""
-    return [
-        total if more is None else ops.add(total, ops.cast(more, "float32"))
-        for total, more in zip(sums, gradients, strict=True)
-    ]
-
-
-def release_gradients(model):
-    """Frees a step's gradients on PyTorch, where Keras keeps them until the next forward pass is over."""
-    if keras.config.backend() == "torch":
-        model.zero_grad()
-
-
-def steps_are_functions():
-    """Whether a step is a function of the model's variables (JAX): any other variable would be a constant in it."""
-    return keras.config.backend() == "jax"

@@ -1,21 +1,58 @@
-"""The training step of a batch in parts on TensorFlow: one loop of the graph's."""
+"""Steps on TensorFlow. A batch in parts is one loop of the graph's."""
 
+import keras
 import tensorflow as tf
 
 from keras_t5gemma.kernels.device import replicas
-from keras_t5gemma.training.steps.accumulation import added, batch_size, for_optimizer, part, report
+from keras_t5gemma.training.steps.common import (
+    added,
+    batch_size,
+    for_optimizer,
+    outputs_and_loss,
+    part,
+    track_loss,
+    without_moving,
+)
+
+STEPS_ARE_FUNCTIONS = False
 
 
-def train_step(accumulation, model, data):
-    """The logs of a batch."""
-    count, parts, shares = accumulation.cut(data)
+def train_step(model, data):
+    """The logs of a batch, after an update of the weights."""
+    data = keras.utils.unpack_x_y_sample_weight(data)
     variables = model.trainable_variables
+    gradients, loss = (_whole if model.accumulation.steps == 1 else _in_parts)(model, data, variables)
+    without_moving(model, lambda: model.optimizer.apply_gradients(zip(gradients, variables, strict=True)))
+    return _logs(model, loss, data)
+
+
+def test_step(model, data):
+    """The logs of a batch."""
+    x, y, sample_weight = data = keras.utils.unpack_x_y_sample_weight(data)
+    y_pred, loss = outputs_and_loss(model, *data, training=False)
+    model.compute_metrics(x, y, y_pred, sample_weight)
+    return _logs(model, loss, data)
+
+
+def _whole(model, data, variables):
+    """`(gradients, loss)` of a batch at once."""
+    x, y, sample_weight = data
+    with tf.GradientTape() as tape:
+        y_pred, loss = outputs_and_loss(model, *data, training=True)
+        scaled = model.optimizer.scale_loss(loss)
+    model.compute_metrics(x, y, y_pred, sample_weight)
+    return tape.gradient(scaled, variables), loss
+
+
+def _in_parts(model, data, variables):
+    """`_whole` of a batch in parts."""
+    count, parts, shares = model.accumulation.cut(data)
 
     def body(i, total, gradients):
         x, y, sample_weight = part(parts, i)
         with tf.GradientTape() as tape:
-            y_pred = model(x, training=True)
-            loss = model.compute_loss(x, y, y_pred, sample_weight, training=True) * shares[i]
+            y_pred, loss = outputs_and_loss(model, x, y, sample_weight, training=True)
+            loss = loss * shares[i]
             scaled = model.optimizer.scale_loss(loss)
         more = tape.gradient(scaled, variables)
         model.compute_metrics(x, y, y_pred, sample_weight)
@@ -26,6 +63,9 @@ def train_step(accumulation, model, data):
     _, loss, gradients = tf.while_loop(
         lambda i, *_: i < count, body, (tf.constant(0), tf.constant(0.0), start), parallel_iterations=1
     )
-    gradients = for_optimizer(model, gradients, [variable.dtype for variable in variables])
-    model.optimizer.apply_gradients(zip(gradients, variables, strict=True))
-    return report(model, loss * replicas(), batch_size(data))
+    return for_optimizer(model, gradients, [variable.dtype for variable in variables]), loss
+
+
+def _logs(model, loss, data):
+    track_loss(model, loss * replicas(), batch_size(data))
+    return model.get_metrics_result()

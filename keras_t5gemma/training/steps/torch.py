@@ -1,21 +1,59 @@
-"""The training step of a batch in parts on PyTorch: one part after another."""
+"""Steps on PyTorch. A batch in parts is one part after another."""
 
+import keras
 import torch
 
-from keras_t5gemma.training.steps.accumulation import batch_size, for_optimizer, part, report
+from keras_t5gemma.training.steps.common import (
+    batch_size,
+    for_optimizer,
+    outputs_and_loss,
+    part,
+    track_loss,
+    without_moving,
+)
+
+STEPS_ARE_FUNCTIONS = False
 
 
-def train_step(accumulation, model, data):
-    """The logs of a batch."""
-    count, parts, shares = accumulation.cut(data)
+def train_step(model, data):
+    """The logs of a batch, after an update of the weights."""
+    data = keras.utils.unpack_x_y_sample_weight(data)
     model.zero_grad()
     variables = model.trainable_variables
+    gradients, loss = (_whole if model.accumulation.steps == 1 else _in_parts)(model, data, variables)
+    with torch.no_grad():
+        without_moving(model, lambda: model.optimizer.apply(gradients, variables))
+    # Keras keeps them until the next forward pass is over.
+    model.zero_grad()
+    return _logs(model, loss, data)
+
+
+def test_step(model, data):
+    """The logs of a batch."""
+    x, y, sample_weight = data = keras.utils.unpack_x_y_sample_weight(data)
+    y_pred, loss = outputs_and_loss(model, *data, training=False)
+    model.compute_metrics(x, y, y_pred, sample_weight)
+    return _logs(model, loss, data)
+
+
+def _whole(model, data, variables):
+    """`(gradients, loss)` of a batch at once."""
+    x, y, sample_weight = data
+    y_pred, loss = outputs_and_loss(model, *data, training=True)
+    model.optimizer.scale_loss(loss).backward()
+    model.compute_metrics(x, y, y_pred, sample_weight)
+    return [variable.value.grad for variable in variables], loss.detach()
+
+
+def _in_parts(model, data, variables):
+    """`_whole` of a batch in parts."""
+    count, parts, shares = model.accumulation.cut(data)
     tensors = [variable.value for variable in variables]
     total, sums = 0.0, {}
     for i in range(count):
         x, y, sample_weight = part(parts, i)
-        y_pred = model(x, training=True)
-        loss = model.compute_loss(x, y, y_pred, sample_weight, training=True) * shares[i]
+        y_pred, loss = outputs_and_loss(model, x, y, sample_weight, training=True)
+        loss = loss * shares[i]
         model.optimizer.scale_loss(loss).backward()
         total = total + loss.detach()
         model.compute_metrics(x, y, y_pred, sample_weight)
@@ -25,7 +63,9 @@ def train_step(accumulation, model, data):
                 sums[k] = sums.get(k, 0) + tensor.grad.float()
                 tensor.grad = None
     gradients = [sums.get(k, tensor.grad) for k, tensor in enumerate(tensors)]
-    gradients = for_optimizer(model, gradients, [variable.dtype for variable in variables])
-    with torch.no_grad():
-        model.optimizer.apply(gradients, variables)
-    return report(model, total, batch_size(data))
+    return for_optimizer(model, gradients, [variable.dtype for variable in variables]), total
+
+
+def _logs(model, loss, data):
+    track_loss(model, loss, batch_size(data))
+    return model.get_metrics_result()

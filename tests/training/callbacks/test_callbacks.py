@@ -9,6 +9,7 @@ from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
+from keras_t5gemma.training.steps.model import OwnSteps
 
 X = np.random.default_rng(0).normal(size=(64, 4)).astype("float32")
 Y = np.random.default_rng(1).normal(size=(64, 4)).astype("float32")
@@ -30,10 +31,15 @@ class Block(keras.layers.Layer):
         return x
 
 
+@keras.saving.register_keras_serializable("tests")
+class Model(OwnSteps, keras.Model):
+    """Any model with the steps of this package."""
+
+
 def make_model(optimizer, **kwargs):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4,))
-    model = keras.Model(inputs, Block(name="layer_1")(Block(name="layer_0")(inputs)))
+    model = Model(inputs, Block(name="layer_1")(Block(name="layer_0")(inputs)))
     model.compile(optimizer, "mse", **kwargs)
     return model
 
@@ -152,7 +158,6 @@ def test_warmup_that_fit_did_not_finish_does_not_outlive_it(crash):
             fit(model, [warmup, Crash()])
     else:
         fit(model, [warmup], batches=2)
-    assert "apply" not in vars(model.optimizer)
     assert "train_step" not in vars(model)
     before = weights(model)
     fit(model, [], batches=1)
@@ -212,9 +217,17 @@ def test_warmup_with_steps_out_of_range_names_them(steps):
 
 
 def test_warmup_of_a_model_without_trainable_cross_attention_is_refused():
-    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+    inputs = keras.Input((4,))
+    model = Model(inputs, keras.layers.Dense(4)(inputs))
     model.compile("adam", "mse")
     with pytest.raises(ValueError, match="no trainable variable with 'cross_attention'"):
+        fit(model, [CrossAttentionWarmup(steps=3)])
+
+
+def test_warmup_of_a_model_without_this_packages_steps_is_refused():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+    model.compile("adam", "mse")
+    with pytest.raises(ValueError, match="needs a `T5GemmaSeq2SeqLM`.*Received: Sequential"):
         fit(model, [CrossAttentionWarmup(steps=3)])
 
 

@@ -1,0 +1,61 @@
+"""What the steps of all backends share."""
+
+import keras
+from keras import ops
+
+from keras_t5gemma.training.optimizers.low_precision import LowPrecision
+
+
+def outputs_and_loss(model, x, y, sample_weight, training):
+    """One forward pass.
+
+    Returns:
+        `(y_pred, loss)`: the model's outputs, or None if the loss does without logits; and the loss, a scalar.
+    """
+    y_pred = None if model.trains_without_logits else model(x, training=training)
+    return y_pred, model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+
+
+def track_loss(model, loss, rows):
+    """Updates Keras's mean of the losses of batches, unless the model keeps a mean of its own."""
+    if not model.keeps_own_loss:
+        (tracker,) = (metric for metric in model.metrics if metric.name == "loss")
+        tracker.update_state(loss, sample_weight=rows)
+
+
+def batch_size(data):
+    """Rows of a batch; an int if known when the step is traced."""
+    return ops.shape(next(x for x in keras.tree.flatten(data) if x is not None))[0]
+
+
+def part(parts, i):
+    """Part i of the parts of a batch."""
+    return keras.tree.map_structure(lambda x: None if x is None else x[i], parts)
+
+
+def for_optimizer(model, gradients, dtypes):
+    """Gradients in float32 for this package's optimizers, and in the dtypes of the weights for others."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if isinstance(optimizer, LowPrecision):
+        return gradients
+    return [
+        gradient if gradient is None else ops.cast(gradient, dtype)
+        for gradient, dtype in zip(gradients, dtypes, strict=True)
+    ]
+
+
+def added(sums, gradients):
+    """Float32 sums of gradients of whatever dtype: small ones are not lost in a large sum."""
+    return [
+        total if more is None else ops.add(total, ops.cast(more, "float32"))
+        for total, more in zip(sums, gradients, strict=True)
+    ]
+
+
+def without_moving(model, apply):
+    """Updates weights by `apply`, a function without arguments, after which the frozen ones are as they were."""
+    frozen = [variable for variable in model.trainable_variables if model.is_frozen(variable)]
+    before = [ops.copy(variable) for variable in frozen]
+    apply()
+    for variable, value in zip(frozen, before, strict=True):
+        variable.assign(value)

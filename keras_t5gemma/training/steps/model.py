@@ -1,0 +1,137 @@
+"""`OwnSteps`: gives a model this package's training and evaluation steps."""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.training.steps.accumulation import Accumulation
+
+PACKAGE = __name__.rpartition(".")[0]
+
+
+class TaughtBatch(NamedTuple):
+    """What a step on JAX gets if the loss has a teacher.
+
+    Attributes:
+        batch: `(x, y, sample_weight)`.
+        values: those of `teacher_variables`, in their order.
+    """
+
+    batch: Any
+    values: list
+
+
+class OwnSteps:
+    """Mixed into a `keras.Model`: `fit` and `evaluate` run the steps of this package.
+
+    Attributes:
+        accumulation: the `Accumulation` of a training step.
+        trains_without_logits: whether `compute_loss` takes None for the outputs, and runs the model itself.
+        keeps_own_loss: whether `compute_loss` updates a mean of the losses, which Keras's own then does not count.
+    """
+
+    accumulation = Accumulation(1, None)
+    trains_without_logits = False
+    keeps_own_loss = False
+    _frozen = frozenset()  # the `id`s of variables
+
+    def fit(self, *args, **kwargs):
+        """As in Keras. What was frozen meanwhile is released at the end, and after an error."""
+        try:
+            return super().fit(*args, **kwargs)
+        finally:
+            if self._frozen:
+                self._frozen, self.train_function = frozenset(), None
+
+    def train_step(self, *args):
+        """One step of `fit`, with Keras's arguments and result for the backend: `(state, data)` on JAX, `data` else."""
+        return implementation(PACKAGE).train_step(self, *args)
+
+    def test_step(self, *args):
+        """One step of `evaluate`, likewise."""
+        return implementation(PACKAGE).test_step(self, *args)
+
+    def freeze(self, variables):
+        """Has the steps of this `fit` leave some trainable variables as they are, until the next call.
+
+        The optimizer sees their gradients and keeps its state for them all the same.
+
+        Args:
+            variables: `keras.Variable`s; none of them to release all.
+        """
+        self._frozen = frozenset(map(id, variables))
+        self.make_train_function(force=True)
+
+    def is_frozen(self, variable):
+        """Whether steps leave a variable as it is."""
+        return id(variable) in self._frozen
+
+    def make_train_function(self, force=False):
+        """Keras's own, compiled anew if `force`."""
+        if self.train_function is None or force:
+            with _of_its_own(self, "train_step"):
+                super().make_train_function(force)
+            self.train_function = self._with_teacher(self.train_function)
+
+    def make_test_function(self, force=False):
+        """Likewise."""
+        if self.test_function is None or force:
+            with _of_its_own(self, "test_step"):
+                super().make_test_function(force)
+            self.test_function = self._with_teacher(self.test_function)
+
+    @property
+    def teacher_variables(self):
+        """A teacher's variables that are not the model's, too."""
+        teacher = getattr(getattr(self, "loss", None), "teacher", None)
+        own = {id(variable) for variable in self.variables}
+        return [variable for variable in getattr(teacher, "variables", ()) if id(variable) not in own]
+
+    def _with_teacher(self, function):
+        """A train or test function whose batches carry the values of the teacher's variables on JAX.
+
+        A step is a function of its arguments there: any other values would be constants of the compiled program, a
+        second copy of the teacher.
+        """
+        variables = self.teacher_variables if implementation(PACKAGE).STEPS_ARE_FUNCTIONS else []
+        if not variables:
+            return function
+
+        def function_of_taught_batches(state, batches):
+            values = [variable.value for variable in variables]
+            return function(state, (TaughtBatch(batch, values) for batch in batches))
+
+        return function_of_taught_batches
+
+
+def unpacked(model, data):
+    """A step's `data`, a `TaughtBatch` or a batch.
+
+    Returns:
+        `((x, y, sample_weight), teacher)`, the latter `[(variable, value), ...]`.
+    """
+    teacher = []
+    if isinstance(data, TaughtBatch):
+        data, teacher = data.batch, list(zip(model.teacher_variables, data.values, strict=True))
+    return keras.utils.unpack_x_y_sample_weight(data), teacher
+
+
+@contextlib.contextmanager
+def _of_its_own(model, name):
+    """A context in which a model's step is a function that was not there before.
+
+    `jax.jit` has one compiled program per function and shapes: that of another loss, say, or of frozen variables, if
+    the function were the same.
+    """
+    own = vars(model).get(name)
+    setattr(model, name, functools.partial(getattr(model, name)))
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(model, name)
+        else:
+            setattr(model, name, own)
