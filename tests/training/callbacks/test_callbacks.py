@@ -227,7 +227,7 @@ def test_warmup_of_a_model_without_trainable_cross_attention_is_refused():
 def test_warmup_of_a_model_without_this_packages_steps_is_refused():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
     model.compile("adam", "mse")
-    with pytest.raises(ValueError, match="needs a `T5GemmaSeq2SeqLM`.*Received: Sequential"):
+    with pytest.raises(ValueError, match=r"needs a `T5GemmaSeq2SeqLM`.*Received: Sequential"):
         fit(model, [CrossAttentionWarmup(steps=3)])
 
 
