@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
@@ -21,8 +22,8 @@ from keras_t5gemma.hub import PresetFolder
 
 
 def adapt_gemma2_files(
-    encoder: str | os.PathLike[str],
-    decoder: str | os.PathLike[str] | None,
+    encoder: str | Path,
+    decoder: str | Path | None,
     folder: str | os.PathLike[str],
     *,
     cross_attention: str = "auto",
@@ -92,7 +93,7 @@ def adapt_gemma2_files(
 
 
 def average_checkpoints(
-    checkpoints: Iterable[str | os.PathLike[str]],
+    checkpoints: Iterable[str | Path],
     folder: str | os.PathLike[str],
     *,
     weights: Sequence[float] | None = None,
@@ -139,7 +140,7 @@ def average_checkpoints(
 
 
 def convert_checkpoint(
-    checkpoint: str | os.PathLike[str],
+    checkpoint: str | Path,
     folder: str | os.PathLike[str],
     *,
     dtype: str | None = None,

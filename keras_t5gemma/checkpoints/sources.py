@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
@@ -12,7 +11,7 @@ from keras_t5gemma import hub, presets
 from keras_t5gemma.checkpoints.checks import check_depth, check_source, check_tensors
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, read_gemma2_config, read_t5gemma_config
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
-from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2, KERAS_HUB_T5GEMMA, OWN, AnyConfig
+from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2, KERAS_HUB_T5GEMMA, OWN, AnyConfig, expected_tensors
 from keras_t5gemma.checkpoints.keras_formats.presets import KerasPreset
 from keras_t5gemma.checkpoints.orbax.files import is_orbax
 from keras_t5gemma.checkpoints.orbax.parameters import read_orbax_t5gemma
@@ -103,12 +102,12 @@ def gemma2_source(
             tensors = KerasPreset(folder, (GEMMA2,), folder.config)
             source = Source(tensors.config, tensors)
     check_depth(source.tensors, "Gemma 2", source.config.stack)
-    shapes = {tensor.gemma2: tensor.stored_shape for tensor in source.config.tensors()}
+    shapes = {name: tensor.stored_shape for name, tensor in expected_tensors(source.config).items()}
     check_tensors(source.tensors, shapes, "Gemma 2")
     return source
 
 
-def open_t5gemma(origin: str | os.PathLike[str] | hub.PresetFolder) -> hub.PresetFolder:
+def open_t5gemma(origin: str | Path | hub.PresetFolder) -> hub.PresetFolder:
     """The `PresetFolder` of a T5Gemma. Also opens Flax's checkpoints, which have no `config.json`.
 
     Raises:
@@ -118,7 +117,7 @@ def open_t5gemma(origin: str | os.PathLike[str] | hub.PresetFolder) -> hub.Prese
     return origin if isinstance(origin, hub.PresetFolder) else _open(origin, is_orbax)
 
 
-def open_gemma2(origin: str | os.PathLike[str] | hub.PresetFolder) -> hub.PresetFolder:
+def open_gemma2(origin: str | Path | hub.PresetFolder) -> hub.PresetFolder:
     """The `PresetFolder` of a Gemma 2. Also takes the names of keras-hub's presets.
 
     Raises:
@@ -131,18 +130,18 @@ def open_gemma2(origin: str | os.PathLike[str] | hub.PresetFolder) -> hub.Preset
     if "://" not in name and not Path(name).is_dir() and name not in presets.PRESETS:
         import keras_hub
 
-        handles: dict[str, Any] = keras_hub.models.GemmaBackbone.presets  # keras-hub's `classproperty` has no types
+        handles: Any = keras_hub.models.GemmaBackbone.presets  # a dict; keras-hub's `classproperty` has no type
         if name not in handles:
             gemma2 = [preset for preset in handles if preset.startswith("gemma2")]
             raise ValueError(
                 f"Unknown preset {name!r}: it is not a folder here. keras-hub's Gemma 2 are {', '.join(gemma2)}. A hub "
                 f"checkpoint is written hf://owner/name.{did_you_mean(name, gemma2)}"
             )
-        origin = handles[name]["kaggle_handle"]
+        origin = str(handles[name]["kaggle_handle"])
     return _open(origin)
 
 
-def _open(origin: str | os.PathLike[str], accepts: Callable[[Path], bool] | None = None) -> hub.PresetFolder:
+def _open(origin: str | Path, accepts: Callable[[Path], bool] | None = None) -> hub.PresetFolder:
     """The `PresetFolder` of a checkpoint.
 
     Args:

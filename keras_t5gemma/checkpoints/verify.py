@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
@@ -32,7 +32,7 @@ class Difference:
     scale: float
 
 
-def read_all(checkpoint: str | os.PathLike[str]) -> tuple[int, int]:
+def read_all(checkpoint: str | Path) -> tuple[int, int]:
     """Reads every tensor of a T5Gemma, and checks that it is finite and has the checksum that the file states, if any.
 
     Args:
@@ -55,7 +55,7 @@ def read_all(checkpoint: str | os.PathLike[str]) -> tuple[int, int]:
     return len(names), len(with_checksum)
 
 
-def compare_checkpoints(checkpoint: str | os.PathLike[str], other: str | os.PathLike[str]) -> list[Difference]:
+def compare_checkpoints(checkpoint: str | Path, other: str | Path) -> list[Difference]:
     """The differences between two T5Gemma, tensor by tensor.
 
     Args:
@@ -87,9 +87,9 @@ def compare_checkpoints(checkpoint: str | os.PathLike[str], other: str | os.Path
 
 
 def check_invariants(
-    checkpoint: str | os.PathLike[str],
-    encoder: str | os.PathLike[str],
-    decoder: str | os.PathLike[str] | None = None,
+    checkpoint: str | Path,
+    encoder: str | Path,
+    decoder: str | Path | None = None,
     *,
     length: int = 64,
     seed: int = 0,
@@ -150,7 +150,7 @@ def _difference(title: str, mine: tuple[TensorSource, str], theirs: tuple[Tensor
 
 
 def _hidden_states(
-    config: StackConfig, source: TensorSource, names: Mapping[str, tuple[TensorSpec, str]], x: np.ndarray
+    config: StackConfig, source: TensorSource, names: Mapping[str, tuple[TensorSpec, str]], embeddings: np.ndarray
 ) -> np.ndarray:
     """Runs a stack as a decoder-only model, building its layers one after the other.
 
@@ -158,7 +158,7 @@ def _hidden_states(
         config: the stack's config.
         source: the source of the stack's tensors.
         names: (`TensorSpec`, name in the source) by the path of our variable without the stack.
-        x: embeddings, float32 [1, T, D].
+        embeddings: the stack's input, float32 [1, T, D].
 
     Returns:
         The output of the last norm, float32 [1, T, D].
@@ -177,9 +177,9 @@ def _hidden_states(
         stored = flat.reshape(shape[::-1] if tensor.row.transposed else shape)
         return ops.convert_to_tensor(np.ascontiguousarray(tensor.from_stored(stored)), dtype)
 
-    segments = ops.ones(x.shape[:2], dtype="int32")
-    angles = rotary_angles(x.shape[1], 0, config.head_dim, config.rope_wavelength)
-    x = ops.convert_to_tensor(x)
+    segments = ops.ones(embeddings.shape[:2], dtype="int32")
+    angles = rotary_angles(embeddings.shape[1], 0, config.head_dim, config.rope_wavelength)
+    x = ops.convert_to_tensor(embeddings)
     for layer, kind in enumerate(config.layer_kinds):
         window = config.sliding_window if kind == "sliding" else None
         mask = attention_mask(segments, segments, causal=True, window=window)
@@ -190,4 +190,4 @@ def _hidden_states(
     norm = RMSNorm(config.norm_epsilon, name="final_norm", dtype="float32")
     with weights_from(read):
         norm.build((None, None, config.hidden_dim))
-    return ops.convert_to_numpy(norm(x))
+    return np.asarray(ops.convert_to_numpy(norm(x)))

@@ -36,12 +36,12 @@ class KerasModelTensors(TensorSource):
 
     def __init__(self, backbone: keras.Model, layout: Layout, config: T5GemmaConfig | Gemma2Config, title: str):
         self._title = title
-        self._placed = {}
+        self._variables = {}
         for name, tensor in expected_tensors(config).items():
             place = layout.place(tensor)
             layer = functools.reduce(_child, place.attribute.split("/"), backbone)
-            self._placed[name] = layer.weights[place.index], place.letters, tensor.row.stored_letters
-        used = {id(variable) for variable, _, _ in self._placed.values()}
+            self._variables[name] = layer.weights[place.index], place.letters, tensor.row.stored_letters
+        used = {id(variable) for variable, *_ in self._variables.values()}
         if surplus := [variable.path for variable in backbone.weights if id(variable) not in used]:
             raise CheckpointError(
                 f"{title}: the variable {surplus[0]} is superfluous. Expected a model without LoRA and not quantized."
@@ -49,26 +49,26 @@ class KerasModelTensors(TensorSource):
 
     def names(self) -> list[str]:
         """The tensors' names in Hugging Face's checkpoints."""
-        return list(self._placed)
+        return list(self._variables)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape as Hugging Face stores it."""
-        variable, letters, stored = self._placed[name]
+        variable, letters, stored = self._variables[name]
         return stored_shape(variable.shape, letters, stored)
 
     def dtype(self, name: str) -> np.dtype:
         """The variable's dtype."""
-        dtype = self._placed[name][0].dtype
+        dtype = self._variables[name][0].dtype
         return DTYPES["BF16"] if dtype == "bfloat16" else np.dtype(dtype)
 
     def read(self, name: str) -> np.ndarray:
         """The variable as a numpy array in Hugging Face's layout."""
-        variable, letters, stored = self._placed[name]
-        return to_stored(keras.ops.convert_to_numpy(variable.value), letters, stored)
+        variable, letters, stored = self._variables[name]
+        return to_stored(np.asarray(keras.ops.convert_to_numpy(variable.value)), letters, stored)
 
     def where(self, name: str | None = None) -> str:
         """The model's class, and the variable's path."""
-        return self._title if name is None else f"{self._title} ({self._placed[name][0].path})"
+        return self._title if name is None else f"{self._title} ({self._variables[name][0].path})"
 
 
 def read_gemma2(

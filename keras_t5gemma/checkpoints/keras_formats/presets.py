@@ -66,7 +66,7 @@ class KerasPreset(TensorSource, Generic[AnyConfig]):
                     f"{path}: the model was saved {state}, and only `T5GemmaBackbone.from_preset` and "
                     f"`T5GemmaSeq2SeqLM.from_preset` read it. {_REMEDIES[key]}"
                 )
-        self._placed: dict[str, tuple[Path, str, str, str]] = {}
+        self._locations: dict[str, tuple[Path, str, str, str]] = {}
         found = {group: place for group, place in self._files().items() if "/vars/" in group}
         # Checked before the table is built, which an absurd number of layers would let fill the memory.
         stacks = [getattr(self.config, name, None) for name in ("encoder", "decoder", "stack")]
@@ -77,7 +77,7 @@ class KerasPreset(TensorSource, Generic[AnyConfig]):
             group = f"layers/{place.group}/vars/{place.index}"
             if group not in found:
                 raise CheckpointError(f"{self.folder}: {group!r}, which is the tensor {name!r}, is missing.")
-            self._placed[name] = (*found.pop(group), place.letters, tensor.row.stored_letters)
+            self._locations[name] = (*found.pop(group), place.letters, tensor.row.stored_letters)
         if found:
             group, (path, _) = next(iter(found.items()))
             raise CheckpointError(
@@ -86,11 +86,11 @@ class KerasPreset(TensorSource, Generic[AnyConfig]):
 
     def names(self) -> list[str]:
         """The tensors' names in Hugging Face's checkpoints."""
-        return list(self._placed)
+        return list(self._locations)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape as Hugging Face stores it."""
-        _, group, letters, stored = self._placed[name]
+        _, group, letters, stored = self._locations[name]
         with self._dataset(name) as dataset:
             if len(dataset.shape or ()) != len(letters.split()):
                 raise CheckpointError(
@@ -105,13 +105,13 @@ class KerasPreset(TensorSource, Generic[AnyConfig]):
 
     def read(self, name: str) -> np.ndarray:
         """Reads one tensor into a numpy array in Hugging Face's layout."""
-        _, _, letters, stored = self._placed[name]
+        _, _, letters, stored = self._locations[name]
         with self._dataset(name) as dataset:
             return to_stored(dataset[()].view(_dtype(dataset)), letters, stored)
 
     def chunks(self, name: str) -> Iterator[np.ndarray]:
         """Reads one tensor in flat pieces; reads it whole first if its layout is not Hugging Face's."""
-        _, _, letters, stored = self._placed[name]
+        _, _, letters, stored = self._locations[name]
         if letters != stored:
             yield from super().chunks(name)
             return
@@ -123,10 +123,10 @@ class KerasPreset(TensorSource, Generic[AnyConfig]):
 
     def where(self, name: str | None = None) -> str:
         """The path of the file that holds the tensor; without a name, of the folder."""
-        return str(self.folder if name is None else self._placed[name][0])
+        return str(self.folder if name is None else self._locations[name][0])
 
     def _dataset(self, name: str) -> _OpenDataset:
-        path, group, *_ = self._placed[name]
+        path, group, *_ = self._locations[name]
         return _OpenDataset(path, group, name)
 
     def _files(self) -> dict[str, tuple[Path, str]]:
