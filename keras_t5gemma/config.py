@@ -116,7 +116,8 @@ class T5GemmaConfig:
 
     Attributes:
         encoder: the encoder's `StackConfig`, or a mapping of its fields.
-        decoder: likewise for the decoder. Cross-attention has the decoder's heads and reads the encoder's width.
+        decoder: the decoder's `StackConfig`, or a mapping of its fields. Cross-attention has the decoder's heads and
+            reads the encoder's width.
         vocabulary_size: V, rows of the embedding table; each stack has its own table.
         final_logit_soft_cap: `c` in `c * tanh(x / c)` on the output logits, or `None` for no cap; 30 in Gemma 2.
         encoder_attention: "bidirectional", or "causal" (an ablation in arXiv 2504.06225).

@@ -37,7 +37,7 @@ class Preset:
 
     Attributes:
         encoder: the encoder's size, a key of `STACKS`.
-        decoder: likewise for the decoder.
+        decoder: the decoder's size, a key of `STACKS`.
         objective: the pretraining objective, one of `OBJECTIVES`.
         instruction_tuned: whether it was tuned on instructions, and so reads prompts in turns.
     """

@@ -124,7 +124,7 @@ def average_checkpoints(
     sources = [t5gemma_source(folder) for folder in folders]
     for origin, source in zip(folders[1:], sources[1:], strict=True):
         if source.config != sources[0].config:
-            raise CheckpointError(f"{origin} and {folders[0]} are of different configs: there is no mean of them.")
+            raise CheckpointError(f"{origin} and {folders[0]} are of different configs and have no mean.")
     mean = MeanTensors([source.tensors for source in sources], weights, dtype)
     facts = {f"checkpoint {i}": checkpoint for i, checkpoint in enumerate(checkpoints, 1)}
     _write(

@@ -128,9 +128,9 @@ def check_invariants(
         by_path = {tensor.path.partition("/")[2]: tensor for tensor in table}
         names = {path: (tensor, tensor.name) for path, tensor in by_path.items()}
         their_names = {path: (tensor, tensor.gemma2) for path, tensor in by_path.items() if tensor.gemma2 is not None}
-        found = _hidden_states(mine, adapted.tensors, names, embeddings)
+        actual = _hidden_states(mine, adapted.tensors, names, embeddings)
         expected = _hidden_states(theirs, gemma2.tensors, their_names, embeddings)
-        largest, scale = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+        largest, scale = float(np.abs(actual - expected).max()), float(np.abs(expected).max())
         differences.append(Difference(f"{stack} hidden states", largest, scale))
         path = "token_embedding/embeddings"
         pair = (adapted.tensors, names[path][1]), (gemma2.tensors, their_names[path][1])

@@ -89,9 +89,9 @@ def read_t5gemma_config(values: Mapping[str, Any], where: str = "config.json") -
             raise _wrong(where, name, values.get(name), "an object")
     encoder, decoder = values["encoder"], values["decoder"]
     vocabulary_size = _vocabulary_size(decoder, f"{where}: decoder")
-    for name, found in (("encoder.vocab_size", encoder), ("vocab_size", values)):
-        if found.get("vocab_size", vocabulary_size) != vocabulary_size:
-            raise _wrong(where, name, found["vocab_size"], f"{vocabulary_size}, the decoder's")
+    for name, section in (("encoder.vocab_size", encoder), ("vocab_size", values)):
+        if section.get("vocab_size", vocabulary_size) != vocabulary_size:
+            raise _wrong(where, name, section["vocab_size"], f"{vocabulary_size}, the decoder's")
     if decoder.get("cross_attention_hidden_size") not in (None, encoder.get("hidden_size")):
         expected = f"{encoder.get('hidden_size')}, the encoder's hidden_size"
         raise _wrong(where, "decoder.cross_attention_hidden_size", decoder["cross_attention_hidden_size"], expected)

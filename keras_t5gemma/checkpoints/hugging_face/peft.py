@@ -122,7 +122,7 @@ def load_lora(model: keras.Model, folder: str | os.PathLike[str]) -> None:
         module: (_read_matrix(file, _PREFIX + module + _A).T, _read_matrix(file, _PREFIX + module + _B).T)
         for module in ranks
     }
-    alphas = {module: _alpha(config, module, rank) for module, rank in ranks.items()}
+    alphas = {module: _lora_alpha(config, module, rank) for module, rank in ranks.items()}
     if not enabled:
         backbone.enable_lora_on({modules[module][1].path: (rank, alphas[module]) for module, rank in ranks.items()})
     for module, (a, b) in matrices.items():
@@ -233,7 +233,7 @@ def _read_ranks(
     Raises:
         CheckpointError: if the adapter does not fit.
     """
-    found: dict[str, set[str]] = {}
+    halves: dict[str, set[str]] = {}
     for name in file.tensors:
         match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
         if match is None or match[1] not in modules:
@@ -241,10 +241,10 @@ def _read_ranks(
                 f"{file.path}: tensor {name!r} is not LoRA on a matrix of this model, such as "
                 f"{_PREFIX + next(iter(modules)) + _A!r}."
             )
-        found.setdefault(match[1], set()).add(match[2])
-    if not found:
+        halves.setdefault(match[1], set()).add(match[2])
+    if not halves:
         raise CheckpointError(f"{file.path} holds no tensors.")
-    ranks = {module: _pattern_value(config, "rank_pattern", "r", module) for module in found}
+    ranks = {module: _pattern_value(config, "rank_pattern", "r", module) for module in halves}
     for module, rank in ranks.items():
         fan_in, fan_out = modules[module][0].shape
         for suffix, shape in ((_A, (rank, fan_in)), (_B, (fan_out, rank))):
@@ -276,7 +276,7 @@ def _pattern_value(config: Mapping[str, Any], patterns: str, default: str, modul
     return config[default]
 
 
-def _alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _lora_alpha(config: Mapping[str, Any], module: str, rank: int) -> float:
     """The module's `lora_alpha` for Keras, which divides it by the rank; rsLoRA divides by the rank's square root."""
     alpha = _pattern_value(config, "alpha_pattern", "lora_alpha", module)
     return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha

@@ -174,9 +174,9 @@ def _keras_hub_t5gemma_config(values: Mapping[str, Any], where: str) -> T5GemmaC
         ("hidden_activation", "gelu_approximate", "gelu_approximate"),
         ("cross_attention_hidden_size", None, values["encoder_hidden_dim"]),
     ):
-        found = values.get(name, default)
-        if found is not None and found != expected:
-            raise CheckpointError(f"{where}: `{name}` is {found!r}. Expected {expected!r}.")
+        value = values.get(name, default)
+        if value is not None and value != expected:
+            raise CheckpointError(f"{where}: `{name}` is {value!r}. Expected {expected!r}.")
     return T5GemmaConfig(
         encoder=_keras_hub_stack(values, "encoder"),
         decoder=_keras_hub_stack(values, "decoder"),

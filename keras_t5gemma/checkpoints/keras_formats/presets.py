@@ -67,21 +67,21 @@ class KerasPreset(TensorSource, Generic[AnyConfig]):
                     f"`T5GemmaSeq2SeqLM.from_preset` read it. {_REMEDIES[key]}"
                 )
         self._locations: dict[str, tuple[Path, str, str, str]] = {}
-        found = {group: place for group, place in self._files().items() if "/vars/" in group}
+        datasets = {group: place for group, place in self._files().items() if "/vars/" in group}
         # Checked before the table is built, which an absurd number of layers would let fill the memory.
         stacks = [getattr(self.config, name, None) for name in ("encoder", "decoder", "stack")]
-        if len(found) < sum(stack.num_layers for stack in stacks if stack is not None):
-            raise CheckpointError(f"{self.folder}: {len(found)} tensors, fewer than {CONFIG_FILE} has layers.")
+        if len(datasets) < sum(stack.num_layers for stack in stacks if stack is not None):
+            raise CheckpointError(f"{self.folder}: {len(datasets)} tensors, fewer than {CONFIG_FILE} has layers.")
         for name, tensor in expected_tensors(self.config).items():
             place = layout.place(tensor)
             group = f"layers/{place.group}/vars/{place.index}"
-            if group not in found:
+            if group not in datasets:
                 raise CheckpointError(f"{self.folder}: {group!r}, which is the tensor {name!r}, is missing.")
-            self._locations[name] = (*found.pop(group), place.letters, tensor.row.stored_letters)
-        if found:
-            group, (path, _) = next(iter(found.items()))
+            self._locations[name] = (*datasets.pop(group), place.letters, tensor.row.stored_letters)
+        if datasets:
+            group, (path, _) = next(iter(datasets.items()))
             raise CheckpointError(
-                f"{path}: {len(found)} tensor(s) that the model does not have by its config, among them {group!r}."
+                f"{path}: {len(datasets)} tensor(s) that the model does not have by its config, among them {group!r}."
             )
 
     def names(self) -> list[str]:
@@ -187,14 +187,14 @@ def _datasets(path: Path) -> dict[str, tuple[Path, str]]:
 
     `visititems` follows no links, so no dataset of another file is listed.
     """
-    found: dict[str, tuple[Path, str]] = {}
+    datasets: dict[str, tuple[Path, str]] = {}
 
     def visit(name: str, item: h5py.HLObject) -> None:
         if isinstance(item, h5py.Dataset):
             if item.is_virtual or item.external:
                 raise CheckpointError(f"{path}: the data of {name!r} lie in another file, which is not read.")
             # Earlier releases of Keras had another name for the group of a model's layers. Keras still reads it.
-            found[name.replace("_layer_checkpoint_dependencies/", "layers/", 1)] = path, name
+            datasets[name.replace("_layer_checkpoint_dependencies/", "layers/", 1)] = path, name
 
     try:
         with h5py.File(path, "r") as file:
@@ -203,7 +203,7 @@ def _datasets(path: Path) -> dict[str, tuple[Path, str]]:
         raise
     except Exception as error:  # Of many types, as in `_OpenDataset`.
         raise CheckpointError(f"{path} cannot be read as HDF5: {error}") from error
-    return found
+    return datasets
 
 
 def _dtype(dataset: h5py.Dataset) -> np.dtype:

@@ -187,15 +187,15 @@ class OrbaxTensors(TensorSource):
             dataclasses.replace(column, path=column.path.format(s=tensor.stack, i=tensor.layer))
             for column in COLUMNS[tensor.row.path]
         ]
-        found = [column for column in columns if column.path in arrays]
-        if len({column.path for column in found}) != 1:
+        present = [column for column in columns if column.path in arrays]
+        if len({column.path for column in present}) != 1:
             paths = dict.fromkeys(column.path for column in columns)
             raise CheckpointError(
                 f"{self.folder}: parameter {' or '.join(map(repr, paths))} is missing. Expected for {tensor.name!r}."
-                if not found
+                if not present
                 else f"{self.folder}: parameters {' and '.join(map(repr, paths))} both hold {tensor.name!r}."
             )
-        return found
+        return present
 
     def _view(
         self,
@@ -266,10 +266,10 @@ def _recognize_config(folder: Path, arrays: Mapping[str, tensorstore.TensorStore
         rows = sizes.pop("V", rows)
         matching = [row for row in presets.STACKS.values() if all(getattr(row, f) == n for f, n in sizes.items())]
         if not matching:
-            found = ", ".join(f"{field}={size}" for field, size in sizes.items())
+            listing = ", ".join(f"{field}={size}" for field, size in sizes.items())
             raise CheckpointError(
-                f"{folder}: by its parameters' shapes, the {stack} has {found}. No published stack has these sizes "
-                f"({', '.join(presets.STACKS)}): pass the model's T5GemmaConfig as `config`."
+                f"{folder}: by its parameters' shapes, the {stack} has {listing}. No published "
+                f"stack has these sizes ({', '.join(presets.STACKS)}): pass the model's T5GemmaConfig as `config`."
             )
         stacks[stack] = matching[0]
     return T5GemmaConfig(**stacks, vocabulary_size=VOCABULARY_SIZE if rows == VOCABULARY_SIZE + EXTRA_ROWS else rows)
@@ -287,6 +287,6 @@ def _sizes(arrays: Mapping[str, tensorstore.TensorStore], stack: str) -> dict[st
         axes = column.letters.split()
         shape = getattr(arrays.get(column.path.format(s=stack, i=0)), "shape", ())
         if len(shape) == len(axes):
-            by_letter: dict[str, int] = {letter: size for letter, size in zip(axes, shape, strict=True) if letter.isalpha()}
-            sizes |= {FIELDS.get(letter, letter): size for letter, size in by_letter.items()}
+            letters = [(letter, size) for letter, size in zip(axes, shape, strict=True) if letter.isalpha()]
+            sizes |= {str(FIELDS.get(letter, letter)): size for letter, size in letters}
     return sizes
