@@ -42,6 +42,9 @@ def adapted_config(
         encoder_heads: "grouped" as in Gemma 2, or "multi": as many key and value heads as query heads, an ablation in
             the paper.
 
+    Returns:
+        A `T5GemmaConfig`.
+
     Raises:
         ValueError: if `encoder_attention` or `encoder_heads` is invalid.
         CheckpointError: if the vocabularies differ.

@@ -45,7 +45,7 @@ def load(
     expected = {tensor.path: tensor for tensor in tensor_specs(config)}
     distributed = keras.distribution.distribution() is not None
 
-    def read(path, shape, dtype):
+    def read(path: str, shape: tuple[int, ...], dtype: str):
         if distributed:
             return keras.ops.zeros(shape, dtype)
         tensor = expected.get(path)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar, cast
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
 
@@ -27,7 +28,7 @@ def process_index() -> int:
     return _jax().process_index() if _on_jax() else 0
 
 
-def gather(value):
+def gather(value: ArrayLike) -> np.ndarray:
     """Gathers a value of every process: numbers that have one shape and dtype on all processes.
 
     Like every collective call here, it waits for the slowest process.
@@ -96,8 +97,8 @@ def gathered(tensor) -> np.ndarray:
 def write_on_first(source: TensorSource, tensors: Iterable, write: Callable[[TensorSource], None]) -> None:
     """Writes a model's tensors. If they are sharded over processes, the first process writes and all of them read.
 
-    The first process announces each tensor that it reads, and all processes gather it, so at most one tensor
-    at a time is in memory whole.
+    The first process announces each tensor that it reads, and all processes gather it. So only one tensor at a time is
+    whole in memory.
 
     Args:
         source: a `TensorSource` that reads a model by `gathered`.

@@ -81,6 +81,7 @@ def export_to_hugging_face(
         raise ValueError(f"`tokenizer` must have its SentencePiece model as `proto`. Received: {tokenizer!r}.")
 
     def write(source: TensorSource) -> None:
+        """Writes the folder from the model's tensors, on one process."""
         write_checkpoint(
             folder,
             backbone.config,

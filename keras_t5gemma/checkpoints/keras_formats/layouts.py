@@ -106,6 +106,9 @@ def stored_shape(shape: Sequence[int], letters: str, stored: str) -> tuple[int, 
         shape: the array's own shape.
         letters: the array's axes, e.g. "K D H".
         stored: Hugging Face's axes, e.g. "KH D".
+
+    Returns:
+        A size per axis of `stored`.
     """
     sizes = dict(zip(letters.split(), shape, strict=True))
     # Our own kernels have merged axes already ("D KH"); keras-hub's have one axis per letter.
@@ -121,6 +124,9 @@ def to_stored(array: np.ndarray, letters: str, stored: str) -> np.ndarray:
         array: an array with the axes `letters`.
         letters: the array's axes, e.g. "K D H".
         stored: Hugging Face's axes, e.g. "KH D".
+
+    Returns:
+        An array with the axes `stored`.
     """
     axes, stored_axes = letters.split(), stored.split()
     order = stored_axes if set(stored_axes) == set(axes) else list(stored.replace(" ", ""))
