@@ -1,7 +1,8 @@
-"""What a T5Gemma is, as plain values: no Keras here, so that any program can read, check and write a config."""
+"""Configs of T5Gemma as plain dataclasses. Imports no Keras, so any program can read, check and write a config."""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any, Self
 
 from keras_t5gemma.checks import check_integer_fields, is_number
 from keras_t5gemma.suggestions import check_choice, did_you_mean
@@ -26,14 +27,14 @@ class StackConfig:
         sliding_window: tokens a "sliding" layer sees, its own position included; 4096 in Gemma 2
             (arXiv 2408.00118, table 1). A decoder query `q` sees keys `0 <= q - k < sliding_window`, an
             encoder query `|q - k| < sliding_window`.
-        layer_pattern: "sliding" or "global" a layer, repeated over the layers from the first; Gemma 2 alternates.
+        layer_pattern: "sliding" or "global" per layer, repeated from the first layer to the last; Gemma 2 alternates.
         query_scalar: attention logits are scaled by `query_scalar ** -0.5`; `None` means `head_dim`, as in every
             published size.
-        attention_soft_cap: `c` in `c * tanh(x / c)` on attention logits, or `None`; 50 in Gemma 2.
+        attention_soft_cap: `c` in `c * tanh(x / c)` on attention logits, or `None` for no cap; 50 in Gemma 2.
         rope_wavelength: base of the rotary frequencies, 10,000 in Gemma 2.
         norm_epsilon: added to the mean square in RMSNorm.
-        dropout: rate on the embeddings and on every sub-layer's output, in training only.
-        initializer_range: standard deviation of freshly drawn kernels and embeddings; 0.02 as in `transformers`.
+        dropout: rate on the embeddings and on every sub-layer's output, during training only.
+        initializer_range: standard deviation of newly drawn kernels and embeddings; 0.02 as in `transformers`.
 
     Raises:
         ValueError: if a value is out of range; the message names the field.
@@ -54,7 +55,7 @@ class StackConfig:
     dropout: float = 0.0
     initializer_range: float = 0.02
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_integer_fields(
             self,
             num_layers=1,
@@ -86,38 +87,39 @@ class StackConfig:
             raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={self.dropout!r}.")
 
     @property
-    def query_scale(self):
-        """The factor on queries before the dot product."""
+    def query_scale(self) -> float:
+        """The factor by which queries are scaled before the dot product."""
         return (self.head_dim if self.query_scalar is None else self.query_scalar) ** -0.5
 
     @property
-    def layer_kinds(self):
-        """ "sliding" or "global" for each layer, first to last."""
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The attention kind of each layer, first to last: "sliding" or "global"."""
         return tuple(self.layer_pattern[i % len(self.layer_pattern)] for i in range(self.num_layers))
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; `StackConfig.from_dict` reads them back."""
         return dataclasses.asdict(self) | {"layer_pattern": list(self.layer_pattern)}
 
     @classmethod
-    def from_dict(cls, values: Mapping):
-        """A config from a mapping of fields.
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a config from a mapping of fields.
 
         Raises:
-            ValueError: if a key is unknown, a required one is missing, or a value is out of range.
+            ValueError: if a field is unknown, a required field is missing, or a value is out of range.
         """
         return cls(**_known_fields(cls, values))
 
 
 @dataclasses.dataclass(frozen=True)
 class T5GemmaConfig:
-    """A whole model: two stacks and what they share.
+    """A whole model: an encoder, a decoder and the settings that both share.
 
     Attributes:
         encoder: the encoder's `StackConfig`, or a mapping of its fields.
-        decoder: the decoder's. Its cross-attention has the decoder's heads and reads the encoder's width.
-        vocabulary_size: V, rows of each stack's own embedding table.
-        final_logit_soft_cap: `c` in `c * tanh(x / c)` on the output logits, or `None`; 30 in Gemma 2.
+        decoder: the decoder's `StackConfig`, or a mapping of its fields. Cross-attention has the decoder's heads and
+            reads the encoder's width.
+        vocabulary_size: V, rows of the embedding table; each stack has its own table.
+        final_logit_soft_cap: `c` in `c * tanh(x / c)` on the output logits, or `None` for no cap; 30 in Gemma 2.
         encoder_attention: "bidirectional", or "causal" (an ablation in arXiv 2504.06225).
         tie_embeddings: whether the output projection is the decoder's embedding table.
 
@@ -132,7 +134,7 @@ class T5GemmaConfig:
     encoder_attention: str = "bidirectional"
     tie_embeddings: bool = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("encoder", "decoder"):
             stack = getattr(self, name)
             if isinstance(stack, Mapping):
@@ -146,7 +148,7 @@ class T5GemmaConfig:
         if not isinstance(self.tie_embeddings, bool):
             raise ValueError(f"`tie_embeddings` must be True or False. Received: {self.tie_embeddings!r}.")
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; `T5GemmaConfig.from_dict` reads them back."""
         return {
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
@@ -155,17 +157,17 @@ class T5GemmaConfig:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping):
-        """A config from a mapping of fields.
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a config from a mapping of fields.
 
         Raises:
-            ValueError: if a key is unknown, a required one is missing, or a value is out of range.
+            ValueError: if a field is unknown, a required field is missing, or a value is out of range.
         """
         return cls(**_known_fields(cls, values))
 
 
-def _known_fields(cls, values):
-    """A mapping's fields as a dict, once all of them are a dataclass's."""
+def _known_fields(cls: type[StackConfig] | type[T5GemmaConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Copies a mapping into a dict, after checking that it holds a dataclass's fields and every required one."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(
@@ -177,9 +179,10 @@ def _known_fields(cls, values):
     return dict(values)
 
 
-def _check_positive(instance, name):
+def _check_positive(instance: StackConfig | T5GemmaConfig, name: str) -> None:
+    """Checks that a field is a positive number, and turns numpy's numbers into Python's."""
     value = getattr(instance, name)
     if not is_number(value) or value <= 0:
         raise ValueError(f"`{name}` must be a positive number. Received: {name}={value!r}.")
-    # numpy's numbers are not JSON's.
+    # JSON cannot hold numpy's numbers.
     object.__setattr__(instance, name, value if isinstance(value, int) else float(value))

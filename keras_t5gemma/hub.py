@@ -1,33 +1,36 @@
-"""Where presets lie: built-in names, hubs and folders, in Hugging Face's or Keras's format."""
+"""Finds presets: built-in names, hub handles and folders, in Hugging Face's or Keras's format."""
+
+from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from keras_t5gemma import strict_json
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import did_you_mean
 
 CONFIG_FILE = "config.json"
-# Beside a Hugging Face checkpoint: what this package's preprocessor was told. Other programs ignore the file.
+# The options of this package's preprocessor, beside a Hugging Face checkpoint. Other programs ignore the file.
 PREPROCESSOR_FILE = "keras_t5gemma_preprocessor.json"
 PREPROCESSOR_OPTIONS = ("encoder_sequence_length", "decoder_sequence_length", "chat", "truncate")
 
 
-def locate(preset, weights=True, *, config=True):
-    """The local folder of a preset, downloaded if it is not there yet.
+def locate(preset: str | Path, weights: bool = True, *, config: bool = True) -> Path:
+    """The local folder of a preset, which is downloaded unless it is there already.
 
     Args:
         preset: a name in `PRESETS`, "hf://owner/name", "kaggle://owner/model/framework/variation[/version]", or a
             folder.
-        weights: False to leave the weights of a Hugging Face checkpoint where they are, e.g. for its tokenizer alone.
-        config: whether the folder must hold a `config.json`, which Flax's checkpoints do not.
+        weights: whether to download the weights of a Hugging Face checkpoint too; False e.g. for its tokenizer alone.
+        config: whether the folder must hold a `config.json`. Flax's checkpoints have none.
 
     Returns:
-        A `pathlib.Path` to a folder with a `config.json`.
+        The folder's path. The folder holds a `config.json`, if `config` is true.
 
     Raises:
         ValueError: if the name is unknown and no such folder exists, or the folder has no `config.json`.
-        ConnectionError: if the download failed; the message names what was looked for and where.
+        ConnectionError: if the download failed; the message names the checkpoint and the site.
     """
     text = str(preset)
     if text in PRESETS:
@@ -41,7 +44,7 @@ def locate(preset, weights=True, *, config=True):
         raise ValueError(f"`preset` must be a name or a folder. Received: {text!r}, a file.{remedy}")
     else:
         raise ValueError(
-            f"Unknown preset {text!r}: it is no folder here and none of the {len(PRESETS)} built-in names "
+            f"Unknown preset {text!r}: it is not a folder here, nor one of the {len(PRESETS)} built-in names "
             f"({', '.join(list(PRESETS)[:3])}, ...; `keras-t5gemma presets` lists them). A hub checkpoint is written "
             f"hf://owner/name or kaggle://owner/model/keras/variation.{did_you_mean(text, PRESETS)}"
         )
@@ -52,33 +55,33 @@ def locate(preset, weights=True, *, config=True):
 
 @dataclasses.dataclass(frozen=True)
 class PresetFolder:
-    """A checkpoint's folder that has been found, and its `config.json`, which is parsed once.
+    """The local folder of a checkpoint, and its `config.json`, which is parsed once.
 
     Attributes:
-        path: a `pathlib.Path`.
-        name: what was asked for: a preset's name, a hub's handle or the path.
-        config: the parsed `config.json`, a dict; None if there is none.
+        path: the folder's path.
+        name: the name that the caller passed: a preset's name, a hub's handle or the path.
+        config: the parsed `config.json`, or None if the folder has none.
     """
 
     path: Path
     name: str
-    config: dict | None
+    config: dict[str, Any] | None
 
-    def __truediv__(self, file):
+    def __truediv__(self, file: str) -> Path:
         return self.path / file
 
-    def __fspath__(self):
+    def __fspath__(self) -> str:
         return str(self.path)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return str(self.path)
 
     @property
-    def is_hugging_face(self):
-        """Whether it is in Hugging Face's format (`model_type`), not in Keras's (`registered_name`).
+    def is_hugging_face(self) -> bool:
+        """Whether the format is Hugging Face's (the config has `model_type`) and not Keras's (`registered_name`).
 
         Raises:
-            ValueError: if it is in neither.
+            ValueError: if the config has neither.
         """
         if self.config is not None and ("model_type" in self.config or "registered_name" in self.config):
             return "model_type" in self.config
@@ -86,29 +89,29 @@ class PresetFolder:
         raise ValueError(f"{path} has neither `model_type` (Hugging Face) nor `registered_name` (Keras).")
 
     @property
-    def instruction_tuned(self):
-        """Whether the model reads prompts in turns: by its name if it is published, else if it has a chat template.
+    def instruction_tuned(self) -> bool:
+        """Whether the model reads prompts in turns. A published name says so; other folders have a chat template.
 
         Raises:
             ValueError: if the folder's `tokenizer_config.json` is not a JSON object.
         """
-        for known in PRESETS.values():
-            kaggle = known.kaggle_handle
-            if self.name in (known.name, known.hf_handle, kaggle, kaggle.rpartition("/")[0]):
-                return known.instruction_tuned
+        for preset in PRESETS.values():
+            kaggle = preset.kaggle_handle
+            if self.name in (preset.name, preset.hf_handle, kaggle, kaggle.rpartition("/")[0]):
+                return preset.instruction_tuned
         if (self.path / "chat_template.jinja").is_file():
             return True
         path = self.path / "tokenizer_config.json"
         return path.is_file() and bool(strict_json.read_object(path).get("chat_template"))
 
-    def preprocessor_options(self, keras_file="preprocessor.json"):
-        """What the checkpoint says of its preprocessor, in Keras's or Hugging Face's format.
+    def preprocessor_options(self, keras_file: str = "preprocessor.json") -> dict[str, Any]:
+        """The preprocessor's options that were saved with the checkpoint, in Keras's or Hugging Face's format.
 
         Args:
-            keras_file: the preprocessor's config in Keras's format.
+            keras_file: name of the file with the preprocessor's config in Keras's format.
 
         Returns:
-            Those of `PREPROCESSOR_OPTIONS` that were saved, by name.
+            `{name: value}` for each name in `PREPROCESSOR_OPTIONS` that was saved.
 
         Raises:
             ValueError: if the file is not a JSON object with options.
@@ -124,21 +127,23 @@ class PresetFolder:
             raise ValueError(f"{path} is not a preprocessor's config ({type(error).__name__}: {error}).") from error
 
 
-def open_preset(origin, weights=True, *, config_file=CONFIG_FILE):
-    """The folder of a preset, downloaded if it is not there yet, with its config.
+def open_preset(
+    origin: str | Path | PresetFolder, weights: bool = True, *, config_file: str | None = CONFIG_FILE
+) -> PresetFolder:
+    """The local folder of a preset, downloaded unless it is there already, with its parsed config.
 
     Args:
         origin: as for `locate`; or a `PresetFolder`, which is returned as it is.
         weights: as for `locate`.
-        config_file: a file that is there in a folder without `config.json`, such as a saved tokenizer's alone; None
-            for a folder of any kind, such as Flax's checkpoints.
+        config_file: the file by which a folder without `config.json` is accepted, e.g. a saved tokenizer's; None to
+            accept any folder, e.g. Flax's checkpoints.
 
     Returns:
         A `PresetFolder`.
 
     Raises:
-        ValueError: as `locate`, and if `config.json` is not a JSON object.
-        ConnectionError: as `locate`.
+        ValueError: as for `locate`, and if `config.json` is not a JSON object.
+        ConnectionError: as for `locate`.
     """
     if isinstance(origin, PresetFolder):
         return origin
@@ -149,12 +154,12 @@ def open_preset(origin, weights=True, *, config_file=CONFIG_FILE):
     return PresetFolder(folder, str(origin), strict_json.read_object(path) if path.is_file() else None)
 
 
-def kaggle_file(handle, path):
-    """One file of a Kaggle checkpoint, downloaded if it is not there yet.
+def kaggle_file(handle: str, path: str) -> Path:
+    """The local path of one file of a Kaggle checkpoint, which is downloaded unless it is there already.
 
     Args:
         handle: "kaggle://owner/model/framework/variation[/version]".
-        path: the file's, within the checkpoint.
+        path: the file's path within the checkpoint.
 
     Raises:
         ConnectionError: as for `locate`.
@@ -168,14 +173,23 @@ _LOGIN = {
 }
 
 
-def _download(handle, weights=True, path=None):
-    """The local folder, or file, of a checkpoint on a hub."""
+def _download(handle: str, weights: bool = True, path: str | None = None) -> Path:
+    """Downloads a checkpoint, or one file of it, from a hub; returns its local path.
+
+    Args:
+        handle: "hf://owner/name" or "kaggle://owner/model/framework/variation[/version]".
+        weights: whether to download the weights of a Hugging Face checkpoint too.
+        path: the one file to download from Kaggle, or None for the whole checkpoint.
+
+    Raises:
+        ConnectionError: if the download failed, for any reason.
+    """
     scheme, _, name = handle.partition("://")
     try:
         if scheme == "hf":
             from huggingface_hub import snapshot_download
 
-            # Weights in safetensors or h5 only: nothing that would have to be unpickled is ever fetched.
+            # Weights in safetensors or h5 only: no pickle is ever downloaded.
             patterns = ["*.json", "*.model", "*.jinja", "assets/**"] + ["*.safetensors", "*.h5"] * weights
             return Path(snapshot_download(name, allow_patterns=patterns))
         from kagglehub import model_download

@@ -1,6 +1,7 @@
 """The published sizes, pairs and checkpoints: one row per size, everything else is computed."""
 
 import dataclasses
+from typing import Any
 
 from keras_t5gemma.config import StackConfig
 from keras_t5gemma.suggestions import did_you_mean
@@ -32,7 +33,14 @@ OBJECTIVES = ("ul2", "prefixlm")
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One published checkpoint: its stacks, the objective it was trained with, and where it lies."""
+    """One published checkpoint.
+
+    Attributes:
+        encoder: the encoder's size, a key of `STACKS`.
+        decoder: the decoder's size, a key of `STACKS`.
+        objective: the pretraining objective, one of `OBJECTIVES`.
+        instruction_tuned: whether it was tuned on instructions, and so reads prompts in turns.
+    """
 
     encoder: str
     decoder: str
@@ -40,23 +48,23 @@ class Preset:
     instruction_tuned: bool
 
     @property
-    def name(self):
-        """The name `from_preset` takes, e.g. "t5gemma_9b_2b_prefixlm_it"."""
+    def name(self) -> str:
+        """The name that `from_preset` takes, e.g. "t5gemma_9b_2b_prefixlm_it"."""
         return f"t5gemma_{self._stem('_')}"
 
     @property
-    def hf_handle(self):
-        """The Hugging Face checkpoint, in `transformers` format."""
+    def hf_handle(self) -> str:
+        """The handle of the checkpoint on Hugging Face, in the format of `transformers`."""
         return f"hf://google/t5gemma-{self._stem('-')}"
 
     @property
-    def kaggle_handle(self):
-        """The Kaggle checkpoint, in Keras format (keras-hub's own T5Gemma)."""
+    def kaggle_handle(self) -> str:
+        """The handle of the checkpoint on Kaggle, in Keras's format (keras-hub's own T5Gemma)."""
         return f"kaggle://keras/t5-gemma/keras/{self.name}/1"
 
-    def _stem(self, joint):
+    def _stem(self, separator: str) -> str:
         parts = [self.encoder, self.decoder, self.objective] + ["it"] * self.instruction_tuned
-        return joint.join(parts)
+        return separator.join(parts)
 
 
 PRESETS = {
@@ -70,11 +78,11 @@ PRESETS = {
 }
 
 
-def stack(size):
-    """The `StackConfig` for a size name, a config or a mapping of fields.
+def stack(size: str | StackConfig | dict[str, Any]) -> StackConfig:
+    """The `StackConfig` of a size name, a config or a dict of fields.
 
     Args:
-        size: one of `STACKS` ("s" .. "9b"), a `StackConfig`, or a mapping of its fields.
+        size: a key of `STACKS` ("s" .. "9b"), a `StackConfig`, or a dict of its fields.
 
     Raises:
         ValueError: if the name is unknown or the value is invalid.

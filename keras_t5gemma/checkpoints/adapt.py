@@ -1,37 +1,53 @@
 """Gemma 2's tensors as T5Gemma's: the adaptation of arXiv 2504.06225, one tensor at a time.
 
 The encoder takes every weight of its Gemma 2. A decoder block takes self-attention, feed-forward and their norms from
-the same layer of its Gemma 2; what becomes of cross-attention, which Gemma 2 does not have, is the only choice.
+the same layer of its Gemma 2. Gemma 2 has no cross-attention: how that is initialized is the only choice.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
+from keras_t5gemma.checkpoints.tensor_table import TABLE, TensorSpec, tensor_specs
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.suggestions import check_choice
 
+if TYPE_CHECKING:
+    from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
+    from keras_t5gemma.checkpoints.sources import Source
+
 CROSS_ATTENTIONS = ("auto", "self-attention", "random")
 ENCODER_HEADS = ("grouped", "multi")
-_GEMMA2_NAMES = {row.path: row.gemma2 for row in TABLE}
+_GEMMA2_NAMES = {row.path: row.gemma2 for row in TABLE if row.gemma2 is not None}
 
 
-def adapted_config(encoder, decoder, encoder_attention="bidirectional", encoder_heads="grouped"):
-    """The config of the T5Gemma that two Gemma 2 make.
+def adapted_config(
+    encoder: Gemma2Config,
+    decoder: Gemma2Config,
+    encoder_attention: str = "bidirectional",
+    encoder_heads: str = "grouped",
+) -> T5GemmaConfig:
+    """The config of the T5Gemma that is adapted from two Gemma 2.
 
     Args:
-        encoder: the `Gemma2Config` of the encoder's.
-        decoder: that of the decoder's, which also gives the soft cap on the output logits.
+        encoder: the config of the encoder's Gemma 2.
+        decoder: the config of the decoder's Gemma 2, which also gives the soft cap on the output logits.
         encoder_attention: "bidirectional", or "causal", an ablation in the paper.
         encoder_heads: "grouped" as in Gemma 2, or "multi": as many key and value heads as query heads, an ablation in
             the paper.
 
+    Returns:
+        A `T5GemmaConfig`.
+
     Raises:
-        ValueError: if `encoder_heads` is neither.
-        CheckpointError: if their vocabularies differ.
+        ValueError: if `encoder_attention` or `encoder_heads` is invalid.
+        CheckpointError: if the vocabularies differ.
     """
     check_choice(encoder_heads, "encoder_heads", ENCODER_HEADS)
     if encoder.vocabulary_size != decoder.vocabulary_size:
@@ -52,38 +68,38 @@ def adapted_config(encoder, decoder, encoder_attention="bidirectional", encoder_
 
 
 class AdaptedTensors(TensorSource):
-    """The T5Gemma that two Gemma 2 make, as a `TensorSource`: computed when read, nothing is kept.
+    """The T5Gemma that is adapted from two Gemma 2, as a `TensorSource`. Tensors are computed when read, not stored.
 
     Args:
         encoder: the `Source` of the encoder's Gemma 2 (`gemma2_source`).
-        decoder: that of the decoder's; the same one will do.
-        encoder_attention: as for `adapted_config`; the weights are the same.
-        cross_attention: where cross-attention and its two norms come from. "self-attention": the decoder's
-            self-attention and its norms, layer by layer. "random": kernels drawn with the decoder's
-            `initializer_range`, norms at zero. "auto", the paper's rule: the former where both stacks have the same
-            configuration, else the latter (and then train cross-attention alone for the first 1,000 steps).
-        encoder_heads: as for `adapted_config`; with "multi" each key and value head is copied to every query head that
-            shares it, which computes the same.
-        seed: of the random draws; each tensor's depends on the seed and on its name only.
+        decoder: the `Source` of the decoder's Gemma 2; it may be the same object.
+        encoder_attention: as for `adapted_config`; the weights do not depend on it.
+        encoder_heads: as for `adapted_config`. With "multi" each key and value head is copied to every query head that
+            shares it, so the model computes the same function.
+        cross_attention: how cross-attention and its two norms are initialized. "self-attention": from the decoder's
+            self-attention and its norms, layer by layer. "random": kernels are drawn with the decoder's
+            `initializer_range`, norms are zero. "auto", the paper's rule: "self-attention" if both stacks have the same
+            configuration, else "random" (then train cross-attention alone for the first 1,000 steps).
+        seed: seed of the random draws. A tensor's draw depends on the seed and on the tensor's name only.
 
     Raises:
-        ValueError: if `cross_attention` or `encoder_heads` is invalid.
-        CheckpointError: if the vocabularies differ, or "self-attention" does not fit: its keys and values read the
-            decoder's width, and the encoder's is another.
+        ValueError: if `cross_attention`, `encoder_attention` or `encoder_heads` is invalid.
+        CheckpointError: if the vocabularies differ, or "self-attention" does not fit because the encoder's width is not
+            the decoder's, which the keys and values of self-attention read.
     """
 
     def __init__(
         self,
-        encoder,
-        decoder,
+        encoder: Source[Gemma2Config],
+        decoder: Source[Gemma2Config],
         *,
-        encoder_attention="bidirectional",
-        encoder_heads="grouped",
-        cross_attention="auto",
-        seed=0,
+        encoder_attention: str = "bidirectional",
+        encoder_heads: str = "grouped",
+        cross_attention: str = "auto",
+        seed: int = 0,
     ):
         self.config = adapted_config(encoder.config, decoder.config, encoder_attention, encoder_heads)
-        # By Gemma 2's own heads: copying them out changes no function.
+        # "auto" compares Gemma 2's own heads: copying heads changes no function.
         grouped = adapted_config(encoder.config, decoder.config, encoder_attention)
         self.cross_attention = resolve_cross_attention(grouped, cross_attention)
         stack = encoder.config.stack
@@ -93,56 +109,58 @@ class AdaptedTensors(TensorSource):
         self._seed = seed
         self._tensors = {tensor.name: tensor for tensor in tensor_specs(self.config)}
 
-    def names(self):
+    def names(self) -> list[str]:
         """The names in a Hugging Face T5Gemma."""
         return list(self._tensors)
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """The shape as Hugging Face stores it."""
         return self._tensors[name].stored_shape
 
-    def dtype(self, name):
-        """The dtype of the tensor it comes from; of one drawn at random, that of the decoder's counterpart."""
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype of the Gemma 2 tensor that it is adapted from; for a random one, of its self-attention namesake."""
         tensor = self._tensors[name]
         return self._sources[tensor.stack].dtype(self._gemma2_name(tensor))
 
-    def read(self, name):
-        """One tensor, read or drawn now."""
+    def read(self, name: str) -> np.ndarray:
+        """Reads one tensor from its Gemma 2, or draws it at random."""
         tensor = self._tensors[name]
         if tensor.gemma2 is None and self.cross_attention == "random":
             return self._draw(tensor).astype(self.dtype(name))
         array = self._sources[tensor.stack].read(self._gemma2_name(tensor))
         return self._copy_heads(array) if self._is_copied(tensor) else array
 
-    def chunks(self, name):
-        """One tensor in flat pieces: the Gemma 2's own, where they go unchanged."""
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """Reads one tensor in flat pieces: those of its Gemma 2, if the tensor is taken unchanged."""
         tensor = self._tensors[name]
         if self._is_copied(tensor) or (tensor.gemma2 is None and self.cross_attention == "random"):
             yield from super().chunks(name)
         else:
             yield from self._sources[tensor.stack].chunks(self._gemma2_name(tensor))
 
-    def where(self, name=None):
-        """Where the Gemma 2 tensor comes from, or both sources."""
+    def where(self, name: str | None = None) -> str:
+        """The origin of the Gemma 2 tensor; without a name, of both Gemma 2."""
         if name is None:
             return " + ".join(source.where() for source in self._sources.values())
         tensor = self._tensors[name]
         return self._sources[tensor.stack].where(self._gemma2_name(tensor))
 
-    def _gemma2_name(self, tensor):
+    def _gemma2_name(self, tensor: TensorSpec) -> str:
+        """The name of the Gemma 2 tensor; for cross-attention, of its namesake in self-attention."""
         if tensor.gemma2 is not None:
             return tensor.gemma2
-        # Every row of cross-attention has its namesake among those of self-attention.
+        # Every row of cross-attention has a namesake among those of self-attention.
         return _GEMMA2_NAMES[tensor.row.path.replace("cross_attention", "self_attention")].format(i=tensor.layer)
 
-    def _is_copied(self, tensor):
+    def _is_copied(self, tensor: TensorSpec) -> bool:
         return self._copies > 1 and tensor.stack == "encoder" and "K" in tensor.row.letters
 
-    def _copy_heads(self, array):
+    def _copy_heads(self, array: np.ndarray) -> np.ndarray:
         heads = array.reshape(-1, self._head_dim, array.shape[1])  # [K, H, D]
         return np.repeat(heads, self._copies, axis=0).reshape(-1, array.shape[1])
 
-    def _draw(self, tensor):
+    def _draw(self, tensor: TensorSpec) -> np.ndarray:
+        """Draws a tensor of cross-attention: a kernel from a normal distribution, the scale of a norm as zeros."""
         if len(tensor.shape) == 1:
             return np.zeros(tensor.shape, "float32")  # Norms multiply by 1 + scale.
         name = int.from_bytes(hashlib.sha256(tensor.name.encode()).digest()[:8], "little")
@@ -151,20 +169,20 @@ class AdaptedTensors(TensorSource):
         return draw
 
 
-def resolve_cross_attention(config, cross_attention):
-    """ "self-attention" or "random": what "auto" stands for in a config, or what was asked for, if it fits.
+def resolve_cross_attention(config: T5GemmaConfig, cross_attention: str) -> str:
+    """Resolves "auto" to "self-attention" or "random"; returns either of these unchanged, if it fits the config.
 
     Args:
         config: the `T5GemmaConfig`.
         cross_attention: one of `CROSS_ATTENTIONS`.
 
     Raises:
-        ValueError: if it is invalid.
-        CheckpointError: if "self-attention" was asked for and the stacks' widths differ.
+        ValueError: if `cross_attention` is invalid.
+        CheckpointError: if it is "self-attention" and the stacks' widths differ.
     """
     check_choice(cross_attention, "cross_attention", CROSS_ATTENTIONS)
     if cross_attention == "auto":
-        # Dropout and the spread of fresh weights are not part of what the weights were trained to compute.
+        # The paper's rule is about what the weights compute: dropout and the spread of fresh weights do not matter.
         encoder, decoder = (
             dataclasses.replace(stack, dropout=0.0, initializer_range=1.0) for stack in (config.encoder, config.decoder)
         )

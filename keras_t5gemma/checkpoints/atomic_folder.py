@@ -1,9 +1,10 @@
-"""A folder that appears under its name only once it is complete."""
+"""A folder that appears under its name only when it is complete."""
 
 import contextlib
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,12 +16,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
-def new_folder(folder):
-    """A folder that appears under its name only when the block ends well.
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Creates a folder that appears under its name only when the block ends without an error.
 
-    The block fills a hidden sibling of the target, which is renamed at the end and removed if anything is raised. What
-    a killed run left of it is removed by the next. A target that exists is refused, never replaced: nothing that
-    somebody kept is lost.
+    The block fills a hidden sibling of the target, which is renamed at the end, and removed if anything is raised. The
+    remains of a killed run are removed by the next run. A target that exists is refused, never replaced, so that nobody
+    loses files.
 
     Args:
         folder: the path to create; its parents are created too.
@@ -35,7 +36,7 @@ def new_folder(folder):
     _check_absent(target, "exists already. Choose another folder, or remove it first")
     partial = target.parent / f".{target.name}.partial"
     partial.mkdir(parents=True, exist_ok=True)
-    # Held until the process ends, however it ends: a folder whose lock can be had is nobody's.
+    # The lock ends with the process, however that ends. So a partial folder that can be locked has no owner.
     lock = FileLock(partial / _LOCK, timeout=0)
     try:
         lock.acquire()
@@ -61,15 +62,15 @@ def new_folder(folder):
         lock.release()
 
 
-def check_space(folder, nbytes):
-    """Refuses to begin what the disk cannot hold.
+def check_space(folder: str | os.PathLike[str], nbytes: int) -> None:
+    """Checks, before anything is written, that the disk has room for a checkpoint.
 
     Args:
         folder: an existing folder on the disk.
-        nbytes: what is going to be written there.
+        nbytes: the size of the checkpoint in bytes.
 
     Raises:
-        CheckpointError: if less is free.
+        CheckpointError: if the disk has less free space.
     """
     free = shutil.disk_usage(folder).free
     if free < nbytes:
@@ -79,6 +80,6 @@ def check_space(folder, nbytes):
         )
 
 
-def _check_absent(target, why):
+def _check_absent(target: Path, reason: str) -> None:
     if os.path.lexists(target):
-        raise CheckpointError(f"{target} {why}.")
+        raise CheckpointError(f"{target} {reason}.")

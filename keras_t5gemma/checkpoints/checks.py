@@ -1,37 +1,40 @@
-"""Checks that a source's tensors are those of its config, without reading any numbers."""
+"""Checks that a source has the tensors of its config. Reads no numbers."""
 
-from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError
+from collections.abc import Mapping
+
+from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource
 from keras_t5gemma.checkpoints.tensor_table import tensor_specs
+from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 
-def check_source(config, source):
-    """Compares names, shapes and dtypes of a source with those of a config, reading no data.
+def check_source(config: T5GemmaConfig, source: TensorSource) -> list[str]:
+    """Compares names, shapes and dtypes of a source with those of a config.
 
     Args:
         config: a `T5GemmaConfig`.
         source: a `TensorSource` under the names of Hugging Face's T5Gemma.
 
     Returns:
-        The names that are redundant.
+        The names of redundant tensors, which the config does not list and loading ignores.
 
     Raises:
-        CheckpointError: if they do not agree; the message names file, tensor, found and expected.
+        CheckpointError: if source and config differ; the message names file, tensor, found and expected.
     """
     for stack in ("encoder", "decoder"):
         check_depth(source, stack, getattr(config, stack))
     return check_tensors(source, {tensor.name: tensor.stored_shape for tensor in tensor_specs(config)}, "T5Gemma")
 
 
-def check_depth(source, title, stack):
-    """Refuses an absurd number of layers before a table of their tensors fills the memory.
+def check_depth(source: TensorSource, title: str, stack: StackConfig) -> None:
+    """Refuses an absurd number of layers, before a table of their tensors would fill the memory.
 
     Args:
         source: a `TensorSource`.
-        title: what the stack is, for messages.
+        title: the stack's name for messages, e.g. "encoder".
         stack: the `StackConfig`.
 
     Raises:
-        CheckpointError: if there are fewer tensors than layers.
+        CheckpointError: if the source has fewer tensors than layers.
     """
     count = len(source.names())
     if stack.num_layers > count:
@@ -41,19 +44,19 @@ def check_depth(source, title, stack):
         )
 
 
-def check_tensors(source, shapes, title):
-    """Compares names, shapes and dtypes of a source with those expected, reading no data.
+def check_tensors(source: TensorSource, shapes: Mapping[str, tuple[int, ...]], title: str) -> list[str]:
+    """Compares names, shapes and dtypes of a source with the expected ones.
 
     Args:
         source: a `TensorSource`.
-        shapes: the expected shape of each name.
-        title: what the source should be, for messages.
+        shapes: the expected shape of each tensor, by name.
+        title: the expected kind of model for messages, e.g. "T5Gemma".
 
     Returns:
-        The names besides that are known to be redundant.
+        The names of redundant tensors, which `shapes` does not list and loading ignores.
 
     Raises:
-        CheckpointError: if they do not agree; the message names file, tensor, found and expected.
+        CheckpointError: if they differ; the message names file, tensor, found and expected.
     """
     names = set(source.names())
     if missing := sorted(shapes.keys() - names):
@@ -62,7 +65,7 @@ def check_tensors(source, shapes, title):
             f"{shapes[missing[0]]}."
         )
     surplus = sorted(names - shapes.keys())
-    if unknown := [name for name in surplus if not _redundant(name)]:
+    if unknown := [name for name in surplus if not _is_redundant(name)]:
         raise CheckpointError(
             f"{source.where(unknown[0])}: {len(unknown)} tensor(s) that this {title} does not have by its config, "
             f"among them {unknown[0]!r}."
@@ -80,6 +83,6 @@ def check_tensors(source, shapes, title):
     return surplus
 
 
-def _redundant(name):
+def _is_redundant(name: str) -> bool:
     # A tied output projection equals the decoder's embedding; RoPE's frequencies follow from the config.
     return name in ("lm_head.out_proj.weight", "lm_head.weight") or name.endswith(".rotary_emb.inv_freq")

@@ -3,50 +3,59 @@
 No model is built and Keras is not imported, so a laptop can make a T5Gemma 9B-2B.
 """
 
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
 from keras_t5gemma.checkpoints.hugging_face.tokenizer import read_proto
 from keras_t5gemma.checkpoints.sources import gemma2_source, open_gemma2, open_t5gemma, t5gemma_source
-from keras_t5gemma.checkpoints.tensor_source import CheckpointError
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
 from keras_t5gemma.checkpoints.transforms import MeanTensors, cast_tensors
+from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.hub import PresetFolder
 
 
 def adapt_gemma2_files(
-    encoder,
-    decoder,
-    folder,
+    encoder: str | Path,
+    decoder: str | Path | None,
+    folder: str | os.PathLike[str],
     *,
-    cross_attention="auto",
-    encoder_attention="bidirectional",
-    encoder_heads="grouped",
-    dtype=None,
-    max_shard_size="5GB",
-    seed=0,
-    allow_non_finite=False,
-):
+    cross_attention: str = "auto",
+    encoder_attention: str = "bidirectional",
+    encoder_heads: str = "grouped",
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    seed: int = 0,
+    allow_non_finite: bool = False,
+) -> None:
     """Turns Gemma 2 into an encoder-decoder, from files to files; `adapt_gemma2` makes the same model in memory.
 
     Writes a Hugging Face folder: sharded safetensors with an index, `config.json`, `generation_config.json`, the
-    decoder's tokenizer and a model card. It appears when it is complete.
+    decoder's tokenizer and a model card. The folder appears under its name when it is complete.
 
     Args:
-        encoder: a Gemma 2: a folder in Hugging Face's or Keras's format, "hf://google/gemma-2-9b", or a keras-hub
-            preset such as "gemma2_9b_en".
-        decoder: the decoder's; the encoder's if None.
+        encoder: the Gemma 2 for the encoder: a folder in Hugging Face's or Keras's format, "hf://google/gemma-2-9b", or
+            a keras-hub preset such as "gemma2_9b_en".
+        decoder: the Gemma 2 for the decoder; the encoder's if None.
         folder: the path to create.
         cross_attention: "auto" (the paper's rule), "self-attention" or "random", as for `adapt_gemma2`.
         encoder_attention: "bidirectional" or "causal".
         encoder_heads: "grouped" or "multi".
         dtype: "float32", "float16" or "bfloat16"; None for the sources' own.
-        max_shard_size: bytes in a file, an int or a text such as "5GB".
-        seed: of what is drawn at random.
-        allow_non_finite: whether weights may be infinities and NaNs; else they are named and refused.
+        max_shard_size: bytes per file, an int or a text such as "5GB".
+        seed: seed of the weights that are drawn at random.
+        allow_non_finite: whether weights may be infinities and NaNs; otherwise they are refused by name.
 
     Raises:
         ValueError: if an argument is invalid.
-        CheckpointError: if a source is not a Gemma 2 or damaged, the two do not fit, the folder exists, or the disk
-            has no room.
+        CheckpointError: if a source is not a Gemma 2 or is damaged, the two do not fit, the folder exists, or the disk
+            is full.
         ConnectionError: if a download failed.
     """
     folders = [open_gemma2(encoder)]
@@ -62,7 +71,7 @@ def adapt_gemma2_files(
         cross_attention=cross_attention,
         seed=seed,
     )
-    options = {
+    facts = {
         "encoder from": encoder,
         "decoder from": encoder if decoder is None else decoder,
         "cross-attention": adapted.cross_attention,
@@ -77,26 +86,36 @@ def adapt_gemma2_files(
         cast_tensors(adapted, dtype),
         origin=folders[-1],
         title="T5Gemma adapted from Gemma 2",
-        facts=options,
+        facts=facts,
         max_shard_size=max_shard_size,
         allow_non_finite=allow_non_finite,
     )
 
 
-def average_checkpoints(checkpoints, folder, *, weights=None, dtype=None, max_shard_size="5GB", allow_non_finite=False):
-    """The mean of several T5Gemma, e.g. the last five of a run as in the paper, from files to files.
+def average_checkpoints(
+    checkpoints: Iterable[str | Path],
+    folder: str | os.PathLike[str],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    allow_non_finite: bool = False,
+) -> None:
+    """Writes the mean of several T5Gemma, e.g. of the last five of a run as in the paper, from files to files.
 
     Args:
-        checkpoints: two or more of what `T5GemmaBackbone.from_preset` takes, of one config.
+        checkpoints: two or more checkpoints of one config, each a name or folder that `T5GemmaBackbone.from_preset`
+            takes.
         folder: the path to create, in Hugging Face's format.
-        weights: a number a checkpoint; equal if None. They need not sum to one.
-        dtype: of the mean, as for `adapt_gemma2_files`; the first checkpoint's if None. Sums are float64.
+        weights: one number per checkpoint; equal if None. They need not sum to one.
+        dtype: the dtype of the mean, as for `adapt_gemma2_files`; the first checkpoint's if None. Sums are float64.
         max_shard_size: as for `adapt_gemma2_files`.
         allow_non_finite: as for `adapt_gemma2_files`.
 
     Raises:
-        ValueError, CheckpointError, ConnectionError: as for `adapt_gemma2_files`, and where the checkpoints differ in
-            config.
+        ValueError: as for `adapt_gemma2_files`; also if there are fewer than two checkpoints.
+        CheckpointError: as for `adapt_gemma2_files`; also if the configs differ.
+        ConnectionError: as for `adapt_gemma2_files`.
     """
     checkpoints = list(checkpoints)
     if len(checkpoints) < 2:
@@ -105,7 +124,7 @@ def average_checkpoints(checkpoints, folder, *, weights=None, dtype=None, max_sh
     sources = [t5gemma_source(folder) for folder in folders]
     for origin, source in zip(folders[1:], sources[1:], strict=True):
         if source.config != sources[0].config:
-            raise CheckpointError(f"{origin} and {folders[0]} are of different configs: there is no mean of them.")
+            raise CheckpointError(f"{origin} and {folders[0]} are of different configs and have no mean.")
     mean = MeanTensors([source.tensors for source in sources], weights, dtype)
     facts = {f"checkpoint {i}": checkpoint for i, checkpoint in enumerate(checkpoints, 1)}
     _write(
@@ -120,11 +139,18 @@ def average_checkpoints(checkpoints, folder, *, weights=None, dtype=None, max_sh
     )
 
 
-def convert_checkpoint(checkpoint, folder, *, dtype=None, max_shard_size="5GB", allow_non_finite=False):
-    """Any T5Gemma to a Hugging Face folder that `transformers` loads, from files to files.
+def convert_checkpoint(
+    checkpoint: str | Path,
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    allow_non_finite: bool = False,
+) -> None:
+    """Converts any T5Gemma to a Hugging Face folder that `transformers` loads, from files to files.
 
     Args:
-        checkpoint: what `T5GemmaBackbone.from_preset` takes.
+        checkpoint: a name or folder that `T5GemmaBackbone.from_preset` takes.
         folder: the path to create.
         dtype: as for `adapt_gemma2_files`.
         max_shard_size: as for `adapt_gemma2_files`.
@@ -147,10 +173,28 @@ def convert_checkpoint(checkpoint, folder, *, dtype=None, max_shard_size="5GB", 
     )
 
 
-def _write(folder, config, source, *, origin, title, facts, **options):
-    """Writes a folder with the tokenizer and the preprocessor's options found at `origin`.
+def _write(
+    folder: str | os.PathLike[str],
+    config: T5GemmaConfig,
+    source: TensorSource,
+    *,
+    origin: PresetFolder,
+    title: str,
+    facts: Mapping[str, Any],
+    **options: Any,
+) -> None:
+    """Writes a Hugging Face folder with the tokenizer and the preprocessor's options of `origin`.
 
-    Whether the model reads turns is what was saved, else what the preset's name says.
+    The saved options say whether the model reads prompts in turns; without them, `origin.instruction_tuned` does.
+
+    Args:
+        folder: the path to create.
+        config: the model's config.
+        source: the model's tensors.
+        origin: the checkpoint from which tokenizer and options are copied.
+        title: heading of the model card.
+        facts: rows of the model card's table.
+        **options: `max_shard_size` and `allow_non_finite`, as for `write_checkpoint`.
     """
     proto, saved = read_proto(origin), origin.preprocessor_options()
     chat = proto is not None and saved.get("chat", origin.instruction_tuned)

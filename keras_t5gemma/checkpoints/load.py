@@ -1,23 +1,34 @@
-"""Tensors into a model's variables, strictly both ways."""
+"""Tensors into a model's variables; every tensor and every variable is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import TypeVar
 
 import keras
 import numpy as np
 
 from keras_t5gemma.checkpoints.checks import check_source
-from keras_t5gemma.checkpoints.tensor_source import DTYPES, check_finite
-from keras_t5gemma.checkpoints.tensor_table import tensor_specs
+from keras_t5gemma.checkpoints.tensor_source import DTYPES, TensorSource, check_finite
+from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.checkpoints.to_device import to_tensor
+from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.layers.initialization import weights_from
 
+Model = TypeVar("Model", bound=keras.layers.Layer)
 
-def load(make, config, source, *, allow_non_finite=False):
-    """A new model whose weights are a checkpoint's: each tensor becomes its variable when the layer is built.
 
-    Nothing is drawn at random, and no tensor is in memory twice but the one being read. Under a `keras.distribution`
-    variables start as zeros where their layout says, and each tensor goes there from the host's memory.
+def load(
+    make: Callable[[], Model], config: T5GemmaConfig, source: TensorSource, *, allow_non_finite: bool = False
+) -> Model:
+    """Builds a model with a checkpoint's weights: a variable is created from its tensor when its layer is built.
+
+    Nothing is drawn at random, and only the tensor being read is in memory twice. Under a `keras.distribution`
+    variables start as zeros in their layout, and each tensor is copied there from the host's memory.
 
     Args:
-        make: called once, returns the model: a `T5GemmaBackbone` (or whatever has its `weights`).
+        make: a function that builds the model, e.g. a `T5GemmaBackbone` or a model with the same `weights`; called
+            once.
         config: the model's `T5GemmaConfig`.
         source: a `TensorSource` under the names of Hugging Face's T5Gemma, e.g. a `CheckpointFolder`.
         allow_non_finite: whether tensors may hold infinities and NaNs.
@@ -26,7 +37,7 @@ def load(make, config, source, *, allow_non_finite=False):
         The model.
 
     Raises:
-        CheckpointError: if a tensor is missing, superfluous, of another shape, no floating-point numbers, or not
+        CheckpointError: if a tensor is missing, superfluous, of another shape, not of a floating-point dtype, or not
             finite.
         ValueError: if the model's variables are not those of `config`.
     """
@@ -34,7 +45,7 @@ def load(make, config, source, *, allow_non_finite=False):
     expected = {tensor.path: tensor for tensor in tensor_specs(config)}
     distributed = keras.distribution.distribution() is not None
 
-    def read(path, shape, dtype):
+    def read(path: str, shape: tuple[int, ...], dtype: str):
         if distributed:
             return keras.ops.zeros(shape, dtype)
         tensor = expected.get(path)
@@ -51,20 +62,22 @@ def load(make, config, source, *, allow_non_finite=False):
     return model
 
 
-def load_into(model, config, source, *, allow_non_finite=False):
-    """Assigns every tensor of a T5Gemma to its variable in a model that exists.
+def load_into(
+    model: keras.layers.Layer, config: T5GemmaConfig, source: TensorSource, *, allow_non_finite: bool = False
+) -> list[str]:
+    """Assigns every tensor of a T5Gemma to its variable in an existing model.
 
     Everything is compared before anything is assigned: each tensor of the source is used or known to be redundant, each
-    variable gets exactly one, and all shapes and dtypes fit.
+    variable gets exactly one tensor, and all shapes and dtypes fit.
 
     Args:
-        model: a `T5GemmaBackbone` (or whatever has its `weights`), neither quantized nor with LoRA.
+        model: a `T5GemmaBackbone`, or a model with the same `weights`, neither quantized nor with LoRA.
         config: as for `load`.
         source: as for `load`.
         allow_non_finite: as for `load`.
 
     Returns:
-        The names of the tensors that were ignored as redundant: the output projection where it is tied, and RoPE's
+        The names of the tensors that were ignored as redundant: the output projection if it is tied, and RoPE's
         frequencies.
 
     Raises:
@@ -80,8 +93,8 @@ def load_into(model, config, source, *, allow_non_finite=False):
     return ignored
 
 
-def _read_as(source, tensor, dtype, allow_non_finite):
-    """One tensor as an array in our layout and dtype, cast piece by piece."""
+def _read_as(source: TensorSource, tensor: TensorSpec, dtype: str, allow_non_finite: bool) -> np.ndarray:
+    """Reads one tensor into an array of our layout and of the given dtype, casting piece by piece."""
     target = DTYPES["BF16"] if dtype == "bfloat16" else np.dtype(dtype)
     stored = _aligned(tensor.stored_shape, target)
     flat, start = stored.reshape(-1), 0
@@ -93,30 +106,31 @@ def _read_as(source, tensor, dtype, allow_non_finite):
     if not tensor.row.transposed:
         return stored
     array = _aligned(tensor.shape, target)
-    # In blocks that fit in a processor's cache, several times as fast as in one go.
+    # In blocks that fit in a processor's cache: several times as fast as one transposition.
     for begin in range(0, len(stored), _BLOCK):
         array[:, begin : begin + _BLOCK] = tensor.from_stored(stored[begin : begin + _BLOCK])
     return array
 
 
 _BLOCK = 64
-_ALIGNMENT = 64  # bytes; what JAX and TensorFlow need to take an array's memory as it is instead of copying it
+_ALIGNMENT = 64  # bytes; JAX and TensorFlow copy an array whose memory is aligned less
 
 
-def _aligned(shape, dtype):
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A new, uninitialized array whose memory is aligned."""
     size = int(np.prod(shape, dtype="int64")) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, "uint8")
     begin = -buffer.ctypes.data % _ALIGNMENT
     return buffer[begin : begin + size].view(dtype).reshape(shape)
 
 
-def plain_variables(model):
-    """The model's weights by path, of a model without LoRA and not quantized.
+def plain_variables(model: keras.layers.Layer) -> dict[str, keras.Variable]:
+    """The weights by path of a model that is not quantized and has no LoRA.
 
     Raises:
-        ValueError: if it is either; the message names a variable and the remedy.
+        ValueError: if the model is quantized or has LoRA; the message names a variable and the remedy.
     """
-    # `weights` are `variables` without the random state of dropout, which no checkpoint holds.
+    # `weights` are the `variables` except the random state of dropout, which no checkpoint holds.
     variables = {variable.path: variable for variable in model.weights}
     for path, variable in variables.items():
         if "lora_" in path.rsplit("/", 1)[-1]:
@@ -129,11 +143,11 @@ def plain_variables(model):
     return variables
 
 
-def _match_variables(variables, expected):
+def _match_variables(variables: Mapping[str, keras.Variable], expected: Collection[TensorSpec]) -> None:
     """Checks that a model has exactly the expected variables, in their shapes."""
     paths = {tensor.path for tensor in expected}
     if different := sorted(paths ^ variables.keys()):
-        side = "does not have" if different[0] in paths else "has besides"
+        side = "does not have" if different[0] in paths else "also has"
         raise ValueError(f"The model is not that of the config: it {side} the variable {different[0]}.")
     for tensor in expected:
         if tuple(variables[tensor.path].shape) != tensor.shape:

@@ -1,75 +1,91 @@
 """Multi-process helpers (JAX): rank, agreement between processes, and gathering of sharded tensors."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar, cast
+
 import numpy as np
+from numpy.typing import ArrayLike
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
 
-# Bytes of an error's message that the other processes are told.
+# Bytes of an error's message that are sent to the other processes.
 _MESSAGE_BYTES = 2_000
-# What the first process announces in place of a tensor's number, when it needs no more.
+# The first process announces these in place of a tensor's number when it reads no more tensors.
 _DONE, _FAILED = -1, -2
 
+Result = TypeVar("Result")
 
-def process_count():
-    """How many processes compute together: those that `keras.distribution.initialize` brought together, else one."""
+
+def process_count() -> int:
+    """The number of processes that compute together: those that `keras.distribution.initialize` connected, else one."""
     return _jax().process_count() if _on_jax() else 1
 
 
-def process_index():
-    """Which of them this is, from 0."""
+def process_index() -> int:
+    """The rank of this process, from 0."""
     return _jax().process_index() if _on_jax() else 0
 
 
-def gather(value):
-    """Every process's value, numbers of one shape and dtype on all: an array with an axis for the process in front.
+def gather(value: ArrayLike) -> np.ndarray:
+    """Gathers a value of every process: numbers that have one shape and dtype on all processes.
 
-    As anything here that all processes do together, it waits for the slowest.
+    Like every collective call here, it waits for the slowest process.
+
+    Args:
+        value: a number, or an array [...].
+
+    Returns:
+        A numpy array [processes, ...].
     """
     if process_count() == 1:
         return np.asarray(value)[None]
     return _multihost().process_allgather(np.asarray(value))
 
 
-def on_all_processes(action):
-    """Calls a function, and raises on all processes where it raised on one.
+def on_all_processes(action: Callable[[], Result]) -> Result:
+    """Calls a function on all processes; an error on one process is raised on all of them.
 
-    Without it the others would wait at their next step for a process that has gone.
+    Otherwise the other processes would wait at their next step for a process that has ended.
 
     Args:
-        action: called without arguments.
+        action: a function without arguments.
 
     Returns:
-        What it returned here.
+        The function's result on this process.
 
     Raises:
-        CheckpointError: if it raised on another process, with its message; here its own error.
+        CheckpointError: if the function raised an error on another process; it has that error's message. An error of
+            this process is raised unchanged.
     """
     if process_count() == 1:
         return action()
-    result = failure = None
+    result: Result | None = None
+    failure = None
     try:
         result = action()
-    except Exception as error:  # whatever it is, the others must hear of it
+    except Exception as error:  # Of any type: the other processes must learn of it.
         failure = error
     text = b"" if failure is None else f"{type(failure).__name__}: {failure}".encode()[:_MESSAGE_BYTES]
-    told = gather(np.frombuffer(text.ljust(_MESSAGE_BYTES, b"\0"), "uint8"))
+    messages = gather(np.frombuffer(text.ljust(_MESSAGE_BYTES, b"\0"), "uint8"))
     if failure is not None:
         raise failure
-    for index, letters in enumerate(told):
+    for index, letters in enumerate(messages):
         if letters.any():
             message = letters.tobytes().rstrip(b"\0").decode(errors="replace")
             raise CheckpointError(f"Process {index} of {process_count()} could not go on: {message}")
-    return result
+    return cast(Result, result)
 
 
-def is_local(tensor):
-    """Whether this process holds the only copy of a tensor, or of a variable: no other has a part of it."""
+def is_local(tensor) -> bool:
+    """Whether a tensor or variable lies on this process alone: no other process holds a part of it."""
     tensor = getattr(tensor, "value", tensor)
     return not _on_jax() or not isinstance(tensor, _jax().Array) or tensor.is_fully_addressable
 
 
-def gathered(tensor):
-    """A tensor or a variable as numpy; where its parts lie on several processes, all must ask for it at once."""
+def gathered(tensor) -> np.ndarray:
+    """A tensor or variable as a numpy array. If it is sharded over processes, all of them must call this together."""
     import keras
 
     tensor = getattr(tensor, "value", tensor)
@@ -78,18 +94,19 @@ def gathered(tensor):
     return _multihost().process_allgather(tensor, tiled=True)
 
 
-def write_on_first(source, tensors, write):
-    """Writes a model's tensors; where they lie on several processes, on the first, and the others help it to read.
+def write_on_first(source: TensorSource, tensors: Iterable, write: Callable[[TensorSource], None]) -> None:
+    """Writes a model's tensors. If they are sharded over processes, the first process writes and all of them read.
 
-    The first announces each tensor that it reads, and all gather it: one tensor at a time is whole.
+    The first process announces each tensor that it reads, and all processes gather it. So only one tensor at a time is
+    whole in memory.
 
     Args:
         source: a `TensorSource` that reads a model by `gathered`.
-        tensors: what it reads, variables or tensors.
-        write: called with a source, on one process.
+        tensors: the variables or tensors that the source reads.
+        write: a function that takes a source and writes it; called on one process.
 
     Raises:
-        CheckpointError: if another process is the one that writes, and it failed.
+        CheckpointError: on the other processes, if the first process failed to write.
     """
     if all(map(is_local, tensors)):
         write(source)
@@ -104,37 +121,37 @@ def write_on_first(source, tensors, write):
             announce(np.array(outcome, "int32"))
         return
     names = source.names()
-    while (place := int(announce(np.array(0, "int32")))) >= 0:
-        source.read(names[place])
-    if place == _FAILED:
-        raise CheckpointError("Process 0 could not write what all processes read for it; its own message says why.")
+    while (number := int(announce(np.array(0, "int32")))) >= 0:
+        source.read(names[number])
+    if number == _FAILED:
+        raise CheckpointError("Process 0 could not write the tensors; its own message says why.")
 
 
 class _Announced(TensorSource):
-    """A source whose reader tells the other processes what it reads."""
+    """A source that announces to the other processes each tensor that it reads."""
 
-    def __init__(self, source, announce):
+    def __init__(self, source: TensorSource, announce: Callable[[np.ndarray], np.ndarray]):
         self._source, self._announce = source, announce
-        self._places = {name: place for place, name in enumerate(source.names())}
+        self._numbers = {name: number for number, name in enumerate(source.names())}
 
-    def names(self):
+    def names(self) -> list[str]:
         return self._source.names()
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
 
-    def dtype(self, name):
+    def dtype(self, name: str) -> np.dtype:
         return self._source.dtype(name)
 
-    def read(self, name):
-        self._announce(np.array(self._places[name], "int32"))
+    def read(self, name: str) -> np.ndarray:
+        self._announce(np.array(self._numbers[name], "int32"))
         return self._source.read(name)
 
-    def where(self, name=None):
+    def where(self, name: str | None = None) -> str:
         return self._source.where(name)
 
 
-def _on_jax():
+def _on_jax() -> bool:
     import keras
 
     return keras.config.backend() == "jax"

@@ -1,18 +1,19 @@
-"""Progress of long reads and writes: bytes, rate and time left, on the terminal or in a notebook."""
+"""Progress bars of long reads and writes: bytes, rate and time left, on the terminal or in a notebook."""
 
 import contextlib
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def byte_progress(title, total):
-    """A progress bar, where somebody can see it and it lasts.
+def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar, if there is a terminal or a notebook to show it and the work takes about a second or more.
 
     Args:
-        title: what is going on.
-        total: bytes in all.
+        title: the text in front of the bar.
+        total: bytes to be read or written in all.
 
     Yields:
-        A function to call with each number of bytes done.
+        A function to call with the number of bytes done since the last call.
     """
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -1,13 +1,17 @@
-"""Where weights come from: a folder, a hub, a preset or a model in memory, as a config and lazy tensors."""
+"""Opens the sources of weights: a folder, a hub, a preset or a model in memory becomes a config and lazy tensors."""
+
+from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic
 
 from keras_t5gemma import hub, presets
 from keras_t5gemma.checkpoints.checks import check_depth, check_source, check_tensors
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, read_gemma2_config, read_t5gemma_config
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
-from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2, KERAS_HUB_T5GEMMA, OWN
+from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2, KERAS_HUB_T5GEMMA, OWN, AnyConfig, expected_tensors
 from keras_t5gemma.checkpoints.keras_formats.presets import KerasPreset
 from keras_t5gemma.checkpoints.orbax.files import is_orbax
 from keras_t5gemma.checkpoints.orbax.parameters import read_orbax_t5gemma
@@ -15,33 +19,38 @@ from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSourc
 from keras_t5gemma.config import T5GemmaConfig
 from keras_t5gemma.suggestions import did_you_mean
 
+if TYPE_CHECKING:
+    import keras_hub
+
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    """A checkpoint that has been found and whose tensors are those of its config; no tensor is read yet.
+class Source(Generic[AnyConfig]):
+    """An opened checkpoint, whose tensors are those of its config. Its numbers are not read yet.
 
     Attributes:
-        config: what it is.
-        tensors: its tensors, under Hugging Face's names and in Hugging Face's layout, whatever they come from.
+        config: the model's `T5GemmaConfig` or `Gemma2Config`.
+        tensors: the tensors, under Hugging Face's names and in Hugging Face's layout, whatever the checkpoint's format.
     """
 
-    config: T5GemmaConfig | Gemma2Config
+    config: AnyConfig
     tensors: TensorSource
 
 
-def t5gemma_source(origin):
-    """A T5Gemma, found and checked.
+def t5gemma_source(
+    origin: str | Path | hub.PresetFolder | keras_hub.models.T5GemmaBackbone | keras_hub.models.T5GemmaSeq2SeqLM,
+) -> Source[T5GemmaConfig]:
+    """Opens a T5Gemma and checks its names, shapes and dtypes.
 
     Args:
-        origin: what `hub.locate` takes, in Hugging Face's format, as a Keras preset of this package or of
-            keras-hub's own T5Gemma, or as Flax's Orbax checkpoint; or a `keras_hub.models.T5GemmaBackbone` or
-            `T5GemmaSeq2SeqLM`.
+        origin: a name or folder that `hub.locate` takes: a checkpoint in Hugging Face's format, a Keras preset of this
+            package or of keras-hub's own T5Gemma, or Flax's Orbax checkpoint; or a `keras_hub.models.T5GemmaBackbone`
+            or `T5GemmaSeq2SeqLM`.
 
     Returns:
         A `Source` with a `T5GemmaConfig`.
 
     Raises:
-        ValueError: if there is no such preset.
+        ValueError: if the preset is unknown.
         ConnectionError: if a download failed.
         CheckpointError: if it is another architecture, damaged or incomplete.
     """
@@ -63,8 +72,10 @@ def t5gemma_source(origin):
     return source
 
 
-def gemma2_source(origin):
-    """A decoder-only Gemma 2 to adapt from, found and checked.
+def gemma2_source(
+    origin: str | Path | hub.PresetFolder | keras_hub.models.GemmaBackbone | keras_hub.models.GemmaCausalLM,
+) -> Source[Gemma2Config]:
+    """Opens a decoder-only Gemma 2, from which a T5Gemma is adapted, and checks its names, shapes and dtypes.
 
     Args:
         origin: a folder in Hugging Face's or Keras's format, "hf://owner/name", "kaggle://...", the name of one of
@@ -74,7 +85,7 @@ def gemma2_source(origin):
         A `Source` with a `Gemma2Config`.
 
     Raises:
-        ValueError: if there is no such preset.
+        ValueError: if the preset is unknown.
         ConnectionError: if a download failed.
         CheckpointError: if it is another architecture (Gemma 1 and 3 included), damaged or incomplete.
     """
@@ -91,26 +102,26 @@ def gemma2_source(origin):
             tensors = KerasPreset(folder, (GEMMA2,), folder.config)
             source = Source(tensors.config, tensors)
     check_depth(source.tensors, "Gemma 2", source.config.stack)
-    shapes = {tensor.gemma2: tensor.stored_shape for tensor in source.config.tensors()}
+    shapes = {name: tensor.stored_shape for name, tensor in expected_tensors(source.config).items()}
     check_tensors(source.tensors, shapes, "Gemma 2")
     return source
 
 
-def open_t5gemma(origin):
-    """The `PresetFolder` of a T5Gemma: as `hub.open_preset`, and Flax's checkpoints, which have no `config.json`.
+def open_t5gemma(origin: str | Path | hub.PresetFolder) -> hub.PresetFolder:
+    """The `PresetFolder` of a T5Gemma. Also opens Flax's checkpoints, which have no `config.json`.
 
     Raises:
-        ValueError, ConnectionError: as `hub.open_preset`.
-        CheckpointError: if the folder holds neither, or its `config.json` is damaged.
+        ValueError, ConnectionError: as for `hub.open_preset`.
+        CheckpointError: if the folder holds neither a `config.json` nor a Flax checkpoint, or a damaged `config.json`.
     """
-    return origin if isinstance(origin, hub.PresetFolder) else _opened(origin, is_orbax)
+    return origin if isinstance(origin, hub.PresetFolder) else _open(origin, is_orbax)
 
 
-def open_gemma2(origin):
-    """The `PresetFolder` of a Gemma 2: as `hub.open_preset`, and the names of keras-hub's presets.
+def open_gemma2(origin: str | Path | hub.PresetFolder) -> hub.PresetFolder:
+    """The `PresetFolder` of a Gemma 2. Also takes the names of keras-hub's presets.
 
     Raises:
-        ValueError, ConnectionError: as `hub.open_preset`.
+        ValueError, ConnectionError: as for `hub.open_preset`.
         CheckpointError: if the folder has no `config.json`, or a damaged one.
     """
     if isinstance(origin, hub.PresetFolder):
@@ -119,21 +130,30 @@ def open_gemma2(origin):
     if "://" not in name and not Path(name).is_dir() and name not in presets.PRESETS:
         import keras_hub
 
-        known = keras_hub.models.GemmaBackbone.presets
-        if name not in known:
-            gemma2 = [known_name for known_name in known if known_name.startswith("gemma2")]
+        handles: Any = keras_hub.models.GemmaBackbone.presets  # a dict; keras-hub's `classproperty` has no type
+        if name not in handles:
+            gemma2 = [preset for preset in handles if preset.startswith("gemma2")]
             raise ValueError(
                 f"Unknown preset {name!r}: it is not a folder here. keras-hub's Gemma 2 are {', '.join(gemma2)}. A hub "
                 f"checkpoint is written hf://owner/name.{did_you_mean(name, gemma2)}"
             )
-        origin = known[name]["kaggle_handle"]
-    return _opened(origin)
+        origin = str(handles[name]["kaggle_handle"])
+    return _open(origin)
 
 
-def _opened(origin, is_other=None):
-    """The `PresetFolder` with a config, or of a path without one for which `is_other` holds."""
+def _open(origin: str | Path, accepts: Callable[[Path], bool] | None = None) -> hub.PresetFolder:
+    """The `PresetFolder` of a checkpoint.
+
+    Args:
+        origin: a name or folder that `hub.locate` takes.
+        accepts: whether a folder without `config.json` is accepted; None to refuse all of them.
+
+    Raises:
+        ValueError, ConnectionError: as for `hub.locate`.
+        CheckpointError: if the folder has no `config.json` and is not accepted, or its `config.json` is damaged.
+    """
     path = hub.locate(origin, config=False)
-    without_config = is_other is not None and not (path / hub.CONFIG_FILE).is_file() and is_other(path)
+    without_config = accepts is not None and not (path / hub.CONFIG_FILE).is_file() and accepts(path)
     try:
         folder = hub.open_preset(path, config_file=None if without_config else hub.CONFIG_FILE)
     except ValueError as error:
@@ -141,8 +161,8 @@ def _opened(origin, is_other=None):
     return dataclasses.replace(folder, name=str(origin))
 
 
-def _is_hugging_face(folder):
-    """As the folder says; a `config.json` that tells neither format is a damaged checkpoint."""
+def _is_hugging_face(folder: hub.PresetFolder) -> bool:
+    """`folder.is_hugging_face`; raises a `CheckpointError` if `config.json` is of neither format."""
     try:
         return folder.is_hugging_face
     except ValueError as error:

@@ -1,11 +1,20 @@
-"""The one table of T5Gemma's tensors, one row per kind. Loading, export, adaptation and counting follow from it.
+"""The one table of T5Gemma's tensors, one row per kind. Loading, export, adaptation and counting all read it.
 
 Letters in shapes: V vocabulary, D width, E the encoder's width, N query heads, K key/value heads, H head size, F
 feed-forward. Letters written together are one axis: "D NH" is a matrix of D rows and N x H columns.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from keras_t5gemma.config import T5GemmaConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STACKS = ("encoder", "decoder")
 
@@ -15,12 +24,12 @@ class Row:
     """One kind of tensor; `{s}` stands for the stack, `{i}` for the layer.
 
     Attributes:
-        path: of our Keras variable.
-        letters: our variable's shape.
+        path: the path of our Keras variable.
+        letters: the shape of our variable.
         t5gemma: the name in a Hugging Face T5Gemma.
-        gemma2: the name in a Hugging Face Gemma 2, or `None` where Gemma 2 has no such tensor.
+        gemma2: the name in a Hugging Face Gemma 2, or `None` if Gemma 2 has no such tensor.
         transposed: whether Hugging Face's tensor is the transpose of ours: its linear layers are [out, in].
-        untied_only: whether it exists only where the output projection is not the decoder's embedding.
+        untied_only: whether it exists only if the output projection is not the decoder's embedding.
     """
 
     path: str
@@ -31,31 +40,31 @@ class Row:
     untied_only: bool = False
 
     @property
-    def stacks(self):
-        """Which stacks have it: what Gemma 2 lacks, only the decoder has."""
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks that have the tensor: the decoder alone, if Gemma 2 lacks it."""
         return ("decoder",) if self.gemma2 is None else STACKS
 
     @property
-    def stored_letters(self):
-        """The shape in a Hugging Face file."""
+    def stored_letters(self) -> str:
+        """The shape in a Hugging Face file, in letters."""
         return " ".join(reversed(self.letters.split())) if self.transposed else self.letters
 
     @property
-    def per_layer(self):
-        """Whether there is one per layer."""
+    def per_layer(self) -> bool:
+        """Whether each layer has one."""
         return "{i}" in self.path
 
 
-def _in_layer(path, letters, t5gemma, gemma2, transposed):
+def _in_layer(path: str, letters: str, t5gemma: str, gemma2: str | None, transposed: bool) -> Row:
     gemma2 = None if gemma2 is None else f"model.layers.{{i}}.{gemma2}.weight"
     return Row(f"{{s}}/layer_{{i}}/{path}", letters, f"model.{{s}}.layers.{{i}}.{t5gemma}.weight", gemma2, transposed)
 
 
-def _scale(path, t5gemma, gemma2):
+def _scale(path: str, t5gemma: str, gemma2: str | None) -> Row:
     return _in_layer(f"{path}/scale", "D", t5gemma, gemma2, False)
 
 
-def _kernel(path, letters, t5gemma, gemma2):
+def _kernel(path: str, letters: str, t5gemma: str, gemma2: str | None) -> Row:
     return _in_layer(f"{path}/kernel", letters, t5gemma, gemma2, True)
 
 
@@ -94,10 +103,10 @@ class TensorSpec:
         row: the table's row.
         stack: "encoder" or "decoder".
         layer: the layer's index, or `None`.
-        path: of our Keras variable.
-        name: in a Hugging Face T5Gemma.
-        gemma2: the name in the Gemma 2 that this stack could come from, or `None`.
-        shape: of our variable.
+        path: the path of our Keras variable.
+        name: the name in a Hugging Face T5Gemma.
+        gemma2: the name in the Gemma 2 that this stack could be adapted from, or `None`.
+        shape: the shape of our variable.
     """
 
     row: Row
@@ -109,57 +118,60 @@ class TensorSpec:
     shape: tuple[int, ...]
 
     @property
-    def stored_shape(self):
+    def stored_shape(self) -> tuple[int, ...]:
         """The shape in a Hugging Face file."""
         return self.shape[::-1] if self.row.transposed else self.shape
 
-    def from_stored(self, array):
-        """Our layout of an array that lies as in a Hugging Face file; a view."""
+    def from_stored(self, array: np.ndarray) -> np.ndarray:
+        """Converts an array from the layout of a Hugging Face file to ours; returns a view."""
         return array.T if self.row.transposed else array
 
-    def to_stored(self, array):
-        """The layout of a Hugging Face file for an array that lies as ours; a view."""
+    def to_stored(self, array: np.ndarray) -> np.ndarray:
+        """Converts an array from our layout to that of a Hugging Face file; returns a view."""
         return array.T if self.row.transposed else array
 
 
-def tensor_specs(config):
-    """Every tensor of a T5Gemma, once: encoder then decoder, each from its embedding through its layers.
+def tensor_specs(config: T5GemmaConfig) -> list[TensorSpec]:
+    """Every tensor of a T5Gemma once: the encoder's, then the decoder's, each from its embedding to its last norm.
 
     Args:
         config: a `T5GemmaConfig`.
 
     Returns:
-        A list of `TensorSpec`.
+        A `TensorSpec` per tensor.
     """
-    entries = []
+    specs = []
     for stack in STACKS:
         sizes = _letters(config, stack)
         rows = [row for row in TABLE if stack in row.stacks and not (row.untied_only and config.tie_embeddings)]
         for per_layer, group in _runs(rows):
             for layer in range(getattr(config, stack).num_layers) if per_layer else (None,):
-                entries += [_tensor(row, stack, layer, sizes) for row in group]
-    return entries
+                specs += [_tensor(row, stack, layer, sizes) for row in group]
+    return specs
 
 
-def parameter_count(config):
-    """How many parameters a `T5GemmaConfig` describes, computed from the table without allocating any.
+def parameter_count(config: T5GemmaConfig) -> int:
+    """The number of parameters of a `T5GemmaConfig`, computed from the table without allocating any.
 
-    The tied output projection counts once, as in the published counts.
+    A tied output projection counts once, as in the published counts.
     """
     return sum(math.prod(tensor.shape) for tensor in tensor_specs(config))
 
 
-def _tensor(row, stack, layer, sizes):
-    def fill(text):
-        return None if text is None else text.format(s=stack, i=layer)
+def _tensor(row: Row, stack: str, layer: int | None, sizes: dict[str, int]) -> TensorSpec:
+    """A row with its letters, stack and layer filled in."""
+
+    def fill(template: str) -> str:
+        return template.format(s=stack, i=layer)
 
     shape = tuple(math.prod(sizes[letter] for letter in axis) for axis in row.letters.split())
-    return TensorSpec(row, stack, layer, fill(row.path), fill(row.t5gemma), fill(row.gemma2), shape)
+    gemma2 = None if row.gemma2 is None else fill(row.gemma2)
+    return TensorSpec(row, stack, layer, fill(row.path), fill(row.t5gemma), gemma2, shape)
 
 
-def _runs(rows):
-    """Consecutive rows that are all one per layer, or all one per stack."""
-    runs = []
+def _runs(rows: Iterable[Row]) -> list[tuple[bool, list[Row]]]:
+    """Groups consecutive rows: `(True, rows that each layer has)` or `(False, rows that the stack has once)`."""
+    runs: list[tuple[bool, list[Row]]] = []
     for row in rows:
         if not runs or runs[-1][0] != row.per_layer:
             runs.append((row.per_layer, []))
@@ -167,8 +179,8 @@ def _runs(rows):
     return runs
 
 
-def _letters(config, stack):
-    """The sizes that the letters of a stack's shapes stand for."""
+def _letters(config: T5GemmaConfig, stack: str) -> dict[str, int]:
+    """The size of each letter in the shapes of a stack."""
     sizes = getattr(config, stack)
     return {
         "V": config.vocabulary_size,

@@ -1,4 +1,4 @@
-"""Arrays to tensors on the backend's device, without a copy if that is the CPU."""
+"""Arrays to tensors on the backend's device, without a copy if the device is the CPU."""
 
 import keras
 
@@ -6,13 +6,20 @@ from keras_t5gemma.checkpoints.tensor_source import DTYPES
 
 
 def to_tensor(array, variable=None):
-    """Wraps an array that the caller owns as a tensor without copying, if the device is the CPU; else a copy there.
+    """Converts an array to a tensor on the backend's device. On the CPU the tensor shares the array's memory.
 
-    Keras's own conversion makes one copy on JAX and TensorFlow and two on PyTorch, which for the embedding of a large
-    vocabulary is what decides how much memory loading takes.
+    Keras's own conversion makes one copy on JAX and TensorFlow and two on PyTorch. For the embedding of a large
+    vocabulary these copies decide how much memory loading takes.
+
+    Args:
+        array: a numpy array, which the caller must not change afterwards.
+        variable: the `keras.Variable` that will be assigned, for its layout under a `keras.distribution`; or None.
+
+    Returns:
+        A tensor of the backend.
     """
     backend = keras.config.backend()
-    bits = array.view("int16") if array.dtype == DTYPES["BF16"] else array  # numpy shares no bfloat16 with others
+    bits = array.view("int16") if array.dtype == DTYPES["BF16"] else array  # bfloat16 is not a dtype that numpy shares
     if backend == "torch":
         import torch
 
@@ -26,5 +33,5 @@ def to_tensor(array, variable=None):
     import jax
 
     layout = getattr(variable, "_layout", None)
-    # With a layout straight to the shards: Keras would put the whole tensor onto the first device before.
+    # With a layout, straight to the shards: Keras would first put the whole tensor onto the first device.
     return jax.device_put(array) if layout is None else keras.distribution.distribute_tensor(array, layout)

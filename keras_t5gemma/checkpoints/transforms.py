@@ -1,4 +1,6 @@
-"""Sources made of other sources, tensor by tensor: in another dtype, or as the mean of several."""
+"""Sources computed from other sources, tensor by tensor: a cast to another dtype, and the mean of several."""
+
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -6,8 +8,8 @@ from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, Checkpo
 from keras_t5gemma.suggestions import check_choice
 
 
-def cast_tensors(source, dtype):
-    """A source in another dtype.
+def cast_tensors(source: TensorSource, dtype: str | None) -> TensorSource:
+    """A source whose tensors are cast to another dtype as they are read.
 
     Args:
         source: a `TensorSource`.
@@ -16,37 +18,37 @@ def cast_tensors(source, dtype):
     Raises:
         ValueError: if `dtype` is invalid.
     """
-    known = {str(dtype): dtype for dtype in DTYPES.values()}
+    dtypes = {str(candidate): candidate for candidate in DTYPES.values()}
     if dtype is None:
         return source
-    check_choice(dtype, "dtype", known, others=", or None for the model's")
-    return _Cast(source, known[dtype])
+    check_choice(dtype, "dtype", dtypes, others=", or None for the model's")
+    return _Cast(source, dtypes[dtype])
 
 
 class _Derived(TensorSource):
-    """What has the names and shapes of another source, and says where that lies."""
+    """Base of a source with the names, shapes and origins of another source, and with its own `chunks`."""
 
-    def __init__(self, source, dtype):
+    def __init__(self, source: TensorSource, dtype: np.dtype | None):
         self._source, self._dtype = source, dtype
 
-    def names(self):
+    def names(self) -> list[str]:
         return self._source.names()
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         return self._source.shape(name)
 
-    def dtype(self, name):
+    def dtype(self, name: str) -> np.dtype:
         return self._dtype or self._source.dtype(name)
 
-    def where(self, name=None):
+    def where(self, name: str | None = None) -> str:
         return self._source.where(name)
 
-    def read(self, name):
+    def read(self, name: str) -> np.ndarray:
         flat = np.concatenate([piece.copy() for piece in self.chunks(name)] or [np.empty(0, self.dtype(name))])
         return flat.reshape(self.shape(name))
 
-    def cast(self, name, piece):
-        """A piece in this source's dtype.
+    def cast(self, name: str, piece: np.ndarray) -> np.ndarray:
+        """Casts a piece of a tensor to this source's dtype.
 
         Raises:
             CheckpointError: if a finite number becomes infinite.
@@ -62,27 +64,31 @@ class _Derived(TensorSource):
 
 
 class _Cast(_Derived):
-    def chunks(self, name):
+    """A source in another dtype."""
+
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
         for piece in self._source.chunks(name):
             yield self.cast(name, piece)
 
 
 class MeanTensors(_Derived):
-    """The weighted mean of checkpoints of one shape, as float64 sums of as many numbers at a time as a piece holds.
+    """The weighted mean of checkpoints of one shape, computed in float64, one piece of a tensor at a time.
 
-    The mean of the last checkpoints of a run is what the paper publishes (arXiv 2504.06225).
+    The paper publishes the mean of the last checkpoints of a run (arXiv 2504.06225).
 
     Args:
         sources: `TensorSource`s with the same names and shapes.
-        weights: a number a source, positive in sum; equal if None.
-        dtype: of the mean; the first source's if None.
+        weights: one number per source, with a positive sum; equal if None.
+        dtype: the dtype of the mean; the first source's if None.
 
     Raises:
-        ValueError: if there is no source, or the weights do not fit.
+        ValueError: if there are no sources, or the weights do not fit.
         CheckpointError: if the sources' tensors differ in name or shape.
     """
 
-    def __init__(self, sources, weights=None, dtype=None):
+    def __init__(
+        self, sources: Sequence[TensorSource], weights: Iterable[float] | None = None, dtype: str | None = None
+    ):
         if not sources:
             raise ValueError("`sources` is empty: a mean needs at least one checkpoint.")
         weights = [1.0] * len(sources) if weights is None else [float(weight) for weight in weights]
@@ -102,30 +108,33 @@ class MeanTensors(_Derived):
                         f"{tuple(self.shape(name))}, as in {self.where(name)}."
                     )
 
-    def chunks(self, name):
-        """The mean, in flat pieces."""
+    def chunks(self, name: str) -> Iterator[np.ndarray]:
+        """The mean of one tensor, in flat pieces."""
         for parts in equal_pieces([(source, name) for source in self._sources]):
             total = np.zeros(len(parts[0]))
             for part, weight in zip(parts, self._weights, strict=True):
                 weighted = part.astype("float64")
                 weighted *= weight
                 total += weighted
-            total /= sum(self._weights)  # Last, so that equal weights leave the sums exact.
+            total /= sum(self._weights)  # Dividing last keeps the sums exact for equal weights.
             yield self.cast(name, total)
 
 
-def equal_pieces(places):
-    """Several tensors in tuples of flat pieces, as many numbers in each, however their sources cut them.
+def equal_pieces(tensors: Iterable[tuple[TensorSource, str]]) -> Iterator[tuple[np.ndarray, ...]]:
+    """Reads several tensors of one size in parallel, in flat pieces of equal length, however their sources cut them.
 
     Args:
-        places: a (source, name) a tensor.
+        tensors: (source, name) of each tensor.
+
+    Yields:
+        One piece per tensor. The pieces are valid until the next ones are taken.
     """
     size = CHUNK_BYTES // 4
-    yield from zip(*(_pieces_of(source, name, size) for source, name in places), strict=True)
+    yield from zip(*(_pieces_of(source, name, size) for source, name in tensors), strict=True)
 
 
-def _pieces_of(source, name, size):
-    """A tensor in pieces of exactly `size` numbers but for the last, however the source cuts it."""
+def _pieces_of(source: TensorSource, name: str, size: int) -> Iterator[np.ndarray]:
+    """Reads a tensor in pieces of exactly `size` numbers; the last piece may be shorter."""
     buffer, filled = np.empty(size, source.dtype(name)), 0
     for piece in source.chunks(name):
         start = 0

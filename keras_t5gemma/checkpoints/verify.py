@@ -1,23 +1,28 @@
-"""Checks that read a checkpoint's numbers: its checksums, and comparisons with another checkpoint."""
+"""Checks that read a checkpoint's numbers: checksums, and comparisons with another checkpoint."""
+
+from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.progress import byte_progress
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
-from keras_t5gemma.checkpoints.tensor_source import CheckpointError, check_finite
-from keras_t5gemma.checkpoints.tensor_table import tensor_specs
+from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource, check_finite
+from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.checkpoints.transforms import equal_pieces
+from keras_t5gemma.config import StackConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How far two things that should be equal are apart.
+    """The difference between two arrays that should be equal.
 
     Attributes:
-        name: of a tensor, or of what a model computes.
+        name: the name of a tensor or of a model's output.
         largest: the largest absolute difference.
         scale: the largest absolute value.
     """
@@ -27,14 +32,14 @@ class Difference:
     scale: float
 
 
-def read_all(checkpoint):
-    """Reads every tensor of a T5Gemma: each is there, finite, and has its checksum where the file tells one.
+def read_all(checkpoint: str | Path) -> tuple[int, int]:
+    """Reads every tensor of a T5Gemma, and checks that it is finite and has the checksum that the file states, if any.
 
     Args:
-        checkpoint: what `T5GemmaBackbone.from_preset` takes.
+        checkpoint: a name or folder that `T5GemmaBackbone.from_preset` takes.
 
     Returns:
-        (tensors, how many of them had a checksum to compare).
+        (number of tensors, number of tensors whose checksum was compared).
 
     Raises:
         CheckpointError: at the first tensor that is damaged or not finite.
@@ -50,18 +55,18 @@ def read_all(checkpoint):
     return len(names), len(with_checksum)
 
 
-def compare_checkpoints(checkpoint, other):
-    """The differences of two T5Gemma, tensor by tensor.
+def compare_checkpoints(checkpoint: str | Path, other: str | Path) -> list[Difference]:
+    """The differences between two T5Gemma, tensor by tensor.
 
     Args:
-        checkpoint: what `T5GemmaBackbone.from_preset` takes.
-        other: likewise; its dtype may be another.
+        checkpoint: a name or folder that `T5GemmaBackbone.from_preset` takes.
+        other: another one. Its dtype may be different.
 
     Returns:
-        A `Difference` for each tensor that is not the same bit for bit, the largest relative one first.
+        A `Difference` for each tensor whose values differ, the largest relative difference first.
 
     Raises:
-        CheckpointError: if either is damaged, or they are of different configs.
+        CheckpointError: if either checkpoint is damaged, or their configs differ.
     """
     mine, theirs = t5gemma_source(checkpoint), t5gemma_source(other)
     if mine.config != theirs.config:
@@ -81,22 +86,29 @@ def compare_checkpoints(checkpoint, other):
     return sorted(unequal, key=lambda difference: -difference.largest / max(difference.scale, 1e-30))
 
 
-def check_invariants(checkpoint, encoder, decoder=None, *, length=64, seed=0):
-    """Whether an adapted T5Gemma still computes its Gemma 2 (arXiv 2504.06225), a layer in memory at a time.
+def check_invariants(
+    checkpoint: str | Path,
+    encoder: str | Path,
+    decoder: str | Path | None = None,
+    *,
+    length: int = 64,
+    seed: int = 0,
+) -> list[Difference]:
+    """Compares an adapted T5Gemma with its Gemma 2 (arXiv 2504.06225), with one layer in memory at a time.
 
-    The encoder run under a causal mask must give Gemma 2's hidden states, the decoder without cross-attention's
-    contribution Gemma 2's logits. So both run on the same random embeddings and must agree in what leaves the last
-    norm, and each embedding table, which is the output projection too, must be Gemma 2's.
+    With a causal mask the encoder must give Gemma 2's hidden states. Without the contribution of cross-attention the
+    decoder must give Gemma 2's logits. So both are run on the same random embeddings, and the outputs of the last norm
+    must agree; and each embedding table, which is the output projection too, must be Gemma 2's.
 
     Args:
-        checkpoint: a T5Gemma as adapted, not yet trained.
-        encoder: the Gemma 2 its encoder was adapted from, as for `adapt_gemma2`.
-        decoder: that of its decoder; the encoder's if None.
-        length: T, embeddings in the sequence to run.
-        seed: of that sequence.
+        checkpoint: a T5Gemma that was adapted and not yet trained.
+        encoder: the Gemma 2 that its encoder was adapted from, as for `adapt_gemma2`.
+        decoder: the Gemma 2 that its decoder was adapted from; the encoder's if None.
+        length: T, the number of embeddings in the sequence.
+        seed: seed of the sequence.
 
     Returns:
-        A `Difference` for the hidden states and one for the embeddings of the encoder, and two of the decoder.
+        Four `Difference`s: of the encoder's hidden states and embeddings, and of the decoder's.
 
     Raises:
         CheckpointError: if a checkpoint is damaged, or the stacks' sizes differ.
@@ -111,23 +123,23 @@ def check_invariants(checkpoint, encoder, decoder=None, *, length=64, seed=0):
                 f"{checkpoint}: its {stack} has {mine.num_layers} layers of width {mine.hidden_dim}; {origin} has "
                 f"{theirs.num_layers} of width {theirs.hidden_dim}."
             )
-        x = np.random.default_rng(seed).standard_normal((1, length, mine.hidden_dim), dtype="float32")
+        embeddings = np.random.default_rng(seed).standard_normal((1, length, mine.hidden_dim), dtype="float32")
         table = [tensor for tensor in tensor_specs(adapted.config) if tensor.stack == stack]
-        own_names = {tensor.path.partition("/")[2]: tensor for tensor in table}
-        names = {path: (tensor, tensor.name) for path, tensor in own_names.items()}
-        their_names = {path: (tensor, tensor.gemma2) for path, tensor in own_names.items()}
-        found = _hidden_states(mine, adapted.tensors, names, x)
-        expected = _hidden_states(theirs, gemma2.tensors, their_names, x)
-        largest, scale = float(np.abs(found - expected).max()), float(np.abs(expected).max())
+        by_path = {tensor.path.partition("/")[2]: tensor for tensor in table}
+        names = {path: (tensor, tensor.name) for path, tensor in by_path.items()}
+        their_names = {path: (tensor, tensor.gemma2) for path, tensor in by_path.items() if tensor.gemma2 is not None}
+        actual = _hidden_states(mine, adapted.tensors, names, embeddings)
+        expected = _hidden_states(theirs, gemma2.tensors, their_names, embeddings)
+        largest, scale = float(np.abs(actual - expected).max()), float(np.abs(expected).max())
         differences.append(Difference(f"{stack} hidden states", largest, scale))
-        embeddings = own_names["token_embedding/embeddings"]
-        pair = (adapted.tensors, embeddings.name), (gemma2.tensors, embeddings.gemma2)
+        path = "token_embedding/embeddings"
+        pair = (adapted.tensors, names[path][1]), (gemma2.tensors, their_names[path][1])
         differences.append(_difference(f"{stack} embeddings", *pair))
     return differences
 
 
-def _difference(title, mine, theirs):
-    """The `Difference` of two tensors, each a (source, name)."""
+def _difference(title: str, mine: tuple[TensorSource, str], theirs: tuple[TensorSource, str]) -> Difference:
+    """The `Difference` between two tensors, each given as (source, name)."""
     largest = scale = 0.0
     for pieces in equal_pieces([mine, theirs]):
         left, right = (piece.astype("float32") for piece in pieces)
@@ -137,14 +149,19 @@ def _difference(title, mine, theirs):
     return Difference(title, largest, scale)
 
 
-def _hidden_states(config, source, names, x):
-    """What leaves the last norm of a stack run as a decoder-only model, its layers built one after the other.
+def _hidden_states(
+    config: StackConfig, source: TensorSource, names: Mapping[str, tuple[TensorSpec, str]], embeddings: np.ndarray
+) -> np.ndarray:
+    """Runs a stack as a decoder-only model, building its layers one after the other.
 
     Args:
-        config: its `StackConfig`.
-        source: the `TensorSource` it is in.
-        names: (`tensor_table.TensorSpec`, name in the source) by our variable's path without the stack.
-        x: embeddings, float32 [1, T, D].
+        config: the stack's config.
+        source: the source of the stack's tensors.
+        names: (`TensorSpec`, name in the source) by the path of our variable without the stack.
+        embeddings: the stack's input, float32 [1, T, D].
+
+    Returns:
+        The output of the last norm, float32 [1, T, D].
     """
     from keras import ops
 
@@ -154,15 +171,15 @@ def _hidden_states(config, source, names, x):
     from keras_t5gemma.layers.norm import RMSNorm
     from keras_t5gemma.layers.rope import rotary_angles
 
-    def read(path, shape, dtype):
+    def read(path: str, shape: tuple[int, ...], dtype: str):
         tensor, name = names[path]
         flat = np.concatenate([piece.astype(dtype) for piece in source.chunks(name)])
         stored = flat.reshape(shape[::-1] if tensor.row.transposed else shape)
         return ops.convert_to_tensor(np.ascontiguousarray(tensor.from_stored(stored)), dtype)
 
-    segments = ops.ones(x.shape[:2], dtype="int32")
-    angles = rotary_angles(x.shape[1], 0, config.head_dim, config.rope_wavelength)
-    x = ops.convert_to_tensor(x)
+    segments = ops.ones(embeddings.shape[:2], dtype="int32")
+    angles = rotary_angles(embeddings.shape[1], 0, config.head_dim, config.rope_wavelength)
+    x = ops.convert_to_tensor(embeddings)
     for layer, kind in enumerate(config.layer_kinds):
         window = config.sliding_window if kind == "sliding" else None
         mask = attention_mask(segments, segments, causal=True, window=window)
@@ -173,4 +190,4 @@ def _hidden_states(config, source, names, x):
     norm = RMSNorm(config.norm_epsilon, name="final_norm", dtype="float32")
     with weights_from(read):
         norm.build((None, None, config.hidden_dim))
-    return ops.convert_to_numpy(norm(x))
+    return np.asarray(ops.convert_to_numpy(norm(x)))

@@ -96,7 +96,7 @@ def test_file_cut_short_is_refused_by_name(damaged, single_folder, keep):
 def test_file_with_bytes_to_spare_is_refused(damaged, single_folder):
     path = damaged(single_folder) / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"\0")
-    with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes where its header describes \d+"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has \d+ bytes, but its header describes \d+"):
         CheckpointFolder(path.parent)
 
 

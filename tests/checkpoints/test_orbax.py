@@ -233,7 +233,7 @@ def test_vocabulary_of_256128_rows_is_recognized_as_the_published_one(tmp_path, 
 def test_sizes_that_no_published_stack_has_are_named(folder):
     expected = (
         r"the encoder has num_layers=4, hidden_dim=40, intermediate_dim=56, num_query_heads=8, head_dim=6, "
-        r"num_key_value_heads=4\. That is none of the published sizes \(s, b, l, ml, xl, 2b, 9b\).*`config`"
+        r"num_key_value_heads=4\. No published stack has these sizes \(s, b, l, ml, xl, 2b, 9b\).*`config`"
     )
     with pytest.raises(CheckpointError, match=expected):
         read_orbax_t5gemma(folder)
@@ -255,7 +255,7 @@ def test_missing_parameter_is_named(tmp_path, monkeypatch, tree, path, message, 
     monkeypatch.setitem(presets.STACKS, "narrow", CONFIG.decoder)
     folder = write(tmp_path / "checkpoint", without(tree, path))
     if recognized and path == "decoder":
-        message = "the decoder has num_layers=0. That is none"
+        message = "the decoder has num_layers=0. No published stack"
     with pytest.raises(CheckpointError, match=message) as error:
         read_orbax_t5gemma(folder, None if recognized else CONFIG)
     assert str(folder) in str(error.value)

@@ -1,26 +1,31 @@
-"""`config.json` of T5Gemma and Gemma 2, to and from our configs, field by field and strictly.
+"""`config.json` of T5Gemma and Gemma 2, converted to and from our configs; every field is checked.
 
-What is read is what changes the function; a field that would change it in a way we do not compute is an error. The
-sliding window is the published one: `sliding_window` counts the query's own position, `|q - k| < sliding_window`.
+Only fields that change the model's function are read. A field that would change it in a way we do not compute is an
+error. The sliding window is the published one: `sliding_window` counts the query's own position,
+`|q - k| < sliding_window`.
 """
 
 import dataclasses
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import tensor_specs
+from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, StackConfig, T5GemmaConfig
 
 LAYER_TYPES = {"sliding_attention": "sliding", "full_attention": "global"}
-# Gemma's special ids, in every published tokenizer.
-# Positions Gemma 2 was trained on; `transformers` stores the number and computes nothing with it for default RoPE.
+# Positions that Gemma 2 was trained on. `transformers` stores the number and does not use it for default RoPE.
 MAX_POSITIONS = 8192
 ARCHITECTURE = "T5GemmaForConditionalGeneration"
-# Of a model with a causal encoder, for which `transformers` has no field: it would run the encoder bidirectionally and
-# say nothing. This model type it refuses.
+# The model type of a model with a causal encoder. `transformers` has no field for that: under its own model type it
+# would silently run the encoder bidirectionally. It refuses this one.
 OWN_MODEL_TYPE = "keras_t5gemma"
 _REQUIRED = object()
-# Our field, Hugging Face's, and the value where it is absent: required, or the default of `transformers`' classes.
+
+Config = TypeVar("Config")
+
+# Our field, Hugging Face's field, and its value if it is absent: an error, or the default of `transformers`' classes.
 _FIELDS = (
     ("num_layers", "num_hidden_layers", _REQUIRED),
     ("hidden_dim", "hidden_size", _REQUIRED),
@@ -32,7 +37,7 @@ _FIELDS = (
     ("norm_epsilon", "rms_norm_eps", 1e-6),
     ("initializer_range", "initializer_range", 0.02),
 )
-# Fields with one value that we compute; anything else is refused.
+# Fields of which we compute one value only: the name, the accepted values, and the value if the field is absent.
 _FIXED = (
     ("attention_bias", (False, None), False),
     ("hidden_activation", ("gelu_pytorch_tanh",), "gelu_pytorch_tanh"),
@@ -43,32 +48,39 @@ _FIXED = (
 
 @dataclasses.dataclass(frozen=True)
 class Gemma2Config:
-    """A decoder-only Gemma 2: its stack, V, and the soft cap on its output logits (or `None`)."""
+    """A decoder-only Gemma 2.
+
+    Attributes:
+        stack: the decoder's `StackConfig`.
+        vocabulary_size: V, rows of the embedding table.
+        final_logit_soft_cap: `c` in `c * tanh(x / c)` on the output logits, or `None` for no cap.
+    """
 
     stack: StackConfig
     vocabulary_size: int
     final_logit_soft_cap: float | None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._t5gemma()  # Checks the fields.
 
-    def tensors(self):
-        """Its tensors: the encoder's of the T5Gemma it would make, each of which has its Gemma 2 name."""
+    def tensors(self) -> list[TensorSpec]:
+        """The model's tensors, as those of an encoder that is adapted from it; each has its Gemma 2 name."""
         return [tensor for tensor in tensor_specs(self._t5gemma()) if tensor.stack == "encoder"]
 
-    def _t5gemma(self):
+    def _t5gemma(self) -> T5GemmaConfig:
         return T5GemmaConfig(self.stack, self.stack, self.vocabulary_size, self.final_logit_soft_cap)
 
 
-def read_t5gemma_config(values, where="config.json"):
-    """A `T5GemmaConfig` from Hugging Face's, as `transformers` 4 or 5 writes it.
+def read_t5gemma_config(values: Mapping[str, Any], where: str = "config.json") -> T5GemmaConfig:
+    """Converts Hugging Face's config of a T5Gemma, as `transformers` 4 or 5 writes it, to a `T5GemmaConfig`.
 
     Args:
         values: the parsed `config.json`.
-        where: its path, for messages.
+        where: the file's path, for messages.
 
     Raises:
-        CheckpointError: if it is another architecture, or a field is missing, inconsistent or not one we compute.
+        CheckpointError: if the architecture is another one, or a field is missing, inconsistent or has a value that we
+            do not compute.
     """
     own = values.get("model_type") == OWN_MODEL_TYPE
     _check_architecture(values, OWN_MODEL_TYPE if own else "t5gemma", ARCHITECTURE, where)
@@ -77,9 +89,9 @@ def read_t5gemma_config(values, where="config.json"):
             raise _wrong(where, name, values.get(name), "an object")
     encoder, decoder = values["encoder"], values["decoder"]
     vocabulary_size = _vocabulary_size(decoder, f"{where}: decoder")
-    for name, found in (("encoder.vocab_size", encoder), ("vocab_size", values)):
-        if found.get("vocab_size", vocabulary_size) != vocabulary_size:
-            raise _wrong(where, name, found["vocab_size"], f"{vocabulary_size}, the decoder's")
+    for name, section in (("encoder.vocab_size", encoder), ("vocab_size", values)):
+        if section.get("vocab_size", vocabulary_size) != vocabulary_size:
+            raise _wrong(where, name, section["vocab_size"], f"{vocabulary_size}, the decoder's")
     if decoder.get("cross_attention_hidden_size") not in (None, encoder.get("hidden_size")):
         expected = f"{encoder.get('hidden_size')}, the encoder's hidden_size"
         raise _wrong(where, "decoder.cross_attention_hidden_size", decoder["cross_attention_hidden_size"], expected)
@@ -98,12 +110,16 @@ def read_t5gemma_config(values, where="config.json"):
     )
 
 
-def read_gemma2_config(values, where="config.json"):
-    """A `Gemma2Config` from Hugging Face's, as `transformers` 4 or 5 writes it.
+def read_gemma2_config(values: Mapping[str, Any], where: str = "config.json") -> Gemma2Config:
+    """Converts Hugging Face's config of a Gemma 2, as `transformers` 4 or 5 writes it, to a `Gemma2Config`.
+
+    Args:
+        values: the parsed `config.json`.
+        where: the file's path, for messages.
 
     Raises:
-        CheckpointError: if it is another architecture (Gemma 1 and 3 included), or a field is missing, inconsistent
-            or not one we compute.
+        CheckpointError: if the architecture is another one (Gemma 1 and 3 included), or a field is missing,
+            inconsistent or has a value that we do not compute.
     """
     _check_architecture(values, "gemma2", "Gemma2ForCausalLM", where)
     if values.get("tie_word_embeddings", True) is not True:
@@ -118,13 +134,13 @@ def read_gemma2_config(values, where="config.json"):
     )
 
 
-def write_t5gemma_config(config, dtype, eos_ids=(EOS_ID,)):
-    """Hugging Face's `config.json` for a `T5GemmaConfig`, for `transformers` 4.53 and later, 5 included.
+def write_t5gemma_config(config: T5GemmaConfig, dtype: str, eos_ids: Sequence[int] = (EOS_ID,)) -> dict[str, Any]:
+    """Converts a `T5GemmaConfig` to Hugging Face's `config.json`, for `transformers` 4.53 and later, 5 included.
 
-    RoPE stands in it twice, as `rope_theta` for version 4 and `rope_parameters` for version 5, which agree.
+    RoPE's base is written twice: as `rope_theta` for version 4 and in `rope_parameters` for version 5.
 
     Args:
-        config: the config.
+        config: the config to convert.
         dtype: the weights' dtype, e.g. "bfloat16".
         eos_ids: the ids at which generation stops.
 
@@ -165,20 +181,26 @@ def write_t5gemma_config(config, dtype, eos_ids=(EOS_ID,)):
     }
 
 
-def layer_pattern(types):
-    """The shortest `layer_pattern` that gives one layer type after the other; Gemma 2's alternation where it does.
+def layer_pattern(types: Sequence[str]) -> tuple[str, ...]:
+    """The shortest `layer_pattern` whose repetition gives the layer types; Gemma 2's alternation, if that fits.
 
     Args:
-        types: "sliding_attention" or "full_attention" a layer.
+        types: "sliding_attention" or "full_attention" per layer.
     """
     kinds = tuple(LAYER_TYPES[kind] for kind in types)
     patterns = [tuple(LAYER_TYPES.values()), *(kinds[:length] for length in range(1, len(kinds) + 1))]
     return next(p for p in patterns if all(kind == p[i % len(p)] for i, kind in enumerate(kinds)))
 
 
-def _read_stack(values, where, dropout):
-    """A `StackConfig` of one stack's section, strictly: fields that change the computation have known values."""
-    fields = {}
+def _read_stack(values: Mapping[str, Any], where: str, dropout: float) -> StackConfig:
+    """Converts the section of one stack to a `StackConfig`, refusing values that we do not compute.
+
+    Args:
+        values: the stack's section.
+        where: its place in the file, for messages.
+        dropout: the dropout rate, if the section has none.
+    """
+    fields: dict[str, Any] = {}
     for ours, theirs, default in _FIELDS:
         if theirs not in values and default is _REQUIRED:
             raise CheckpointError(f"{where}: field `{theirs}` is missing.")
@@ -209,11 +231,11 @@ def _read_stack(values, where, dropout):
     )
 
 
-def _layer_pattern(values, num_layers, where):
-    """The shortest pattern that gives a list of layer types when it is repeated."""
+def _layer_pattern(values: Mapping[str, Any], num_layers: int, where: str) -> tuple[str, ...]:
+    """The layer pattern of a stack's section, from its `layer_types`."""
     types = values.get("layer_types")
     if types is None:
-        return tuple(LAYER_TYPES.values())  # What `transformers` fills in: Gemma 2's alternation.
+        return tuple(LAYER_TYPES.values())  # The default of `transformers`: Gemma 2's alternation.
     if not isinstance(types, list) or len(types) != num_layers:
         raise _wrong(where, "layer_types", types, f"a list of num_hidden_layers={num_layers}")
     if unknown := [kind for kind in types if not isinstance(kind, str) or kind not in LAYER_TYPES]:
@@ -221,20 +243,20 @@ def _layer_pattern(values, num_layers, where):
     return layer_pattern(types)
 
 
-def _rope_wavelength(values, where):
-    """The base of RoPE's frequencies, in the form of `transformers` 4 or 5."""
+def _rope_wavelength(values: Mapping[str, Any], where: str) -> Any:
+    """The base of RoPE's frequencies, from the fields of `transformers` 4 or 5; unchecked."""
     parameters = values.get("rope_parameters") or {}
     if not isinstance(parameters, dict) or parameters.get("rope_type", "default") != "default":
         raise _wrong(where, "rope_parameters", parameters, "rope_type default")
     flat, nested = values.get("rope_theta"), parameters.get("rope_theta")
     if None not in (flat, nested) and flat != nested:
         raise _wrong(where, "rope_theta", flat, f"{nested}, as in rope_parameters")
-    found = nested if nested is not None else flat
-    return 10_000.0 if found is None else found
+    wavelength = nested if nested is not None else flat
+    return 10_000.0 if wavelength is None else wavelength
 
 
-def _write_stack(stack, name):
-    """The section of one stack, the inverse of `_read_stack`."""
+def _write_stack(stack: StackConfig, name: str) -> dict[str, Any]:
+    """Converts one stack to its section, the inverse of `_read_stack`."""
     scalar = stack.head_dim if stack.query_scalar is None else stack.query_scalar
     if scalar != int(scalar):
         raise CheckpointError(
@@ -262,29 +284,30 @@ def _write_stack(stack, name):
     }
 
 
-def _check_architecture(values, model_type, architecture, where):
+def _check_architecture(values: Mapping[str, Any], model_type: str, architecture: str, where: str) -> None:
     if values.get("model_type") != model_type:
         raise _wrong(where, "model_type", values.get("model_type"), repr(model_type))
     if values.get("architectures") not in (None, [architecture]):
         raise _wrong(where, "architectures", values["architectures"], [architecture])
 
 
-def _vocabulary_size(values, where):
+def _vocabulary_size(values: Mapping[str, Any], where: str) -> int:
     if "vocab_size" not in values:
         raise CheckpointError(f"{where}: field `vocab_size` is missing.")
     return values["vocab_size"]
 
 
-def _build(cls, where, **fields):
+def _build(cls: type[Config], where: str, **fields: Any) -> Config:
+    """Builds a config; a `ValueError` about its fields becomes a `CheckpointError` that names the file."""
     try:
         return cls(**fields)
     except ValueError as error:
         raise CheckpointError(f"{where}: {error!s:.400}") from error
 
 
-def _optional_float(value):
+def _optional_float(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _wrong(where, field, found, expected):
+def _wrong(where: str, field: str, found: Any, expected: Any) -> CheckpointError:
     return CheckpointError(f"{where}: field `{field}` is {found!r:.200}. Expected {expected}.")

@@ -1,6 +1,13 @@
-"""A checkpoint to a Hugging Face folder that `transformers` loads with the same logits; a model in memory, too."""
+"""Exports a checkpoint or a model in memory to a folder that `transformers` loads with the same logits."""
 
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
@@ -10,49 +17,60 @@ from keras_t5gemma.checkpoints.hugging_face.tokenizer import stop_ids, write_tok
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
 from keras_t5gemma.checkpoints.processes import gathered, write_on_first
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, TensorSource
-from keras_t5gemma.checkpoints.tensor_table import tensor_specs
+from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.checkpoints.transforms import cast_tensors
 from keras_t5gemma.concurrency import reading
-from keras_t5gemma.config import BOS_ID
+from keras_t5gemma.config import BOS_ID, T5GemmaConfig
 from keras_t5gemma.hub import PREPROCESSOR_FILE, PREPROCESSOR_OPTIONS
+
+if TYPE_CHECKING:
+    import keras
+    import keras_hub
 
 
 def export_to_hugging_face(
-    model, folder, *, tokenizer=None, chat=None, dtype=None, max_shard_size="5GB", allow_non_finite=False
-):
-    """Writes `config.json`, `generation_config.json`, safetensors and, with a tokenizer, its files.
+    model: keras.Model,
+    folder: str | os.PathLike[str],
+    *,
+    tokenizer: keras_hub.tokenizers.SentencePieceTokenizer | None = None,
+    chat: bool | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | str = "5GB",
+    allow_non_finite: bool = False,
+) -> None:
+    """Writes `config.json`, `generation_config.json`, safetensors and, if there is a tokenizer, its files.
 
-    The preprocessor's lengths, `chat` and `truncate` are kept in a file of their own, which other programs ignore and
-    `from_preset` here reads.
+    The preprocessor's lengths, `chat` and `truncate` are written to a file of their own. `from_preset` of this package
+    reads it, other programs ignore it.
 
-    LoRA is merged into the kernels it belongs to. The encoder's `sliding_window` is written as published checkpoints
-    have it, `|q - k| < sliding_window`. Beyond the window `transformers` 5.23 then sees one key more on each side (4.53
-    to 4.57 do not), in this checkpoint as in Google's. A model with a causal encoder, which `transformers` does not
-    know, is written under a model type that it refuses and `from_preset` here reads.
+    LoRA is merged into the kernels. The encoder's `sliding_window` is written as in published checkpoints,
+    `|q - k| < sliding_window`. `transformers` 5.23 then sees one key more on each side of the window (4.53 to 4.57 do
+    not), in this checkpoint as in Google's. `transformers` has no causal encoder: a model with one is written under a
+    model type that `transformers` refuses and `from_preset` of this package reads.
 
-    A model whose weights lie on several processes (JAX, `keras.distribution`) is exported by all of them, with the same
-    call: each tensor in turn is gathered, and the first process writes it. It works in a callback of `fit`, too.
+    A model whose weights are sharded over processes (JAX, `keras.distribution`) is exported by the same call on all of
+    them: each tensor in turn is gathered, and the first process writes it. This also works in a callback of `fit`.
 
     Args:
         model: a `T5GemmaBackbone`, or a `T5GemmaSeq2SeqLM`, whose preprocessor then gives `tokenizer` and `chat`.
-        folder: the path to create. It appears when it is complete; an existing one is refused.
+        folder: the path to create. It appears when it is complete; an existing folder is refused.
         tokenizer: a tokenizer with a SentencePiece `proto`, or `None`.
-        chat: whether the model reads prompts in Gemma's turns: writes their chat template, and `<end_of_turn>` among
-            the ids at which generation stops.
+        chat: whether the model reads prompts in Gemma's turns. If so, their chat template is written, and
+            `<end_of_turn>` is among the ids at which generation stops.
         dtype: "float32", "float16" or "bfloat16"; `None` for each variable's own, bit for bit.
-        max_shard_size: bytes in a file, an int or a text such as "5GB".
-        allow_non_finite: whether weights may be infinities and NaNs; else they are named and refused.
+        max_shard_size: bytes per file, an int or a text such as "5GB".
+        allow_non_finite: whether weights may be infinities and NaNs; otherwise they are refused by name.
 
     Raises:
-        TypeError: if the folder comes first.
+        TypeError: if the folder is passed before the model.
         ValueError: if the model is quantized, or an argument is invalid.
-        CheckpointError: if the folder exists, a `query_scalar` is not a whole number, which `transformers` could not
-            read, or a weight does not fit in float16 or is not finite.
+        CheckpointError: if the folder exists, a `query_scalar` is not a whole number (`transformers` reads no others),
+            or a weight does not fit in float16 or is not finite.
         RuntimeError: if another thread trains the model.
     """
     if isinstance(model, (str, Path)):
         raise TypeError(f"`model` comes before `folder`: export_to_hugging_face(model, folder). Received: {model!r}.")
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)  # A `T5GemmaBackbone`: `keras.Model` has no `config`.
     preprocessor = getattr(model, "preprocessor", None)
     tokenizer = getattr(preprocessor, "tokenizer", None) if tokenizer is None else tokenizer
     chat = bool(getattr(preprocessor, "chat", False)) if chat is None else chat
@@ -62,7 +80,8 @@ def export_to_hugging_face(
     if tokenizer is not None and not isinstance(proto, bytes):
         raise ValueError(f"`tokenizer` must have its SentencePiece model as `proto`. Received: {tokenizer!r}.")
 
-    def write(source):
+    def write(source: TensorSource) -> None:
+        """Writes the folder from the model's tensors, on one process."""
         write_checkpoint(
             folder,
             backbone.config,
@@ -80,27 +99,27 @@ def export_to_hugging_face(
 
 
 def write_checkpoint(
-    folder,
-    config,
-    source,
+    folder: str | os.PathLike[str],
+    config: T5GemmaConfig,
+    source: TensorSource,
     *,
-    proto=None,
-    chat=False,
-    preprocessor=None,
-    max_shard_size="5GB",
-    allow_non_finite=False,
-    card=None,
-):
-    """Writes a whole Hugging Face folder, which appears when it is complete.
+    proto: bytes | None = None,
+    chat: bool = False,
+    preprocessor: Mapping[str, Any] | None = None,
+    max_shard_size: int | str = "5GB",
+    allow_non_finite: bool = False,
+    card: str | None = None,
+) -> None:
+    """Writes a complete Hugging Face folder, which appears under its name when it is complete.
 
     Args:
         folder: the path to create.
-        config: the `T5GemmaConfig`.
-        source: the `TensorSource`, under Hugging Face's names.
+        config: the model's config.
+        source: the model's tensors, under Hugging Face's names.
         proto: the tokenizer's SentencePiece model, bytes, or None.
         chat: whether the model reads prompts in Gemma's turns.
         preprocessor: the options of this package's preprocessor by name, or None.
-        max_shard_size: bytes in a file, an int or a text such as "5GB".
+        max_shard_size: bytes per file, an int or a text such as "5GB".
         allow_non_finite: whether tensors may hold infinities and NaNs.
         card: the text of the model card, or None.
 
@@ -110,7 +129,7 @@ def write_checkpoint(
     """
     if chat and proto is None:
         raise ValueError("`chat=True` needs a `tokenizer`: Gemma's turns are tokens of its vocabulary.")
-    # The embedding stands for all: a model has one dtype unless somebody mixed policies by hand.
+    # The dtype of the first tensor, an embedding, is written for all: a model has one dtype unless policies were mixed.
     dtype = str(source.dtype(source.names()[0]))
     hf_config = write_t5gemma_config(config, dtype, stop_ids(proto, chat))
     with new_folder(folder) as partial:
@@ -138,12 +157,12 @@ class ModelTensors(TensorSource):
         ValueError: if the backbone is quantized.
     """
 
-    def __init__(self, backbone):
-        known = {str(dtype): dtype for dtype in DTYPES.values()}
+    def __init__(self, backbone: Any):  # A `T5GemmaBackbone`, which this module may not import.
+        dtypes = {str(dtype): dtype for dtype in DTYPES.values()}
         self._title = f"the model {backbone.name!r}"
         self._tensors = {tensor.name: tensor for tensor in tensor_specs(backbone.config)}
-        # By path of the layer: its `kernel`, `embeddings` or `scale` is the weight with LoRA's product added, where it
-        # is enabled, while the variable of that path is the frozen one. Keras lists nested layers in no public way.
+        # Layers by path, not variables: if LoRA is enabled, a layer's `kernel` has LoRA's product added, while the
+        # variable of that path is the frozen weight. Keras has no public list of nested layers.
         self._layers = {layer.path: layer for layer in flatten_layers(backbone)}
         self._dtypes = {}
         for tensor in self._tensors.values():
@@ -153,32 +172,33 @@ class ModelTensors(TensorSource):
                     f"{tensor.path} is quantized ({layer.quantization_mode}). A Hugging Face T5Gemma is not: "
                     f"export the model from before `quantize`, or keep this one with `save_to_preset`."
                 )
-            self._dtypes[tensor.name] = known[layer.variable_dtype]
+            self._dtypes[tensor.name] = dtypes[layer.variable_dtype]
 
-    def names(self):
+    def names(self) -> list[str]:
         """The names in a Hugging Face T5Gemma."""
         return list(self._tensors)
 
-    def shape(self, name):
+    def shape(self, name: str) -> tuple[int, ...]:
         """The shape as Hugging Face stores it."""
         return self._tensors[name].stored_shape
 
-    def dtype(self, name):
-        """The variable's own."""
+    def dtype(self, name: str) -> np.dtype:
+        """The variable's dtype."""
         return self._dtypes[name]
 
-    def read(self, name):
-        """The weight as numpy, in Hugging Face's layout; all processes ask for it at once, where it lies on several."""
+    def read(self, name: str) -> np.ndarray:
+        """The weight as a numpy array in Hugging Face's layout. If it is sharded, all processes must call this."""
         tensor = self._tensors[name]
         layer, attribute = self._layer(tensor)
         array = gathered(getattr(layer, attribute))
-        # A merged kernel may come in the compute dtype.
+        # Keras may give a merged kernel in the compute dtype.
         return tensor.to_stored(array.astype(self._dtypes[name], copy=False))
 
-    def where(self, name=None):
+    def where(self, name: str | None = None) -> str:
         """The model's name, and the variable's path."""
         return self._title if name is None else f"{self._title} ({self._tensors[name].path})"
 
-    def _layer(self, tensor):
+    def _layer(self, tensor: TensorSpec) -> tuple[Any, str]:
+        """The layer of a tensor, and the name of its attribute: "kernel", "embeddings" or "scale"."""
         path, _, attribute = tensor.path.rpartition("/")
         return self._layers[path], attribute

@@ -1,17 +1,19 @@
-"""The README.md of a checkpoint: where it comes from, and which program wrote it."""
+"""The README.md of a checkpoint: its sources, its options and the versions that wrote it."""
 
 import datetime
 import importlib.metadata
+from collections.abc import Mapping
+from typing import Any
 
 _LIBRARIES = ("keras-t5gemma", "keras", "keras-hub", "jax", "tensorflow", "torch", "numpy", "safetensors")
 
 
-def model_card(title, facts):
-    """Markdown with the front matter that Hugging Face reads.
+def model_card(title: str, facts: Mapping[str, Any]) -> str:
+    """The text of a model card: Markdown with the front matter that Hugging Face reads.
 
     Args:
-        title: what it is, a line.
-        facts: sources and options, a mapping from names to values.
+        title: the heading, one line.
+        facts: sources and options by name, for the card's first table.
     """
     versions = {}
     for name in _LIBRARIES:
@@ -40,5 +42,5 @@ def model_card(title, facts):
     )
 
 
-def _table(heading, rows):
+def _table(heading: str, rows: Mapping[str, Any]) -> list[str]:
     return [f"| {heading} | |", "| --- | --- |", *(f"| {name} | `{value}` |" for name, value in rows.items())]

@@ -1,6 +1,8 @@
-"""The tokenizer's files: Gemma's SentencePiece model, and the files that `transformers` needs beside it."""
+"""The tokenizer's files: Gemma's SentencePiece model, and the config that `transformers` needs beside it."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
@@ -8,7 +10,7 @@ from keras_t5gemma.checkpoints.hugging_face.writer import write_json
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, UNKNOWN_ID
 
-# Gemma's turns as `transformers` renders them, to the same string as `text.chat.format_turns`.
+# Gemma's turns in the template language of `transformers`. Gives the same string as `text.chat.format_turns`.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
@@ -20,44 +22,44 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{ '<start_of_turn>model\\n' }}{%- endif -%}
 """
 END_OF_TURN = "<end_of_turn>"
-# Where a SentencePiece model lies: in a Hugging Face folder, in a Keras preset.
+# The SentencePiece model's path in a Hugging Face folder and in a Keras preset.
 _FILES = ("tokenizer.model", "assets/tokenizer/vocabulary.spm")
 
 
-def read_proto(folder):
-    """The SentencePiece model in a checkpoint's folder as bytes, or None where it has none."""
+def read_proto(folder: str | os.PathLike[str]) -> bytes | None:
+    """The SentencePiece model in a checkpoint's folder as bytes, or None if the folder has none."""
     for file in _FILES:
         if (Path(folder) / file).is_file():
             return (Path(folder) / file).read_bytes()
     return None
 
 
-def stop_ids(proto, chat):
-    """The ids at which generation stops: `<eos>`, and `<end_of_turn>` of a model that reads Gemma's turns."""
+def stop_ids(proto: bytes | None, chat: bool) -> tuple[int, ...]:
+    """The ids at which generation stops: `<eos>` and, if the model reads Gemma's turns, `<end_of_turn>`."""
     return (EOS_ID, _processor(proto).piece_to_id(END_OF_TURN)) if chat else (EOS_ID,)
 
 
-def write_tokenizer(folder, proto, chat, vocabulary_size):
+def write_tokenizer(folder: Path, proto: bytes, chat: bool, vocabulary_size: int) -> None:
     """Writes the SentencePiece model and the config that makes `transformers` give the same ids.
 
     Args:
         folder: an existing folder.
         proto: the SentencePiece model, bytes.
-        chat: whether to write Gemma's turns as the chat template.
+        chat: whether to write the chat template of Gemma's turns.
         vocabulary_size: the model's V.
 
     Raises:
-        CheckpointError: if `proto` is no SentencePiece model, or has more pieces than the model has rows.
+        CheckpointError: if `proto` is not a SentencePiece model, or has more pieces than the model has rows.
     """
     processor = _processor(proto)
     if len(processor) > vocabulary_size:
         raise CheckpointError(
-            f"`tokenizer` has {len(processor)} pieces, more than the model's vocabulary_size={vocabulary_size}: it is "
-            f"another model's."
+            f"`tokenizer` has {len(processor)} pieces, more than the model's vocabulary_size={vocabulary_size}: it "
+            f"belongs to another model."
         )
     (folder / _FILES[0]).write_bytes(proto)
     names = {"bos_token": BOS_ID, "eos_token": EOS_ID, "pad_token": PAD_ID, "unk_token": UNKNOWN_ID}
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "GemmaTokenizer",
         # T5Gemma's encoder reads the text's own ids; the decoder's <bos> comes from the generation config.
         "add_bos_token": False,
@@ -70,8 +72,9 @@ def write_tokenizer(folder, proto, chat, vocabulary_size):
     write_json(folder / "tokenizer_config.json", config)
 
 
-def _processor(proto):
+def _processor(proto: bytes | None) -> sentencepiece.SentencePieceProcessor:
+    """Parses a SentencePiece model; raises a `CheckpointError` if that fails."""
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=proto)
     except RuntimeError as error:
-        raise CheckpointError(f"The tokenizer is no SentencePiece model: {error}") from error
+        raise CheckpointError(f"The tokenizer is not a SentencePiece model: {error}") from error

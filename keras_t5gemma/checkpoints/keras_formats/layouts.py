@@ -1,21 +1,29 @@
-"""How Keras models lay out their tensors: keras-hub's Gemma 2 and T5Gemma, and ours. Needs no Keras.
+"""The layouts of tensors in Keras models: keras-hub's Gemma 2 and T5Gemma, and ours. Needs no Keras.
 
-A tensor's group is the path of its layer by attributes, as Keras's h5 files write it: "self_attention/query_dense" in
-the block. The same table serves a file and a model in memory.
+A tensor's group is its layer's path of attributes, as Keras's h5 files have it: "self_attention/query_dense" within a
+block. One table describes both the files and the models in memory.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, layer_pattern
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
+from keras_t5gemma.checkpoints.tensor_table import TABLE, TensorSpec, tensor_specs
 from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
-# Our layer within a block: in keras-hub's Gemma, in keras-hub's T5Gemma; each with the kernel's axes, a letter each as
-# in the table of `tensor_table`. keras-hub's einsum layers keep the heads as an axis. No axes: a norm's scale.
-_IN_BLOCK = {
+AnyConfig = TypeVar("AnyConfig", bound=T5GemmaConfig | Gemma2Config)
+
+# The path of our layer within a block, then its path in keras-hub's Gemma and in keras-hub's T5Gemma. After the colon
+# are the kernel's axes, one letter per axis as in `tensor_table`: keras-hub's einsum layers keep the heads as an axis.
+# A path without axes is that of a norm, whose weight is its scale.
+_IN_BLOCK: dict[str, tuple[str | None, str]] = {
     "pre_self_attention_norm": ("pre_attention_norm", "pre_self_attn_layernorm"),
     "self_attention/query": ("attention/query_dense: N D H", "self_attn/query_dense: D N H"),
     "self_attention/key": ("attention/key_dense: K D H", "self_attn/key_dense: D K H"),
@@ -34,7 +42,7 @@ _IN_BLOCK = {
     "feed_forward/down": ("ffw_linear: F D", "mlp/down_proj: F D"),
     "post_feed_forward_norm": ("post_ffw_norm", "post_feedforward_layernorm"),
 }
-# Ours: attributes are the layers' names, with `_dense` after those of kernels.
+# In our own models a layer's attribute has the layer's name, with `_dense` appended if the layer has a kernel.
 _OWN = {
     row.path.partition("{i}/")[2].rpartition("/")[0]: row.path.partition("{i}/")[2].rpartition("/")[0]
     + (f"_dense: {row.letters}" if row.path.endswith("kernel") else "")
@@ -44,32 +52,25 @@ _OWN = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """One class of Keras models.
+class Layout(Generic[AnyConfig]):
+    """The layout of tensors in one class of Keras models.
 
     Attributes:
-        registered_names: of its `config.json`, across releases.
-        read_config: its constructor's arguments, and where they come from, to a config of ours.
-        groups: (group in the h5 file, attribute of the model) of what is no block, by stack and our layer.
-        blocks: likewise of the list of blocks, by stack.
-        in_block: our layer within a block to theirs with its axes.
+        registered_names: the class's names in `config.json`, across releases.
+        read_config: a function from the constructor's arguments, and their origin for messages, to a config of ours.
+        groups: (group in the h5 file, attribute of the model) of a layer outside the blocks, by stack and our layer.
+        blocks: (group in the h5 file, attribute of the model) of the list of blocks, by stack.
+        in_block: the layer's path with its axes, by the path of our layer within a block.
     """
 
     registered_names: tuple[str, ...]
-    read_config: Callable[[Mapping, str], T5GemmaConfig | Gemma2Config]
+    read_config: Callable[[Mapping[str, Any], str], AnyConfig]
     groups: Mapping[tuple[str, str], tuple[str, str]]
     blocks: Mapping[str, tuple[str, str]]
     in_block: Mapping[str, str]
 
-    def place(self, tensor):
-        """Where a tensor lies.
-
-        Args:
-            tensor: a `tensor_table.TensorSpec`.
-
-        Returns:
-            A `Place`.
-        """
+    def place(self, tensor: TensorSpec) -> Place:
+        """The `Place` of a tensor in this layout."""
         layer, _, weight = tensor.row.path.rpartition("/")
         index = 1 if weight == "reverse_embeddings" else 0
         if tensor.layer is None:
@@ -77,19 +78,19 @@ class Layout:
             return Place(group, attribute, index, tensor.row.letters)
         group, attribute = self.blocks[tensor.stack]
         theirs, _, letters = self.in_block[layer.partition("{i}/")[2]].partition(": ")
-        suffix = f"_{tensor.layer}" if tensor.layer else ""  # Keras counts a class's layers: block, block_1, ...
+        suffix = f"_{tensor.layer}" if tensor.layer else ""  # Keras numbers layers of one class: block, block_1, ...
         return Place(f"{group}{suffix}/{theirs}", f"{attribute}/{tensor.layer}/{theirs}", index, letters or "D")
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a Keras model keeps a tensor.
+    """The place of a tensor in a Keras model.
 
     Attributes:
         group: the layer's path in an h5 file, below `layers`.
-        attribute: the layer's path in a model, attributes and indices.
-        index: of the tensor among the layer's weights.
-        letters: its axes.
+        attribute: the layer's path in a model: attributes and indices.
+        index: the tensor's index among the layer's weights.
+        letters: the tensor's axes.
     """
 
     group: str
@@ -98,44 +99,56 @@ class Place:
     letters: str
 
 
-def stored_shape(shape, letters, stored):
-    """The shape in Hugging Face's layout of an array that lies as `letters`.
+def stored_shape(shape: Sequence[int], letters: str, stored: str) -> tuple[int, ...]:
+    """The shape that an array has in Hugging Face's layout.
 
     Args:
-        shape: of the array.
-        letters: its axes, "K D H".
-        stored: Hugging Face's, "KH D".
+        shape: the array's own shape.
+        letters: the array's axes, e.g. "K D H".
+        stored: Hugging Face's axes, e.g. "KH D".
+
+    Returns:
+        A size per axis of `stored`.
     """
     sizes = dict(zip(letters.split(), shape, strict=True))
-    # Our own kernels have merged axes already ("D KH"), keras-hub's have an axis a letter.
+    # Our own kernels have merged axes already ("D KH"); keras-hub's have one axis per letter.
     return tuple(
         sizes[axis] if axis in sizes else math.prod(sizes[letter] for letter in axis) for axis in stored.split()
     )
 
 
-def to_stored(array, letters, stored):
-    """An array that lies as `letters`, in Hugging Face's layout; a view where that is possible."""
-    axes, wanted = letters.split(), stored.split()
-    order = wanted if set(wanted) == set(axes) else list(stored.replace(" ", ""))
+def to_stored(array: np.ndarray, letters: str, stored: str) -> np.ndarray:
+    """Converts an array to Hugging Face's layout; returns a view if that is possible.
+
+    Args:
+        array: an array with the axes `letters`.
+        letters: the array's axes, e.g. "K D H".
+        stored: Hugging Face's axes, e.g. "KH D".
+
+    Returns:
+        An array with the axes `stored`.
+    """
+    axes, stored_axes = letters.split(), stored.split()
+    order = stored_axes if set(stored_axes) == set(axes) else list(stored.replace(" ", ""))
     return array.transpose([axes.index(axis) for axis in order]).reshape(stored_shape(array.shape, letters, stored))
 
 
-def expected_tensors(config):
-    """The tensors of a config by name in Hugging Face's checkpoints: `{name: tensor_table.TensorSpec}`."""
+def expected_tensors(config: T5GemmaConfig | Gemma2Config) -> dict[str, TensorSpec]:
+    """The tensors of a config, by their names in Hugging Face's checkpoints."""
     if isinstance(config, Gemma2Config):
-        return {tensor.gemma2: tensor for tensor in config.tensors()}
+        return {tensor.gemma2: tensor for tensor in config.tensors() if tensor.gemma2 is not None}
     return {tensor.name: tensor for tensor in tensor_specs(config)}
 
 
-def _gemma2_config(values, where):
-    """A `Gemma2Config` of the config of keras-hub's Gemma backbone."""
+def _gemma2_config(values: Mapping[str, Any], where: str) -> Gemma2Config:
+    """Converts the config of keras-hub's Gemma backbone to a `Gemma2Config`."""
     for name in ("use_post_ffw_norm", "use_post_attention_norm"):
         if not values.get(name):
             raise CheckpointError(
                 f"{where}: `{name}` is {values.get(name)}, as in Gemma 1. Expected True, as in Gemma 2."
             )
     if values.get("layer_norm_epsilon", 1e-6) != 1e-6:
-        # keras-hub 0.32 gives it to the last norm only; the blocks have 1e-6 whatever it says.
+        # keras-hub 0.32 applies it to the last norm only; the blocks always use 1e-6.
         raise CheckpointError(f"{where}: `layer_norm_epsilon` is {values['layer_norm_epsilon']}. Expected 1e-6.")
     if values["intermediate_dim"] % 2:
         raise CheckpointError(f"{where}: `intermediate_dim` is {values['intermediate_dim']}. Expected an even number.")
@@ -149,8 +162,8 @@ def _gemma2_config(values, where):
         head_dim=values["head_dim"],
         sliding_window=values.get("sliding_window_size", 4096),
         layer_pattern=("sliding", "global") if sliding else ("global",),
-        # What the weights were trained with (Gemma 2 27B has False); keras-hub 0.32 itself scales by the head size
-        # in either case.
+        # The scale that the weights were trained with (Gemma 2 27B has False). keras-hub 0.32 itself always scales by
+        # the head size.
         query_scalar=None
         if values.get("query_head_dim_normalize", True)
         else values["hidden_dim"] // values["num_query_heads"],
@@ -160,16 +173,16 @@ def _gemma2_config(values, where):
     return Gemma2Config(stack, values["vocabulary_size"], values.get("final_logit_soft_cap"))
 
 
-def _keras_hub_t5gemma_config(values, where):
-    """A `T5GemmaConfig` of the config of keras-hub's T5Gemma backbone."""
+def _keras_hub_t5gemma_config(values: Mapping[str, Any], where: str) -> T5GemmaConfig:
+    """Converts the config of keras-hub's T5Gemma backbone to a `T5GemmaConfig`."""
     for name, default, expected in (
         ("attention_bias", False, False),
         ("hidden_activation", "gelu_approximate", "gelu_approximate"),
         ("cross_attention_hidden_size", None, values["encoder_hidden_dim"]),
     ):
-        found = values.get(name, default)
-        if found is not None and found != expected:
-            raise CheckpointError(f"{where}: `{name}` is {found!r}. Expected {expected!r}.")
+        value = values.get(name, default)
+        if value is not None and value != expected:
+            raise CheckpointError(f"{where}: `{name}` is {value!r}. Expected {expected!r}.")
     return T5GemmaConfig(
         encoder=_keras_hub_stack(values, "encoder"),
         decoder=_keras_hub_stack(values, "decoder"),
@@ -179,22 +192,22 @@ def _keras_hub_t5gemma_config(values, where):
     )
 
 
-def _keras_hub_stack(values, stack):
-    """One stack's `StackConfig` of keras-hub's T5Gemma config."""
+def _keras_hub_stack(values: Mapping[str, Any], stack: str) -> StackConfig:
+    """The `StackConfig` of one stack in keras-hub's T5Gemma config."""
 
-    def own(name):
+    def field(name: str) -> Any:
         return values[f"{stack}_{name}"]
 
     scalar = values.get("query_pre_attn_scalar", 1.0)
     return StackConfig(
-        num_layers=own("num_layers"),
-        hidden_dim=own("hidden_dim"),
-        intermediate_dim=own("intermediate_dim"),
-        num_query_heads=own("num_attention_heads"),
-        num_key_value_heads=own("num_key_value_heads"),
-        head_dim=own("head_dim"),
-        layer_pattern=layer_pattern(own("layer_types")),
-        query_scalar=None if scalar == own("head_dim") else scalar,
+        num_layers=field("num_layers"),
+        hidden_dim=field("hidden_dim"),
+        intermediate_dim=field("intermediate_dim"),
+        num_query_heads=field("num_attention_heads"),
+        num_key_value_heads=field("num_key_value_heads"),
+        head_dim=field("head_dim"),
+        layer_pattern=layer_pattern(field("layer_types")),
+        query_scalar=None if scalar == field("head_dim") else scalar,
         attention_soft_cap=values.get("attn_logit_softcapping"),
         rope_wavelength=values.get("rope_max_wavelength", 10_000.0),
         norm_epsilon=values.get("rms_norm_eps", 1e-6),
@@ -204,10 +217,11 @@ def _keras_hub_stack(values, stack):
     )
 
 
-def _own_config(values, where):
+def _own_config(values: Mapping[str, Any], where: str) -> T5GemmaConfig:
+    """Takes the fields of a `T5GemmaConfig` from the config of our own backbone."""
     del where
-    known = {field.name for field in dataclasses.fields(T5GemmaConfig)}
-    return T5GemmaConfig.from_dict({name: value for name, value in values.items() if name in known})
+    names = {field.name for field in dataclasses.fields(T5GemmaConfig)}
+    return T5GemmaConfig.from_dict({name: value for name, value in values.items() if name in names})
 
 
 GEMMA2 = Layout(
@@ -218,7 +232,7 @@ GEMMA2 = Layout(
         ("encoder", "final_norm"): ("rms_normalization", "layer_norm"),
     },
     {"encoder": ("gemma_decoder_block", "transformer_layers")},
-    {ours: gemma for ours, (gemma, _) in _IN_BLOCK.items()},
+    {ours: gemma for ours, (gemma, _) in _IN_BLOCK.items() if gemma is not None},
 )
 KERAS_HUB_T5GEMMA = Layout(
     ("keras_hub>T5GemmaBackbone",),

@@ -1,5 +1,5 @@
 """Flax's checkpoints in Orbax's format.
 
-files       A folder in Orbax's format as tensorstores by parameter; only shapes and dtypes are read here
+files       Opens a folder in Orbax's format: one tensorstore per parameter, of which shapes and dtypes are read
 parameters  T5Gemma's Flax checkpoints (Orbax, from Kaggle), read as if they were Hugging Face checkpoints
 """
