@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
@@ -120,6 +122,7 @@ def average_checkpoints(
     checkpoints = list(checkpoints)
     if len(checkpoints) < 2:
         raise ValueError(f"`checkpoints` needs two or more to average. Received: {checkpoints}.")
+    weights = None if weights is None else np.asarray(list(weights)).tolist()
     folders = [open_t5gemma(checkpoint) for checkpoint in checkpoints]
     sources = [t5gemma_source(folder) for folder in folders]
     for origin, source in zip(folders[1:], sources[1:], strict=True):

@@ -121,6 +121,7 @@ def test_file_cut_short_after_it_was_opened_names_the_tensor(damaged, single_fol
         ({"a": {"dtype": "F32", "shape": [2]}}, "entry for tensor 'a'"),
         ({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}, "entry for tensor 'a'"),
         ({"a": {"dtype": "F32", "shape": [2.0], "data_offsets": [0, 8]}}, "entry for tensor 'a'"),
+        ({"a": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}, "entry for tensor 'a'"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "entry for tensor 'a'"),
         ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4, 8]}}, "entry for tensor 'a'"),
         ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "do not make F32 of shape"),

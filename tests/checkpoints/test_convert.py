@@ -360,6 +360,13 @@ def test_average_of_fewer_than_two_is_refused(checkpoints, tmp_path, names):
         average_checkpoints([checkpoints[name][0] for name in names], tmp_path / "out")
 
 
+@pytest.mark.parametrize("weights", [np.array([1, 3]), (weight for weight in (1, 3))], ids=["array", "generator"])
+def test_weights_of_an_average_may_be_any_iterable_and_are_on_the_model_card(checkpoints, tmp_path, weights):
+    folders = [checkpoints[name][0] for name in ("float32_0", "float32_1")]
+    average_checkpoints(folders, tmp_path / "out", weights=weights)
+    assert "| weights | `[1, 3]` |" in (tmp_path / "out/README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("weights", [[1], [1, 2, 3], [0, 0], [1, -1], [1, math.nan], [1, math.inf]], ids=str)
 def test_weights_that_make_no_mean_are_refused(checkpoints, tmp_path, weights):
     folders = [checkpoints[name][0] for name in ("float32_0", "float32_1")]

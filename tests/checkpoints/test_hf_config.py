@@ -2,15 +2,18 @@
 
 import copy
 import dataclasses
+import io
 import json
 
 import pytest
+import sentencepiece
 import transformers
 from helpers.peers import hf_t5gemma, tiny_config, tiny_gemma_stack
 
 from keras_t5gemma.checkpoints.hugging_face.config import read_gemma2_config, read_t5gemma_config, write_t5gemma_config
+from keras_t5gemma.checkpoints.hugging_face.tokenizer import stop_ids
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
-from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.config import EOS_ID, T5GemmaConfig
 from keras_t5gemma.presets import PAIRS, STACKS
 
 # Each differs from the default, so that a field that is not read is noticed.
@@ -172,6 +175,14 @@ def test_fractional_query_scalar_cannot_be_written():
 
 def test_several_stop_ids_are_written_as_a_list():
     assert write_t5gemma_config(tiny_config(), "float32", (1, 107))["eos_token_id"] == [1, 107]
+
+
+def test_tokenizer_without_turns_stops_at_the_end_alone():
+    stream = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some words to make pieces of"] * 50), model_writer=stream, vocab_size=15
+    )
+    assert stop_ids(stream.getvalue(), chat=True) == (EOS_ID,)
 
 
 def test_gemma2_2b_config_gives_the_2b_stack(gemma2_values):

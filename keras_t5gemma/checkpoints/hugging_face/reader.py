@@ -286,7 +286,8 @@ def _entry_fields(value: Any) -> tuple[str, list[int], int, int] | None:
     try:
         format_dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
         numbers = [*shape, begin, end]
-        valid = isinstance(format_dtype, str) and all(type(n) is int and n >= 0 for n in numbers) and begin <= end
+        has_types = isinstance(format_dtype, str) and isinstance(shape, list)
+        valid = has_types and all(type(n) is int and n >= 0 for n in numbers) and begin <= end
     except (TypeError, KeyError, ValueError):
         return None
     return (format_dtype, shape, begin, end) if valid else None

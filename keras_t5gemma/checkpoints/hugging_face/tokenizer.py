@@ -36,7 +36,12 @@ def read_proto(folder: str | os.PathLike[str]) -> bytes | None:
 
 def stop_ids(proto: bytes | None, chat: bool) -> tuple[int, ...]:
     """The ids at which generation stops: `<eos>` and, if the model reads Gemma's turns, `<end_of_turn>`."""
-    return (EOS_ID, _processor(proto).piece_to_id(END_OF_TURN)) if chat else (EOS_ID,)
+    if not chat:
+        return (EOS_ID,)
+    processor = _processor(proto)
+    end_of_turn = processor.piece_to_id(END_OF_TURN)
+    # SentencePiece gives the id of <unk> for a piece that it does not have.
+    return (EOS_ID,) if end_of_turn == processor.unk_id() else (EOS_ID, end_of_turn)
 
 
 def write_tokenizer(folder: Path, proto: bytes, chat: bool, vocabulary_size: int) -> None:
