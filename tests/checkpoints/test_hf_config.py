@@ -180,7 +180,7 @@ def test_several_stop_ids_are_written_as_a_list():
 def test_tokenizer_without_turns_stops_at_the_end_alone():
     stream = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["some words to make pieces of"] * 50), model_writer=stream, vocab_size=15
+        sentence_iterator=iter(["some words to make pieces of"] * 50), model_writer=stream, vocab_size=18
     )
     assert stop_ids(stream.getvalue(), chat=True) == (EOS_ID,)
 
