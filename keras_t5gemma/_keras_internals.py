@@ -4,6 +4,7 @@ Keras is imported where it is needed: what writes checkpoints goes without.
 """
 
 import contextlib
+import gc
 import sys
 
 
@@ -177,3 +178,21 @@ def remove_variable(layer, name):
     """Removes a variable from a built layer. Keras's `del layer.name` collects garbage each time, some 0.3 s."""
     layer._untrack_variable(getattr(layer, name))
     object.__delattr__(layer, name)
+
+
+@contextlib.contextmanager
+def short_garbage_collections():
+    """A context in which collecting garbage looks only at objects made within it.
+
+    Keras collects for each variable that it deletes, and so for each layer that it quantizes: 0.2 to 0.5 s each, as
+    long as all of the program's objects are looked at. The deleted variables are in no cycle and need no collection.
+    """
+    if gc.get_freeze_count():  # what the program froze must stay frozen
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

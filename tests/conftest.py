@@ -1,6 +1,5 @@
 """One backend a run, chosen by KERAS_BACKEND as for any Keras program; no network."""
 
-import gc
 import os
 
 import pytest
@@ -29,13 +28,6 @@ _SLOW = (
     "test_notebook.py",
     "test_contract.py",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_collections():
-    """Collecting garbage, as Keras does for each layer it quantizes, looks at what a file makes, not at all imports."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at marks

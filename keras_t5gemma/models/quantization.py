@@ -5,7 +5,7 @@ import re
 
 import keras
 
-from keras_t5gemma._keras_internals import flatten_layers
+from keras_t5gemma._keras_internals import flatten_layers, short_garbage_collections
 
 # Of our layers those that Keras quantizes. It warns of each other one, and refuses a tokenizer, which is a layer too.
 QUANTIZABLE = (keras.layers.Dense, keras.layers.Embedding)
@@ -58,7 +58,8 @@ def quantize(model, keras_quantize, mode=None, config=None, filters=None, **kwar
     if not chosen:
         names = ", ".join(sorted({layer.name for layer in layers}))
         raise ValueError(f"`filters` matches no layer that can be quantized. Received: {filters!r}. They are: {names}.")
-    keras_quantize(mode, config=config, filters=lambda layer: id(layer) in chosen, **kwargs)
+    with short_garbage_collections():
+        keras_quantize(mode, config=config, filters=lambda layer: id(layer) in chosen, **kwargs)
 
 
 def unquantized(dtype):

@@ -1,5 +1,6 @@
 """Quantized weights: the memory they promise, logits near the unquantized ones, the same by either way there."""
 
+import gc
 import math
 
 import keras
@@ -120,3 +121,18 @@ def test_table_in_blocks_of_any_size_and_looked_up_by_rows_is_the_dequantized_on
     assert quantized.has_block_product(embedding, ops.convert_to_tensor(x))
     logits = ops.convert_to_numpy(projection.VocabularyProjection(embedding)(ops.convert_to_tensor(x)))
     np.testing.assert_allclose(logits, x @ table.T, atol=1e-6)
+
+
+def test_quantizing_many_layers_collects_the_garbage_of_the_whole_program_once(monkeypatch):
+    collected, collect = [], gc.collect
+
+    def counted(*args):
+        collected.append(gc.get_freeze_count())
+        return collect(*args)
+
+    monkeypatch.setattr(gc, "collect", counted)
+    backbone = loud_backbone(tiny_config(num_layers=2))
+    backbone.quantize("int8")
+    assert len(collected) > 20  # by Keras, for each layer
+    assert collected.count(0) == 1
+    assert gc.get_freeze_count() == 0
