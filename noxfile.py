@@ -1,4 +1,5 @@
-"""`nox -s tests` runs the tests on each backend in turn, `nox -s lint` the linters, in the environment nox runs in.
+"""`nox -s tests` runs the tests on each backend in turn, `nox -s lint types` the linters and the type checker, in the
+environment that nox runs in.
 
 One environment holds all three backends: to make three of them would take three times as long and test nothing more.
 `lowest` and `newest` need other versions, so they make environments of their own, by uv, and download much.
@@ -12,7 +13,7 @@ import nox
 
 BACKENDS = ("jax", "tensorflow", "torch")
 
-nox.options.sessions = ["lint", "tests"]
+nox.options.sessions = ["lint", "types", "tests"]
 
 
 # In the order of tests/conftest.py: by itself loadfile leaves files with few tests, slow ones among them, for last.
@@ -48,6 +49,12 @@ def lint(session):
     """Errors, style and formatting."""
     session.run(sys.executable, "-m", "ruff", "check", ".")
     session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
+
+
+@nox.session(venv_backend="none")
+def types(session):
+    """Types of the folders that handle no tensors; pyproject.toml lists them."""
+    session.run(sys.executable, "-m", "pyright", "--pythonpath", sys.executable)
 
 
 @nox.session(venv_backend="none")
