@@ -5,8 +5,8 @@ import sys
 
 import typer
 
+from keras_t5gemma.progress import text_progress
 from keras_t5gemma.text.chat import is_conversation
-from keras_t5gemma.text.progress import text_progress
 
 ANSWER = "answer"
 
