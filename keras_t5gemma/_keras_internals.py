@@ -119,7 +119,7 @@ def global_seed_generator() -> keras.random.SeedGenerator | None:
     """
     import keras
 
-    internals: Any = keras.src  # type checkers do not see it
+    internals = vars(keras)["src"]  # type checkers do not know the attribute
     return internals.backend.common.global_state.get_global_attribute("global_seed_generator")
 
 

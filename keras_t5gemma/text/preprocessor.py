@@ -1,7 +1,6 @@
 """Strings and conversations to the model's four inputs, for `fit` and for `generate`, and ids back to strings."""
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +14,7 @@ from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, open_preset
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.encoding import Packer, pad_rows
-from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, loaded_tensorflow
 
 KERAS_CONFIG_FILE = "preprocessor.json"
 
@@ -280,8 +279,7 @@ def _run(function: Callable, texts: tuple, widths: Sequence[int | None], dtypes:
     Returns:
         The arrays, or TensorFlow's tensors.
     """
-    # Symbolic tensors exist only if TensorFlow is loaded already: this module never imports it.
-    tf: Any = sys.modules.get("tensorflow")
+    tf = loaded_tensorflow()
     symbolic = [text for text in texts if tf is not None and tf.is_symbolic_tensor(text)]
     if not symbolic:
         return function(*texts)
@@ -304,7 +302,7 @@ def _weighted(weights, sample_weight):
             f"`sample_weight` must have one weight per row, {tuple(weights.shape[:-1])}, or per label, "
             f"{tuple(weights.shape)}. Received: shape {tuple(sample_weight.shape)}."
         )
-    tf: Any = sys.modules.get("tensorflow")
+    tf = loaded_tensorflow()
     is_tensorflow = tf is not None and tf.is_tensor(sample_weight)
     factors = tf.cast(sample_weight, "float32") if is_tensorflow else _to_numpy(sample_weight).astype("float32")
     if not is_tensorflow:

@@ -110,8 +110,7 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 
     def tokenize(self, inputs):
         """Converts a string to ids, or a list or tensor of strings [B] to ragged ids; also in a `tf.data` pipeline."""
-        # Symbolic tensors exist only if TensorFlow is loaded already: this module never imports it.
-        tf: Any = sys.modules.get("tensorflow")
+        tf = loaded_tensorflow()
         if tf is None or self.sequence_length or not tf.is_symbolic_tensor(inputs):
             self._warn_of_special_tokens(inputs)
             return super().tokenize(inputs)
@@ -189,6 +188,11 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         options = keras_options(folder, config_file)
         model = _KERAS_FILE.format(Path(config_file).stem)
         return cls.from_config({**options, **kwargs, "proto": _read_model(folder, model)})
+
+
+def loaded_tensorflow() -> Any:
+    """TensorFlow if the program has imported it, else None. Only then can there be symbolic tensors or pipelines."""
+    return sys.modules.get("tensorflow")
 
 
 def keras_options(folder: PresetFolder, config_file: str) -> dict:

@@ -1,7 +1,6 @@
 """`Example`, the output of an objective, and its conversion to model inputs."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -32,9 +31,10 @@ class Example:
 class Part(Protocol):
     """One task of an objective, such as a denoiser. `closes_targets` is optional, see `Example`."""
 
+    # Any, because type checkers do not accept a `cached_property` where a protocol has an integer.
     @property
-    def raw_length(self) -> int:
-        """The maximum number of ids of a call."""
+    def raw_length(self) -> Any:
+        """The maximum number of ids of a call, an integer."""
         ...
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator, /) -> Example:
@@ -55,9 +55,10 @@ class Objective(Protocol):
         """T."""
         ...
 
+    # Any for the same reason as `Part.raw_length`.
     @property
-    def parts(self) -> Sequence[tuple[Part, int]]:
-        """Pairs of a part and its weight, a whole number."""
+    def parts(self) -> Any:
+        """A sequence of pairs of a `Part` and its weight, a whole number."""
         ...
 
 

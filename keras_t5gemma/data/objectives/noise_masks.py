@@ -164,7 +164,8 @@ def _repair(
             pieces.append(piece)
     for i in rng.permutation(len(pieces)):
         if missing:
-            missing -= _grow(mask, protected, *pieces[i], missing)
+            start, end = pieces[i]
+            missing -= _grow(mask, protected, start, end, missing)
     return missing
 
 

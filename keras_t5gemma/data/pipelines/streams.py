@@ -1,7 +1,7 @@
 """Stages of Grain pipelines: documents, examples, rows, batches. Each can save its position."""
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -145,7 +145,7 @@ class JoinedWindows(grain.IterDataset):
 
     def __init__(self, documents: grain.IterDataset, objective: Objective, eos: int, seed: int):
         super().__init__(documents)
-        self.objective, self.eos, self.seed = objective, eos, seed
+        self.objective, self.eos, self.draw_seed = objective, eos, seed
 
     def __iter__(self) -> grain.DatasetIterator:
         return _JoinedIterator(iter(self._parent), self)
@@ -154,10 +154,10 @@ class JoinedWindows(grain.IterDataset):
 class _JoinedIterator(grain.DatasetIterator):
     """Iterator of `JoinedWindows`. Its state is the parent's before the first document with unused ids, and offsets."""
 
-    def __init__(self, parent: Iterator, dataset: JoinedWindows):
+    def __init__(self, parent: grain.DatasetIterator, dataset: JoinedWindows):
         super().__init__(parent)
-        self._deck = Deck(dataset.objective, dataset.seed)
-        self._seed, self._eos = dataset.seed, dataset.eos
+        self._deck = Deck(dataset.objective, dataset.draw_seed)
+        self._seed, self._eos = dataset.draw_seed, dataset.eos
         self._start(number=0, offset=0)
 
     def __next__(self) -> Example:
@@ -247,7 +247,7 @@ class PackedRows(grain.IterDataset):
     def __init__(self, examples: grain.IterDataset, capacity: tuple[int, int], buffer: int, seed: int):
         super().__init__(examples)
         buffer = integer(buffer, "pack_buffer")
-        self.capacity, self.buffer, self.seed = capacity, buffer, seed
+        self.capacity, self.buffer, self.draw_seed = capacity, buffer, seed
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackedIterator(iter(self._parent), self)
@@ -256,9 +256,9 @@ class PackedRows(grain.IterDataset):
 class _PackedIterator(grain.DatasetIterator):
     """Iterator of `PackedRows`. Its state is the parent's before the current buffer, and the row in the buffer."""
 
-    def __init__(self, parent: Iterator, dataset: PackedRows):
+    def __init__(self, parent: grain.DatasetIterator, dataset: PackedRows):
         super().__init__(parent)
-        self._capacity, self._buffer, self._seed = dataset.capacity, dataset.buffer, dataset.seed
+        self._capacity, self._buffer, self._seed = dataset.capacity, dataset.buffer, dataset.draw_seed
         self._rows: list[list[Example]] | None = None
         self._row, self._number = 0, 0  # index of the row in the buffer, and of the buffer
         self._state_before: Any = None  # the parent's, before the buffer

@@ -150,7 +150,7 @@ class _ArrayRecords:
 class _IterableRows(RowStream):
     """Rows of an iterable, or of a function that returns one. A position is the number of rows before it."""
 
-    def __init__(self, data: Iterable | Callable[[], Iterable], field: str | None, **shard: int):
+    def __init__(self, data: Iterable | Callable, field: str | None, **shard: int):
         super().__init__(**shard)
         self.data, self.field = data, field
 
@@ -196,7 +196,7 @@ class _HuggingFaceIterator(RowIterator):
         # In `datasets` the position belongs to the dataset, not to its iterator. So this iterator has a dataset.
         self._data = rows.data.skip(0)
         self._start = self._data.state_dict()
-        self._iterator: Iterator | None = None
+        self._iterator: Any = None
 
     def next_row(self) -> Callable[[], object]:
         if self._iterator is None:

@@ -95,7 +95,7 @@ class ParquetRows(grain.MapDataset):
         cached = self._orders.get(epoch)
         if cached is None:
             count, seed = len(self.groups), self.shuffle_seed
-            order = range(count) if seed is None else generator(seed, ORDER, epoch).permutation(count)
+            order = range(count) if seed is None else generator(seed, ORDER, epoch).permutation(count).tolist()
             cached = order, list(itertools.accumulate(len(self.groups[i][2]) for i in order))
             self._orders = {epoch: cached}
         return cached
@@ -120,4 +120,4 @@ class ParquetRows(grain.MapDataset):
         texts = [text_of(group_rows[i], self.field, f"{path}, row {i} of row group {number}") for i in rows]
         if self.shuffle_seed is None:
             return texts
-        return [texts[i] for i in generator(self.shuffle_seed, ORDER, epoch, int(group)).permutation(len(texts))]
+        return [texts[i] for i in generator(self.shuffle_seed, ORDER, epoch, group).permutation(len(texts))]
