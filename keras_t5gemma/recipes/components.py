@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import grain
 import keras
@@ -29,7 +29,6 @@ def compiled_model(recipe: Recipe) -> T5GemmaSeq2SeqLM:
     """Builds and compiles the model of a `Recipe`, with its preprocessor."""
     section, training = recipe.model, recipe.training
     lengths = recipe.objective.encoder_length, recipe.objective.decoder_length
-    lm: Any  # keras-hub's classes set most attributes at run time
     if section.preset:
         lm = T5GemmaSeq2SeqLM.from_preset(section.preset, dtype=section.dtype)
     else:
@@ -43,6 +42,7 @@ def compiled_model(recipe: Recipe) -> T5GemmaSeq2SeqLM:
         )
         tokenizer = T5GemmaTokenizer.from_preset(section.tokenizer or section.adapt[-1])
         lm = T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, *lengths))
+    lm = cast(Any, lm)  # keras-hub's class does not say the type of `backbone`
     if section.lora_rank:
         lm.backbone.enable_lora(section.lora_rank)
     lm.backbone.rematerialize = section.rematerialize

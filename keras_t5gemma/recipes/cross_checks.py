@@ -47,7 +47,7 @@ RULES = (
     ),
     Rule(
         "[optimizer] warmup_steps:",
-        lambda r: r.optimizer.warmup_steps <= r.optimizer.decay_steps,
+        lambda r: r.optimizer.decay_steps is not None and r.optimizer.warmup_steps <= r.optimizer.decay_steps,
         "expected at most decay_steps={optimizer.decay_steps}, which is [training] steps unless stated. Received: "
         "{optimizer.warmup_steps}.",
     ),

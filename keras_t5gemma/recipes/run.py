@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import keras
 from rich.console import Console
@@ -80,7 +81,7 @@ def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> T5GemmaS
     training = recipe.training
     keras.utils.set_random_seed(training.seed)
     objective = make_objective(recipe.objective)
-    lm = compiled_model(recipe)
+    lm = cast(Any, compiled_model(recipe))  # keras-hub's class does not say the type of `preprocessor`
     data = training_data(recipe, lm.preprocessor, objective, index)
     held_out = held_out_batches(recipe, lm.preprocessor, objective, index)
     checkpoint = TrainingCheckpoint(folder / CHECKPOINTS_FOLDER, save_every=training.save_every, keep=training.keep)

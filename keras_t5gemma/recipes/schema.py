@@ -134,7 +134,7 @@ class OptimizerSection:
         warmup_steps: number of steps of the linear warm-up.
         decay_steps: the step at which the cosine ends; the last step of the training if left out.
         final_fraction: fraction of the peak at the end of the cosine and after it.
-        weight_decay: a step multiplies weights by `1 - learning_rate * weight_decay`.
+        weight_decay: a step shrinks weights by the fraction `learning_rate * weight_decay`.
         clip_norm: the largest global norm of the gradients.
         beta_1: beta_1 of AdamW; Keras's 0.9 if left out.
         beta_2: beta_2 of AdamW; Keras's 0.999 if left out.

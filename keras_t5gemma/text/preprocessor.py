@@ -280,8 +280,8 @@ def _run(function: Callable, texts: tuple, widths: Sequence[int | None], dtypes:
         The arrays, or TensorFlow's tensors.
     """
     tf = loaded_tensorflow()
-    symbolic = [text for text in texts if tf is not None and tf.is_symbolic_tensor(text)]
-    if not symbolic:
+    symbolic = [] if tf is None else [text for text in texts if tf.is_symbolic_tensor(text)]
+    if tf is None or not symbolic:
         return function(*texts)
     arrays = tf.numpy_function(function, texts, [tf.as_dtype(dtype) for dtype in dtypes], stateful=False)
     for array, width in zip(arrays, widths, strict=True):
@@ -303,9 +303,10 @@ def _weighted(weights, sample_weight):
             f"{tuple(weights.shape)}. Received: shape {tuple(sample_weight.shape)}."
         )
     tf = loaded_tensorflow()
-    is_tensorflow = tf is not None and tf.is_tensor(sample_weight)
-    factors = tf.cast(sample_weight, "float32") if is_tensorflow else _to_numpy(sample_weight).astype("float32")
-    if not is_tensorflow:
+    if tf is not None and tf.is_tensor(sample_weight):
+        factors = tf.cast(sample_weight, "float32")
+    else:
+        factors = _to_numpy(sample_weight).astype("float32")
         check_finite(factors)
     return weights * (factors[..., None] if by_row else factors)
 
