@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -69,7 +69,8 @@ def answers_of(
         prompts = [row["prompt"] for row in batch if not _is_blank(row)]
         # The last prompt is repeated, because a batch of another size would need another compiled program.
         padding = batch_size - len(prompts) if len(rows) > batch_size else 0
-        answers = iter(lm.generate(prompts + prompts[-1:] * padding, max_length=max_length) if prompts else ())
+        padded = prompts + prompts[-1:] * padding
+        answers = iter(cast(list[str], lm.generate(padded, max_length=max_length)) if prompts else [])
         yield batch, ["" if _is_blank(row) else next(answers) for row in batch]
 
 
