@@ -70,7 +70,13 @@ def training_data(
 def held_out_batches(
     recipe: Recipe, preprocessor: T5GemmaSeq2SeqLMPreprocessor, objective: Objective | None, index: int
 ) -> dict[str, tuple] | None:
-    """Makes the held-out batches of a `Recipe`, for `TrainingLog`. The arguments are those of `training_data`.
+    """Makes the held-out batches of a `Recipe`, for `TrainingLog`.
+
+    Args:
+        recipe: a `Recipe`.
+        preprocessor: the model's.
+        objective: made by `make_objective`; None for "supervised".
+        index: this process's, which reads a share of the texts.
 
     Returns:
         Name -> (batches, weight), the `held_out` of `TrainingLog`; None if the recipe has no validation texts.

@@ -14,8 +14,8 @@ class Rule:
     Attributes:
         keys: the keys that the message begins with, and the punctuation after them.
         is_met: a function of a `Recipe`.
-        text: what is expected and what came, a template of `str.format`. Its names are the sections of the recipe and
-            those of `_derived_numbers`.
+        text: the expected and the received value, a template of `str.format`. Its names are the sections of the recipe
+            and the keys of `_derived_numbers`.
     """
 
     keys: str

@@ -19,7 +19,7 @@ def distribution(hardware: HardwareSection) -> contextlib.AbstractContextManager
         return contextlib.nullcontext()
     if keras.config.backend() != "jax":
         raise ValueError(
-            f"[hardware] mesh: `keras.distribution` works on JAX alone. Received: backend {keras.config.backend()!r}. "
+            f"[hardware] mesh: `keras.distribution` works only on JAX. Received: backend {keras.config.backend()!r}. "
             f"Choose --backend jax, or leave `mesh` out for one device."
         )
     if hardware.processes > 1:

@@ -195,7 +195,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         texts = [self.tokenizer.detokenize(row[keep].tolist()) for row, keep in rows]
         return texts if ids.ndim > 1 else texts[0]
 
-    def has_text(self, ids):
+    def has_text(self, ids: np.ndarray) -> np.ndarray:
         """Whether ids [...] stand for text: bool [...], False for special and turn tokens and beyond the vocabulary."""
         return (ids < self.tokenizer.vocabulary_size()) & ~np.isin(ids, self.tokenizer.special_token_ids)
 

@@ -313,7 +313,7 @@ def test_an_empty_source_is_told_from_one_to_repeat_for_ever(tmp_path):
         ({"data": __file__}, "does not tell its format"),
         ({"data": __file__, "format": "csv"}, "`format` must be one of array_record, jsonl, parquet, text"),
         ({"data": __file__, "format": "text", "sample_by": "word"}, "`sample_by`"),
-        ({"data": (text for text in TEXTS)}, "can be gone through once only"),
+        ({"data": (text for text in TEXTS)}, "can be iterated only once"),
         ({"data": 5}, "must be paths"),
         ({"data": {"text": TEXTS}}, "must be paths"),
         ({"data": grain.MapDataset.range(3)}, "a Grain dataset already"),

@@ -140,7 +140,7 @@ def check_ids(ids: Any, raw_length: int, what: object) -> np.ndarray:
         int32 [L].
 
     Raises:
-        ValueError: if they are not 1-D integers, fewer than two, or more than `raw_length`.
+        ValueError: if the ids are not 1-D integers, or there are fewer than two or more than `raw_length`.
     """
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -75,7 +75,7 @@ class Mixture(Mixed):
 
     objectives: Sequence[tuple[Objective, int]]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # Computes the parts now, so that errors come from the constructor and not from the first use.
         if not self.parts:
             raise ValueError("`objectives` is empty: it needs at least one pair of an objective and its weight.")

@@ -40,7 +40,7 @@ class PrefixLM:
 
     closes_targets = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_integer_fields(self, encoder_length=1 + (self.mode_token is not None), decoder_length=1)
         if self.mode_token is not None:
             check_integer_fields(self, mode_token=0)

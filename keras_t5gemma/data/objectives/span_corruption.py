@@ -35,7 +35,7 @@ class Denoiser:
     mean_span: float | None
     rate: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
             raise ValueError(f"`rate` must be between 0 and 1. Received: rate={self.rate!r}.")
         if self.mean_span is not None and not self.mean_span >= 1:
@@ -156,7 +156,8 @@ class SpanCorruption:
 
     closes_targets = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        """Checks the fields, and warns if too few sentinels limit the raw length."""
         # The least is two raw tokens: one stays and one is corrupted, each beside a sentinel.
         check_integer_fields(self, encoder_length=2 + (self.mode_token is not None), decoder_length=3)
         sentinels = _as_ids("sentinels", self.sentinels)

@@ -73,7 +73,7 @@ class UL2(Mixed):
     protected: Sequence[int] = GEMMA_CONTROL_IDS
     too_few_sentinels: str = "cap"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.mixture, str):
             check_choice(self.mixture, "mixture", MIXTURES, others=", or pairs of a Denoiser and a weight")
         if unknown := set(self.mode_tokens or ()) - {"R", "S", "X"}:

@@ -110,8 +110,8 @@ def text_source(
         )
     if not callable(rows) and iter(rows) is rows:
         raise ValueError(
-            "`data` can be gone through once only, but epochs and a saved position start it anew. Pass a function that "
-            "makes the iterator, e.g. the generator function itself, without calling it."
+            "`data` can be iterated only once, but epochs and a saved position start it again. Pass a function that "
+            "returns an iterator, e.g. the generator function itself, without calling it."
         )
     return _IterableRows(rows, field, **shard)
 
