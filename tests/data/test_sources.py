@@ -308,7 +308,7 @@ def test_an_empty_source_is_told_from_one_to_repeat_for_ever(tmp_path):
     ("arguments", "message"),
     [
         ({"data": "nowhere/*.txt"}, "There is no file 'nowhere/"),
-        ({"data": ["one text", "another"]}, "pass the list of them on"),
+        ({"data": ["one text", "another"]}, "pass the list of texts to the dataset"),
         ({"data": "."}, "names a folder"),
         ({"data": __file__}, "does not tell its format"),
         ({"data": __file__, "format": "csv"}, "`format` must be one of array_record, jsonl, parquet, text"),
