@@ -1,7 +1,8 @@
 """T5Gemma for Keras 3: turn Gemma 2 into an encoder-decoder, train it with UL2 and PrefixLM, generate.
 
-`import keras_t5gemma as kt` is cheap: the module of a public name, and Keras with it, is imported at its first use, or
-once Keras is, whose `load_model` must find the package's classes.
+`import keras_t5gemma as kt` is cheap: the module of a public name, and with it Keras, is imported when the name is
+first used. If a program imports Keras, the modules with Keras classes follow at once, because `load_model` must find
+the classes.
 """
 
 import importlib
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from keras_t5gemma.checkpoints.hugging_face.peft import save_lora as save_lora
     from keras_t5gemma.checkpoints.tensor_source import CheckpointError as CheckpointError
 
-    # What a model is
+    # Configurations
     from keras_t5gemma.config import StackConfig as StackConfig
     from keras_t5gemma.config import T5GemmaConfig as T5GemmaConfig
 
@@ -82,8 +83,8 @@ if TYPE_CHECKING:
     from keras_t5gemma.training.losses.stored_teacher import store_teacher_logits as store_teacher_logits
     from keras_t5gemma.training.optimizers.factory import optimizer as optimizer
 
-# Public name -> its module, for `__getattr__`. The imports above say the same to type checkers, editors and
-# the reference pages, none of which runs this file; a test in tests/api compares the two.
+# Public name -> its module, for `__getattr__`. The imports above are the same table for type checkers, editors and the
+# reference pages, which do not run this file. A test in tests/api compares the two.
 _MODULES = {
     # Checkpoints on disk
     "adapt_gemma2_files": "checkpoints.convert",
@@ -93,7 +94,7 @@ _MODULES = {
     "load_lora": "checkpoints.hugging_face.peft",
     "save_lora": "checkpoints.hugging_face.peft",
     "CheckpointError": "checkpoints.tensor_source",
-    # What a model is
+    # Configurations
     "StackConfig": "config",
     "T5GemmaConfig": "config",
     # Data: objectives, pipelines, sources
@@ -148,10 +149,11 @@ _MODULES = {
     "optimizer": "training.optimizers.factory",
 }
 
-__all__ = ["__version__", *sorted(_MODULES)]  # noqa: PLE0604 the table above is all strings
+__all__ = ["__version__", *sorted(_MODULES)]  # noqa: PLE0604 all keys of the table above are strings
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> object:
+    """Imports the module of a public name when the name is first used."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}. Public names: {', '.join(__all__)}.")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
@@ -159,7 +161,7 @@ def __getattr__(name):
     return value
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 

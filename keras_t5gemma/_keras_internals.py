@@ -1,20 +1,28 @@
-"""What this package uses of Keras that Keras does not promise. Checked with Keras 3.15.1 and keras-hub 0.32.
+"""Every use of Keras internals, which may change in any release. Checked with Keras 3.15.1 and keras-hub 0.32.
 
-Keras is imported where it is needed: what writes checkpoints goes without.
+Keras is imported inside the functions, because the modules that write checkpoints work without it.
 """
+
+from __future__ import annotations
 
 import contextlib
 import gc
 import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import keras
 
 
 def tensor_of(x):
-    """`ops.convert_to_tensor` in an array's own dtype, 64 bits as 32.
+    """`ops.convert_to_tensor` in the array's own dtype, with 64 bits reduced to 32.
 
-    With a `floatx` of bfloat16, Keras on JAX turns arrays into float32 unless a dtype is given; token ids, too.
+    With a `floatx` of bfloat16, Keras on JAX converts arrays to float32 unless a dtype is passed, even token ids.
     """
     import keras
-    import numpy as np
     from keras import ops
 
     if ops.is_tensor(x) or isinstance(x, keras.Variable):
@@ -24,28 +32,28 @@ def tensor_of(x):
     return ops.convert_to_tensor(x, {"int64": "int32", "float64": "float32"}.get(dtype, dtype))
 
 
-def synchronize_training_state(model):
+def synchronize_training_state(model: keras.Model) -> None:
     """Gives a model's variables their values back in the middle of a `fit`, an `evaluate` or a `predict` on JAX.
 
-    There Keras takes the values out of the variables for the time of a loop, so that each step can overwrite those of
-    the one before, and `Callback.model` alone puts them back. Once they are back, the next step takes them from the
-    variables again, so that memory is as before. On other backends variables always have their values.
+    On JAX, Keras takes the values out of the variables during a loop, so that each step can overwrite the values of the
+    previous step. Only `Callback.model` puts them back. The next step then takes them from the variables again, so this
+    costs no memory. On other backends the variables always have their values.
 
     Args:
         model: a `keras.Model`.
     """
-    synchronize = getattr(model, "jax_state_sync", None)  # of JAX's trainer alone
+    synchronize = getattr(model, "jax_state_sync", None)  # only JAX's trainer has it
     if synchronize is not None:
         synchronize()
 
 
-def callbacks_of_the_same_fit(callback):
-    """All callbacks of the `fit` that calls this one's `set_model` or `set_params`, in their order, itself included.
+def callbacks_of_the_same_fit(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callback]:
+    """All callbacks of the `fit` that is calling a callback's `set_model` or `set_params`, in order.
 
-    Keras tells no callback of the others. The `CallbackList` that calls it has them all.
+    Keras does not show the other callbacks to a callback. The `CallbackList` on the call stack has them all.
 
     Args:
-        callback: a `keras.callbacks.Callback`, whose method is being called.
+        callback: a `keras.callbacks.Callback`, whose method is being called. It is in the result.
     """
     import keras
 
@@ -59,122 +67,135 @@ def callbacks_of_the_same_fit(callback):
 
 
 class RestoresTrainingState:
-    """Mixed into a `keras.Model`: what it takes to give variables their values back after an error on JAX.
+    """A mixin of `keras.Model` that can give the variables their values back after an error on JAX.
 
-    Where reading the first batch fails, Keras has the values in a local variable alone, and they would be lost.
+    If reading the first batch fails, only a local variable of Keras holds the values, and they would be lost.
     """
 
-    _give_back = None
+    # Attributes and methods of `keras.Model`.
+    variables: list
+    metrics_variables: list
+    optimizer: Any
 
-    def _get_jax_state(self, *, purge_model_variables=False, **groups):
-        """As Keras's, and remembers how to give the variables their values back."""
+    _give_back: Callable[[], None] | None = None
+
+    def _get_jax_state(self, *, purge_model_variables: bool = False, **groups: bool) -> tuple:
+        """Extends Keras's method: remembers how to give the variables their values back."""
         if purge_model_variables:
             variables = self.variables + self.metrics_variables
             if groups.get("optimizer_variables"):
                 variables = variables + self.optimizer.variables
             values = [variable._value for variable in variables]
 
-            def give_back():
+            def give_back() -> None:
                 for variable, value in zip(variables, values, strict=True):
                     if variable._value is None and value is not None:
                         variable.assign(value)
 
-            # A function, since Keras takes variables in lists for the model's own. It holds these arrays to the end of
-            # the loop. A compiled step reuses their memory all the same.
+            # A function, because Keras would track variables in a list as the model's own. It holds these arrays to
+            # the end of the loop. A compiled step reuses their memory all the same.
             self._give_back = give_back
-        return super()._get_jax_state(purge_model_variables=purge_model_variables, **groups)
+        keras_model: Any = super()  # `keras.Model` comes after this class in the method resolution order
+        return keras_model._get_jax_state(purge_model_variables=purge_model_variables, **groups)
 
-    def _restore_training_state(self):
-        """Variables that have no values get their last ones."""
-        synchronize_training_state(self)
+    def _restore_training_state(self) -> None:
+        """Gives variables without values their last values."""
+        model: Any = self
+        synchronize_training_state(model)
         if self._give_back is not None:
             self._give_back()
         if hasattr(self, "jax_state_sync"):
             self._jax_state = None
 
 
-def begin_with_epoch(model, epoch):
-    """Has a model's next `fit` begin with an epoch; None takes that back. `BackupAndRestore` does it the same way."""
+def begin_with_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Sets the first epoch of a model's next `fit`; None undoes that. `BackupAndRestore` does it the same way."""
     model._initial_epoch = epoch
 
 
-def global_seed_generator():
-    """Keras's generator for operations that are given no seed, or None if nothing has asked for it yet.
+def global_seed_generator() -> keras.random.SeedGenerator | None:
+    """Keras's generator for operations without a seed, or None if no operation has needed it yet.
 
-    Asking the function that makes it would draw from Python's `random`.
+    Keras's own function would create the generator, and draw from Python's `random` for it.
     """
     import keras
 
-    return keras.src.backend.common.global_state.get_global_attribute("global_seed_generator")
+    internals = vars(keras)["src"]  # type checkers do not know the attribute
+    return internals.backend.common.global_state.get_global_attribute("global_seed_generator")
 
 
-def track_loss_in_float32(model):
-    """Has a compiled model sum its losses in float32. In a `floatx` of bfloat16 a sum soon stops growing."""
+def track_loss_in_float32(model: keras.Model) -> None:
+    """Makes a compiled model sum its losses in float32. In a `floatx` of bfloat16 a sum soon stops growing."""
     import keras
 
     if getattr(model, "_loss_tracker", None) is not None:
-        # Past Keras's bookkeeping, which would list it twice.
+        # Bypasses Keras's tracking, which would list the metric twice.
         object.__setattr__(model, "_loss_tracker", keras.metrics.Mean(name="loss", dtype="float32"))
 
 
 class EvaluatesWithoutOptimizer:
-    """Mixed into a `keras.Model`: `evaluate` makes no state of an optimizer.
+    """A mixin of `keras.Model` whose `evaluate` creates no optimizer state.
 
-    Keras's builds it: of AdamW for all weights in bfloat16 four times their memory, and float16 weights are refused.
+    Keras's `evaluate` builds the optimizer. The state of AdamW for all weights in bfloat16 takes four times the memory
+    of the weights, and float16 weights are refused.
     """
+
+    optimizer: Any  # of `keras.Model`
 
     _only_evaluates = False
 
     @contextlib.contextmanager
-    def _only_evaluating(self):
+    def _only_evaluating(self) -> Iterator[None]:
+        """A context in which `_symbolic_build` leaves the optimizer out."""
         before, self._only_evaluates = self._only_evaluates, True
         try:
             yield
         finally:
             self._only_evaluates = before
 
-    def _symbolic_build(self, *args, **kwargs):
-        """As Keras's, without an optimizer that has no state yet if the model is only evaluated."""
+    def _symbolic_build(self, *args, **kwargs) -> None:
+        """Extends Keras's method: hides an optimizer without state while the model is only evaluated."""
         optimizer = self.optimizer
+        keras_model: Any = super()  # `keras.Model` comes after this class in the method resolution order
         if not self._only_evaluates or optimizer is None or optimizer.built:
-            return super()._symbolic_build(*args, **kwargs)
+            return keras_model._symbolic_build(*args, **kwargs)
         self.optimizer = None
         try:
-            return super()._symbolic_build(*args, **kwargs)
+            return keras_model._symbolic_build(*args, **kwargs)
         finally:
             self.optimizer = optimizer
 
 
-def variable_array(variable):
+def variable_array(variable) -> np.ndarray:
     """A numpy array of a `keras.Variable` or a tensor.
 
     `keras.ops.convert_to_numpy` of a variable goes through its `__array__`, whose signature numpy 2 has deprecated.
     """
     import keras
 
-    return keras.ops.convert_to_numpy(variable.value if isinstance(variable, keras.Variable) else variable)
+    return np.asarray(keras.ops.convert_to_numpy(variable.value if isinstance(variable, keras.Variable) else variable))
 
 
-def flatten_layers(model):
-    """A model's layers, nested ones included, the model itself first. Keras lists them in no public way."""
+def flatten_layers(model: keras.Model) -> list[keras.Layer]:
+    """A model's layers, nested ones included, the model itself first. Keras has no public list of them."""
     return list(model._flatten_layers())
 
 
-def optimized_variables(optimizer):
+def optimized_variables(optimizer: keras.optimizers.Optimizer) -> list[keras.Variable] | None:
     """The variables that an optimizer was built for, or None before it is built."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)  # of one that scales the loss
-    return list(optimizer._trainable_variables) if optimizer.built else None
+    inner: Any = getattr(optimizer, "inner_optimizer", optimizer)  # a loss-scaling optimizer wraps another one
+    return list(inner._trainable_variables) if inner.built else None
 
 
-def copy_weight_decay_exclusions(source, target):
-    """Excludes from an optimizer's weight decay what another one excludes, which its config does not say."""
-    source, target = (getattr(optimizer, "inner_optimizer", optimizer) for optimizer in (source, target))
+def copy_weight_decay_exclusions(source: keras.optimizers.Optimizer, target: keras.optimizers.Optimizer) -> None:
+    """Copies the variables that an optimizer excludes from weight decay, which are not in its config."""
+    inner_source, inner_target = (getattr(optimizer, "inner_optimizer", optimizer) for optimizer in (source, target))
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
-        if hasattr(source, name):
-            setattr(target, name, getattr(source, name))
+        if hasattr(inner_source, name):
+            setattr(inner_target, name, getattr(inner_source, name))
 
 
-def remove_variable(layer, name):
+def remove_variable(layer: keras.Layer, name: str) -> None:
     """Removes a variable from a built layer. Keras's `del layer.name` collects garbage each time, some 0.3 s."""
     layer._untrack_variable(getattr(layer, name))
     object.__delattr__(layer, name)

@@ -2,95 +2,102 @@
 
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Literal, TypeGuard, overload
 
 import numpy as np
 
 
-def is_integer(value):
-    """Whether a value is an integer, Python's or numpy's. Booleans are not, though Python counts them as integers."""
+def is_integer(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer, Python's or numpy's. A boolean is not, though Python counts it as an integer."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_number(value):
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, Python's or numpy's, and not a boolean."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def integer(value, name, *, least=1, optional=False, none_means=""):
-    """An integer argument of a public function.
+@overload
+def integer(
+    value: object, name: str, *, least: int = 1, optional: Literal[False] = False, none_means: str = ""
+) -> int: ...
+@overload
+def integer(value: object, name: str, *, least: int = 1, optional: bool, none_means: str = "") -> int | None: ...
+def integer(value: object, name: str, *, least: int = 1, optional: bool = False, none_means: str = "") -> int | None:
+    """Checks an integer argument of a public function.
 
     Args:
-        value: what the caller passed.
+        value: the caller's value.
         name: the argument's name, for the message.
-        least: the smallest value that is accepted.
-        optional: whether None is accepted too.
-        none_means: what None stands for, for the message, e.g. "for all tokens".
+        least: the smallest valid value.
+        optional: whether None is valid too.
+        none_means: the meaning of None, for the message, e.g. "for all tokens".
 
     Returns:
         The value as a Python `int`, or None.
 
     Raises:
-        ValueError: if it is a boolean, a float, anything else that is not an integer, or less than `least`.
+        ValueError: if the value is a boolean, a float, anything else that is not an integer, or less than `least`.
     """
     if value is None and optional:
         return None
     if is_integer(value) and value >= least:
         return int(value)
-    what = "a positive integer" if least == 1 else f"an integer of at least {least}"
-    none = f", or None{none_means and ' ' + none_means}" if optional else ""
-    raise ValueError(f"`{name}` must be {what}{none}. Received: {name}={value!r}.")
+    expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
+    or_none = f", or None{none_means and ' ' + none_means}" if optional else ""
+    raise ValueError(f"`{name}` must be {expected}{or_none}. Received: {name}={value!r}.")
 
 
-def integers(values, name):
-    """A sequence of integers, as a tuple of Python's.
+def integers(values: Iterable[int], name: str) -> tuple[int, ...]:
+    """Checks a sequence of integers.
 
     Args:
-        values: what the caller passed.
+        values: the caller's values.
         name: the argument's name, for the message.
 
     Returns:
-        A tuple of `int`.
+        The values as a tuple of Python's `int`.
 
     Raises:
-        ValueError: if it is not a sequence, or holds anything that is not an integer.
+        ValueError: if the values are not a sequence, or one of them is not an integer.
     """
     is_sequence = hasattr(values, "__iter__") and not isinstance(values, (str, bytes))
-    listed = list(values) if is_sequence else None
-    if not is_sequence or not all(map(is_integer, listed)):
+    items = list(values) if is_sequence else []
+    if not is_sequence or not all(map(is_integer, items)):
         raise ValueError(
-            f"`{name}` must be a sequence of integers. Received: {name}={listed if is_sequence else values!r}."
+            f"`{name}` must be a sequence of integers. Received: {name}={items if is_sequence else values!r}."
         )
-    return tuple(map(int, listed))
+    return tuple(map(int, items))
 
 
-def check_integer_fields(instance, **least):
-    """Checks fields of a dataclass, frozen or not, and makes Python's integers of numpy's.
+def check_integer_fields(instance: object, **least: int) -> None:
+    """Checks integer fields of a dataclass, frozen or not, and converts numpy's integers to Python's.
 
     Args:
         instance: the dataclass, in its `__post_init__`.
-        **least: field name -> the smallest value that is accepted.
+        **least: field name -> the smallest valid value.
 
     Raises:
-        ValueError: as `integer`.
+        ValueError: as for `integer`.
     """
     for name, smallest in least.items():
         object.__setattr__(instance, name, integer(getattr(instance, name), name, least=smallest))
 
 
-def check_finite(weights):
-    """Refuses weights that would make the loss and all that is trained NaN.
+def check_finite(weights: np.ndarray) -> None:
+    """Refuses weights [B, ...] that would make the loss, and with it every trained weight, NaN.
 
     Raises:
-        ValueError: if one is infinite or not a number.
+        ValueError: if a weight is infinite or NaN.
     """
     if not np.isfinite(weights).all():
         row = np.argwhere(~np.isfinite(weights))[0][0]
         raise ValueError(f"`sample_weight` must hold finite numbers. Received: {weights[row]} in row {row}.")
 
 
-def check_token_ids(x, vocabulary_size):
-    """Checks the token ids among model inputs that are numpy arrays; anything else passes.
+def check_token_ids(x: object, vocabulary_size: int) -> None:
+    """Checks the token ids in model inputs. Only numpy arrays are checked; other kinds of inputs pass.
 
     Raises:
         ValueError: if an id is not in `[0, vocabulary_size)`; the message names the input.

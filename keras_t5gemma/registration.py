@@ -1,18 +1,22 @@
-"""Keras finds this package's classes in files, though `import keras_t5gemma` imports neither them nor Keras.
+"""Registers this package's classes with Keras, although `import keras_t5gemma` imports neither them nor Keras.
 
-`keras.models.load_model` and `keras_hub.models.Seq2SeqLM.from_preset` know a class once its module has been imported,
-and import no other package's modules by themselves. Importing them here would cost seconds, for the command line's help
-and for worker processes that only read text, too. So they are imported as soon as Keras is: at once if it is there
-already, else when the outermost import that brings it in has ended, so that no module is needed before it is complete.
+`keras.models.load_model` and `keras_hub.models.Seq2SeqLM.from_preset` know a class only after its module has been
+imported, and they import no modules of other packages. Importing these modules at once would cost seconds, also for the
+command line's help and for worker processes that only read text. So they are imported as soon as Keras is: at once if
+Keras is imported already, else after the outermost import that imports Keras, so that no module is used before it is
+complete.
 """
 
 import importlib
 import importlib.abc
 import sys
 import threading
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 PACKAGE = __name__.rpartition(".")[0]
-# The modules that have a class with `keras.saving.register_keras_serializable`.
+# The modules with a class that `keras.saving.register_keras_serializable` decorates.
 REGISTERING = (
     "inference.samplers.beam",
     "inference.samplers.top_k_top_p",
@@ -30,27 +34,29 @@ REGISTERING = (
 )
 
 
-def register_with_keras():
-    """Imports the modules above if Keras is imported, or has them imported after Keras."""
+def register_with_keras() -> None:
+    """Imports the modules of `REGISTERING`: now if Keras is imported already, else right after Keras."""
     if "keras" in sys.modules:
         _register()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
-def _register():
+def _register() -> None:
     for module in REGISTERING:
         importlib.import_module(f"{PACKAGE}.{module}")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds what others find, and counts imports that have begun and not ended; the last to end registers."""
+    """Delegates to the other finders, and counts the open imports per thread. The last one to end registers."""
 
     def __init__(self):
         self._state = threading.local()
 
-    def find_spec(self, fullname, path, target=None):
-        """The spec of Keras, keras-hub or a module of this package, with a loader that counts."""
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The spec of Keras, keras-hub or a module of this package, with a loader that counts; None for others."""
         if fullname not in ("keras", "keras_hub") and not fullname.startswith(PACKAGE + "."):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
@@ -60,12 +66,12 @@ class _Finder(importlib.abc.MetaPathFinder):
             spec.loader = _Loader(spec.loader, self)
         return spec
 
-    def begin(self):
-        """An import begins, perhaps within another."""
+    def begin(self) -> None:
+        """Counts an import that begins, perhaps inside another one."""
         self._state.depth = getattr(self._state, "depth", 0) + 1
 
-    def end(self, succeeded):
-        """An import has ended; one that failed registers nothing, so that its own error is the only one."""
+    def end(self, succeeded: bool) -> None:
+        """Counts an import that has ended. A failed one registers nothing, so that its own error is the only one."""
         self._state.depth -= 1
         if succeeded and self._state.depth == 0 and "keras" in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
@@ -73,19 +79,21 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """Another loader, which tells a `_Finder` when it begins and ends, and leaves the module to the other."""
+    """Wraps a loader, and tells a `_Finder` when loading begins and ends. The module keeps the wrapped loader."""
 
-    def __init__(self, loader, finder):
+    def __init__(self, loader: importlib.abc.Loader, finder: _Finder):
         self._loader = loader
         self._finder = finder
 
-    def create_module(self, spec):
-        """As the other loader."""
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Creates the module with the wrapped loader."""
         return self._loader.create_module(spec)
 
-    def exec_module(self, module):
-        """As the other loader, counted."""
-        module.__spec__.loader = module.__loader__ = self._loader
+    def exec_module(self, module: ModuleType) -> None:
+        """Executes the module with the wrapped loader, and counts the import."""
+        spec = module.__spec__
+        assert spec is not None  # the import system has found the module by a spec
+        spec.loader = module.__loader__ = self._loader
         self._finder.begin()
         succeeded = False
         try:

@@ -1,19 +1,20 @@
-"""JSON objects from untrusted files: unique names, no absurd numbers, of limited size."""
+"""JSON objects from untrusted files: the names are unique, and the numbers and the file have a limited size."""
 
 import json
+import os
 from pathlib import Path
 
-# Bytes of a file: the limit of safetensors' headers.
+# Bytes per file: the limit of safetensors' headers.
 MAX_BYTES = 100_000_000
-# Digits of an integer: 64 bits, more than any size. Of longer ones neither products nor messages could be made.
+# Digits per integer: 64 bits, more than any size needs. Products and messages of longer ones would fail.
 _MAX_DIGITS = 20
 
 
-def read_object(path):
-    """The JSON object in a file, as a dict.
+def read_object(path: str | os.PathLike[str]) -> dict:
+    """Reads the JSON object in a file, as a dict.
 
     Raises:
-        ValueError: if the file is missing or holds anything else.
+        ValueError: if the file is missing or does not hold a JSON object.
     """
     path = Path(path)
     try:
@@ -28,14 +29,21 @@ def read_object(path):
     return parse_object(text, str(path))
 
 
-def parse_object(text, where):
-    """The JSON object in a text, as a dict; `where` is for the message.
+def parse_object(text: str | bytes, where: str) -> dict:
+    """Parses a JSON object to a dict.
+
+    Args:
+        text: the JSON text.
+        where: the origin of the text, for the message.
+
+    Returns:
+        The object as a dict.
 
     Raises:
-        ValueError: if it is anything else.
+        ValueError: if the text is not a JSON object.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_integer)
+        value = json.loads(text, object_pairs_hook=_dict_of_unique_names, parse_int=_limited_integer)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error!s:.400}.") from error
     if not isinstance(value, dict):
@@ -43,8 +51,8 @@ def parse_object(text, where):
     return value
 
 
-def _unique(pairs):
-    """A dict of JSON's pairs, refusing names that come twice, of which Python would keep the last in silence."""
+def _dict_of_unique_names(pairs: list[tuple[str, object]]) -> dict:
+    """A dict of an object's pairs. Refuses duplicate names, of which Python would silently keep the last."""
     values = {}
     for name, value in pairs:
         if name in values:
@@ -53,7 +61,7 @@ def _unique(pairs):
     return values
 
 
-def _integer(text):
+def _limited_integer(text: str) -> int:
     if len(text.lstrip("-")) > _MAX_DIGITS:
         raise ValueError(f"the number {text[:_MAX_DIGITS]}... has {len(text)} digits")
     return int(text)

@@ -1,42 +1,43 @@
-"""What a mistyped name was probably meant to be: presets, keys, samplers, objectives, commands."""
+"""Suggestions for mistyped names: presets, keys, samplers, objectives, commands."""
 
 import difflib
 import re
+from collections.abc import Iterable
 
 
-def did_you_mean(name, known):
+def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The closest of the known names, as a sentence to end an error message with.
 
-    Case, and what stands between the parts of a name, do not count: "T5Gemma-2B-2B-UL2" is "t5gemma_2b_2b_ul2".
-    Neither does what precedes the last slash, so that a hub's "google/t5gemma-2b-2b-ul2" finds it too.
+    Case does not count, and neither do the separators in a name: "T5Gemma-2B-2B-UL2" is "t5gemma_2b_2b_ul2". The part
+    before the last slash is ignored, so that a hub's "google/t5gemma-2b-2b-ul2" matches too.
 
     Args:
-        name: what was given; anything that is not a string is like nothing.
-        known: the names there are.
+        name: the caller's name. A value that is not a string matches nothing.
+        known: the valid names.
 
     Returns:
         " Did you mean 'greedy'?", with a space before it, or "" if no name is close.
     """
     if not isinstance(name, str):
         return ""
-    plain = {}
+    by_normalized = {}
     for candidate in known:
-        plain.setdefault(_plain(candidate), candidate)
-    near = difflib.get_close_matches(_plain(name), plain, n=1)
-    return f" Did you mean {plain[near[0]]!r}?" if near else ""
+        by_normalized.setdefault(_normalized(candidate), candidate)
+    matches = difflib.get_close_matches(_normalized(name), by_normalized, n=1)
+    return f" Did you mean {by_normalized[matches[0]]!r}?" if matches else ""
 
 
-def check_choice(value, name, choices, others=""):
-    """Checks an argument that is one of some names.
+def check_choice(value: object, name: str, choices: Iterable[str], others: str = "") -> None:
+    """Checks an argument that must be one of several names.
 
     Args:
-        value: what the caller passed.
+        value: the caller's value.
         name: the argument's name, for the message.
-        choices: the names there are, in the order to list them.
-        others: what else the argument may be, for the message, e.g. ", or pairs of a Denoiser and a weight".
+        choices: the valid names, in the order in which the message lists them.
+        others: further valid values, for the message, e.g. ", or pairs of a Denoiser and a weight".
 
     Raises:
-        ValueError: if it is not one of them; the message lists them, and says which one is close.
+        ValueError: if the value is not one of the names. The message lists them, and suggests a close one.
     """
     choices = list(choices)
     if not isinstance(value, str) or value not in choices:
@@ -45,5 +46,5 @@ def check_choice(value, name, choices, others=""):
         )
 
 
-def _plain(name):
+def _normalized(name: object) -> str:
     return re.sub(r"[^a-z0-9]+", "_", str(name).rpartition("/")[2].lower()).strip("_")

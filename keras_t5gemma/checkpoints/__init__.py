@@ -9,7 +9,6 @@ checks          Checks that a source has the tensors of its config
 convert         Files to files: adapt, average and convert checkpoints of any size
 load            Tensors into a model's variables; every tensor and every variable is accounted for
 processes       Multi-process helpers (JAX): rank, agreement between processes, and gathering of sharded tensors
-progress        Progress bars of long reads and writes: bytes, rate and time left, on the terminal or in a notebook
 sources         Opens the sources of weights: folders, hubs, presets and models in memory
 tensor_source   `TensorSource`, the interface of every checkpoint: named tensors that are read one at a time
 tensor_table    The one table of T5Gemma's tensors, one row per kind

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
-from keras_t5gemma.checkpoints.progress import byte_progress
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource, check_finite
 from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.checkpoints.transforms import equal_pieces
 from keras_t5gemma.config import StackConfig
+from keras_t5gemma.progress import byte_progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command line. Keras is imported only by the verbs that compute, once their arguments have been checked.
+"""The command line. Only verbs that compute import Keras, after their arguments have been checked.
 
 checkpoint_verbs  The verbs adapt, export, average, inspect and verify
 environment       `env`: versions, backend and devices for bug reports
@@ -6,7 +6,7 @@ generation        The verb generate
 inspection        The tables that `inspect` prints
 options           Arguments and options that several verbs share
 prompts           Prompts from arguments, stdin and files, and one line per answer
-session           What every verb needs: a backend, readable errors, and a free place to write to
+session           Shared steps of the verbs: the backend, readable errors, loading and saving models
 training_verbs    The verbs train and plot
 """
 
@@ -38,8 +38,8 @@ add_training_verbs(app)
 app.command()(generate)
 
 
-def _show_version(wanted):
-    if wanted:
+def _show_version(is_set: bool) -> None:
+    if is_set:
         typer.echo(f"keras-t5gemma {__version__}")
         raise typer.Exit
 
@@ -49,13 +49,13 @@ def main(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version, and stop.")
     ] = False,
-):
+) -> None:
     """T5Gemma for Keras 3: turn Gemma 2 into an encoder-decoder, train it, generate."""
 
 
 @app.command()
-def env(backend: BackendOption = None):
-    """Show versions, backend and devices, to copy into a report of a fault; works if a library does not."""
+def env(backend: BackendOption = None) -> None:
+    """Show versions, backend and devices, to copy into a bug report; works even if a library does not."""
     from keras_t5gemma.cli.environment import environment
 
     for name, text in environment(backend and str(backend)):
@@ -66,12 +66,10 @@ def env(backend: BackendOption = None):
 def demo(
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder to write into, new or empty. Default: demo_out, or demo_out_2, ... where that exists."
-        ),
+        typer.Option(help="Folder to write into, new or empty. Default: demo_out, or demo_out_2, ... if that exists."),
     ] = None,
     backend: BackendOption = None,
-):
+) -> None:
     """Pretrain a small Gemma 2 on this Python's documentation, adapt it, train it, compare, ask: minutes on a CPU."""
     with one_line_errors():
         out = out or first_free(Path("demo_out"))
@@ -83,8 +81,8 @@ def demo(
 
 
 @app.command()
-def presets():
-    """List the published checkpoints, their sizes and where they lie."""
+def presets() -> None:
+    """List the published checkpoints, their sizes and their places on the hubs."""
     from rich.table import Table
 
     from keras_t5gemma.checkpoints.tensor_table import parameter_count

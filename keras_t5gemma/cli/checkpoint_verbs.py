@@ -1,6 +1,6 @@
 """The verbs adapt, export, average, inspect and verify."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,9 +27,12 @@ from keras_t5gemma.cli.session import (
 from keras_t5gemma.config import ENCODER_ATTENTIONS
 from keras_t5gemma.suggestions import check_choice
 
+if TYPE_CHECKING:
+    from keras_t5gemma.checkpoints.verify import Difference
 
-def add_checkpoint_verbs(app):
-    """Adds them to the command line."""
+
+def add_checkpoint_verbs(app: typer.Typer) -> None:
+    """Adds the verbs of this module to the command line."""
     for verb in (adapt, export, average, inspect, verify):
         app.command()(verb)
 
@@ -38,18 +41,18 @@ def adapt(
     gemma2: Annotated[list[str], typer.Argument(metavar="ENCODER [DECODER]", help="One Gemma 2 for both, or two.")],
     out: Out,
     cross_attention: Annotated[
-        str, typer.Option(help="auto, self-attention or random; auto: random only where the two differ.")
+        str, typer.Option(help="auto, self-attention or random; auto: random only if the two differ.")
     ] = "auto",
     encoder_attention: Annotated[str, typer.Option(help="bidirectional, or causal as an ablation.")] = "bidirectional",
     encoder_heads: Annotated[
-        str, typer.Option(help="grouped, or multi: key and value heads copied out to every query head.")
+        str, typer.Option(help="grouped, or multi: each query head gets a copy of its key and value head.")
     ] = "grouped",
     dtype: DtypeOption = None,
     max_shard_size: ShardOption = "5GB",
-    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn at random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of random weights.")] = 0,
     allow_non_finite: NonFiniteOption = False,
-):
-    """Make a T5Gemma of one Gemma 2, or of two: folders, hf://owner/name, or keras-hub's names such as gemma2_2b_en."""
+) -> None:
+    """Make a T5Gemma of one or two Gemma 2: folders, hf://owner/name, or keras-hub's names such as gemma2_2b_en."""
     if len(gemma2) > 2:
         raise typer.BadParameter(f"expected ENCODER [DECODER] OUT, got {len(gemma2) + 1} arguments.")
     with one_line_errors():
@@ -95,7 +98,7 @@ def export(
     max_shard_size: ShardOption = "5GB",
     allow_non_finite: NonFiniteOption = False,
     backend: BackendOption = None,
-):
+) -> None:
     """Write a checkpoint in another format, or in another dtype."""
     with one_line_errors():
         check_free(out)
@@ -116,12 +119,12 @@ def average(
     checkpoints: Annotated[list[str], typer.Argument(metavar="CHECKPOINT...", help="Two or more of one config.")],
     out: Out,
     weights: Annotated[
-        str | None, typer.Option(help="A number a checkpoint, with commas between them. Default: equal.")
+        str | None, typer.Option(help="One number per checkpoint, with commas between them. Default: equal.")
     ] = None,
     dtype: DtypeOption = None,
     max_shard_size: ShardOption = "5GB",
     allow_non_finite: NonFiniteOption = False,
-):
+) -> None:
     """Write the mean of several checkpoints, such as the last five of a run."""
     with one_line_errors():
         check_free(out)
@@ -151,8 +154,8 @@ def average(
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A T5Gemma or a Gemma 2: a folder or a hub's name.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor: shape, dtype, bytes.")] = False,
-):
-    """Show what a checkpoint is, its sizes and its tensors, which are checked against its config."""
+) -> None:
+    """Show the kind of a checkpoint, its sizes and its tensors, which are checked against its config."""
     with one_line_errors():
         from keras_t5gemma.cli.inspection import config_table, recognize, tensor_table, totals_table
 
@@ -172,27 +175,28 @@ def verify(
     ] = None,
     against: Annotated[str | None, typer.Option(help="Another checkpoint of the same config.")] = None,
     tolerance: Annotated[
-        float, typer.Option(min=0, help="Of differences, as a fraction of the largest value, before verify fails.")
+        float,
+        typer.Option(min=0, help="Largest difference, as a fraction of the largest value, with which verify succeeds."),
     ] = 1e-5,
     backend: BackendOption = None,
-):
+) -> None:
     """Read every number: compare checksums, or the model with its Gemma 2, or with another checkpoint."""
     if gemma2 and against:
         raise typer.BadParameter("--gemma2 and --against are two questions: ask them one after the other.")
     if gemma2 and len(gemma2) > 2:
         raise typer.BadParameter(f"--gemma2 is given once or twice, not {len(gemma2)} times.")
     with one_line_errors():
-        from keras_t5gemma.checkpoints import verify as checks
+        from keras_t5gemma.checkpoints.verify import check_invariants, compare_checkpoints, read_all
 
         if not gemma2 and not against:
-            count, checked = checks.read_all(model)
+            count, checked = read_all(model)
             typer.echo(f"{count} tensors read, all finite; {checked} of them have a checksum, and the right one.")
             return
         if gemma2:
             use_backend(backend)
-            differences = checks.check_invariants(model, *gemma2)
+            differences = check_invariants(model, *gemma2)
         else:
-            differences = checks.compare_checkpoints(model, against)
+            differences = compare_checkpoints(model, against)
             if not differences:
                 typer.echo("All tensors are the same, bit for bit.")
         _print_differences(differences)
@@ -201,23 +205,23 @@ def verify(
             raise typer.Exit(1)
 
 
-def _check_size(text):
-    """Reads --max-shard-size before a checkpoint is opened, which may be a download."""
+def _check_size(text: str) -> None:
+    """Checks --max-shard-size before a checkpoint is opened, which may be a download."""
     from keras_t5gemma.checkpoints.hugging_face.writer import byte_count
 
     byte_count(text)
 
 
-def _print_differences(differences, most=20):
-    """Prints the table of what `verify` compared."""
+def _print_differences(differences: "list[Difference]", limit: int = 20) -> None:
+    """Prints a table of the first differences, which are the largest."""
     from rich.table import Table
 
     table = Table()
     for heading in ("", "largest difference", "largest value"):
         table.add_column(heading, justify="right" if heading else "left")
-    for difference in differences[:most]:
+    for difference in differences[:limit]:
         table.add_row(difference.name, f"{difference.largest:.3g}", f"{difference.scale:.3g}")
     if differences:
         wide_console().print(table)
-    if len(differences) > most:
-        typer.echo(f"... and {len(differences) - most} tensors with smaller differences.")
+    if len(differences) > limit:
+        typer.echo(f"... and {len(differences) - limit} tensors with smaller differences.")

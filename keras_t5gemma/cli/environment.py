@@ -1,4 +1,4 @@
-"""`env`: versions, backend and devices for bug reports. Does not fail if a library does."""
+"""`env`: versions, backend and devices for bug reports. It works even if a library does not."""
 
 import importlib.metadata
 import importlib.util
@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 
 PACKAGES = (
     "keras-t5gemma",
@@ -25,34 +26,34 @@ PACKAGES = (
     "huggingface-hub",
     "kagglehub",
 )
-# In a process of its own, so that a library that ends the process, or takes for ever, costs a line and no more.
+# Runs in a process of its own: a library may end the process or hang.
 _DEVICES = """
 import keras
 name = keras.backend.backend()
 if name == "jax":
     import jax
-    found = [f"{device.device_kind} ({device})" for device in jax.devices()]
+    names = [f"{device.device_kind} ({device})" for device in jax.devices()]
 elif name == "tensorflow":
     import tensorflow as tf
     devices = [d for kind in ("TPU", "GPU", "CPU") for d in tf.config.list_physical_devices(kind)]
     details = [tf.config.experimental.get_device_details(d) if d.device_type == "GPU" else {} for d in devices]
-    found = [detail.get("device_name", d.device_type) + f" ({d.name})" for d, detail in zip(devices, details)]
+    names = [detail.get("device_name", d.device_type) + f" ({d.name})" for d, detail in zip(devices, details)]
 elif name == "torch":
     import torch
-    found = [torch.cuda.get_device_name(i) + f" (cuda:{i})" for i in range(torch.cuda.device_count())]
-    found += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    names = [torch.cuda.get_device_name(i) + f" (cuda:{i})" for i in range(torch.cuda.device_count())]
+    names += ["mps"] * torch.backends.mps.is_available() + ["cpu"]
 else:
-    found = ["unknown"]
-print("\\nKERAS_T5GEMMA", name, keras.config.floatx(), *found, sep="\\t")
+    names = ["unknown"]
+print("\\nKERAS_T5GEMMA", name, keras.config.floatx(), *names, sep="\\t")
 """
-_SECONDS = 120
+_TIMEOUT = 120  # seconds
 
 
-def environment(backend=None):
-    """Facts about this Python and what it computes with.
+def environment(backend: str | None = None) -> Iterator[tuple[str, str]]:
+    """Facts about this Python, its packages and its devices.
 
     Args:
-        backend: a name, or None for what Keras would take.
+        backend: a backend's name, or None for Keras's choice.
 
     Yields:
         `(name, text)` pairs.
@@ -61,20 +62,20 @@ def environment(backend=None):
     yield "platform", platform.platform()
     for package in PACKAGES:
         yield package, _version(package)
-    asked = backend or os.environ.get("KERAS_BACKEND") or ("jax" if importlib.util.find_spec("jax") else None)
-    yield "backend asked for", asked or "what Keras chooses"
-    yield from _computes_with(asked)
+    chosen = backend or os.environ.get("KERAS_BACKEND") or ("jax" if importlib.util.find_spec("jax") else None)
+    yield "backend asked for", chosen or "what Keras chooses"
+    yield from _backend_facts(chosen)
 
 
-def _version(package):
+def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
-def _computes_with(backend):
-    """Lines about the backend, from a process of its own: importing it may fail or hang."""
+def _backend_facts(backend: str | None) -> Iterator[tuple[str, str]]:
+    """Facts about the backend, from a process of its own: importing it may fail or hang."""
     variables = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **({"KERAS_BACKEND": backend} if backend else {})}
     try:
         result = subprocess.run(
@@ -83,10 +84,10 @@ def _computes_with(backend):
             text=True,
             check=False,
             env=variables,
-            timeout=_SECONDS,
+            timeout=_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
-        yield "backend", f"does not answer: nothing in {_SECONDS} seconds"
+        yield "backend", f"does not answer: nothing in {_TIMEOUT} seconds"
         return
     for line in result.stdout.splitlines():
         mark, *facts = line.split("\t")
@@ -94,5 +95,5 @@ def _computes_with(backend):
             name, floatx, *devices = facts
             yield from (("backend", name), ("floatx", floatx), ("devices", ", ".join(devices)))
             return
-    said = [line for line in result.stderr.splitlines() if line.strip()]
-    yield "backend", f"does not work (exit status {result.returncode}): {said[-1] if said else 'it said nothing'}"
+    errors = [line for line in result.stderr.splitlines() if line.strip()]
+    yield "backend", f"does not work (exit status {result.returncode}): {errors[-1] if errors else 'it said nothing'}"

@@ -8,18 +8,22 @@ from rich.table import Table
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
 from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2
-from keras_t5gemma.checkpoints.sources import gemma2_source, open_gemma2, open_t5gemma, t5gemma_source
-from keras_t5gemma.config import StackConfig
+from keras_t5gemma.checkpoints.sources import Source, gemma2_source, open_gemma2, open_t5gemma, t5gemma_source
+from keras_t5gemma.checkpoints.tensor_source import TensorSource
+from keras_t5gemma.config import StackConfig, T5GemmaConfig
 
 
-def recognize(model):
-    """A checkpoint's title and its `Source`, whose tensors are those of its config.
+def recognize(model: str) -> tuple[str, Source]:
+    """Opens a checkpoint of either architecture, and checks its tensors against its config.
 
     Args:
-        model: what `from_preset` or `adapt_gemma2` takes.
+        model: an argument of `from_preset` or `adapt_gemma2`.
+
+    Returns:
+        `(title, source)`: a title for a table, and the `Source`.
 
     Raises:
-        ValueError: if it is another architecture, or its tensors are not those of its config.
+        ValueError: if the checkpoint has another architecture, or its tensors are not those of its config.
     """
     folder = open_gemma2(model) if str(model).startswith("gemma2") else open_t5gemma(model)
     if folder.config is None:
@@ -33,8 +37,8 @@ def recognize(model):
     return f"{'Gemma 2' if is_gemma2 else 'T5Gemma'}, {where}, {folder}", source
 
 
-def config_table(title, config):
-    """A rich table: the stacks side by side, what they share below."""
+def config_table(title: str, config: T5GemmaConfig | Gemma2Config) -> Table:
+    """A rich table of a config: the stacks side by side, and below them the settings of the model."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     stacks = {name: value for name, value in values.items() if isinstance(value, StackConfig)}
     table = Table(title=title)
@@ -50,18 +54,18 @@ def config_table(title, config):
     return table
 
 
-def size_name(stack):
-    """The published size a stack has, whatever its dropout, or "none of the published"."""
+def size_name(stack: StackConfig) -> str:
+    """The published size of a stack, for any dropout, or "none of the published"."""
 
-    def computed(stack):
+    def for_inference(stack: StackConfig) -> StackConfig:
         return dataclasses.replace(stack, dropout=0.0, initializer_range=1.0)
 
-    names = [name for name, row in presets.STACKS.items() if computed(row) == computed(stack)]
+    names = [name for name, row in presets.STACKS.items() if for_inference(row) == for_inference(stack)]
     return names[0] if names else "none of the published"
 
 
-def totals_table(source):
-    """A rich table: tensors, parameters, bytes and dtypes of each stack, and of all."""
+def totals_table(source: Source) -> Table:
+    """A rich table of tensors, parameters, bytes and dtypes, per stack and in total."""
     groups = {"decoder-only": source.tensors.names()}
     if not isinstance(source.config, Gemma2Config):
         groups = {
@@ -80,8 +84,8 @@ def totals_table(source):
     return table
 
 
-def tensor_table(tensors):
-    """A rich table: every tensor with its shape, dtype, bytes and file."""
+def tensor_table(tensors: TensorSource) -> Table:
+    """A rich table of all tensors: name, shape, dtype and bytes."""
     table = Table()
     for heading in ("tensor", "shape", "dtype", "bytes"):
         table.add_column(heading, justify="right" if heading == "bytes" else "left")

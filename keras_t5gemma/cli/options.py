@@ -10,7 +10,7 @@ from keras_t5gemma.cli.session import Backend
 
 
 class Dtype(enum.StrEnum):
-    """What weights are kept in."""
+    """Dtypes of weights in a checkpoint."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -18,7 +18,7 @@ class Dtype(enum.StrEnum):
 
 
 class InferenceDtype(enum.StrEnum):
-    """What a model answers with."""
+    """Dtypes of a model for inference."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -28,14 +28,14 @@ class InferenceDtype(enum.StrEnum):
 
 
 class Truncate(enum.StrEnum):
-    """What of a text that is too long is cut off."""
+    """The end at which a text that is too long is cut."""
 
     left = "left"
     right = "right"
 
 
 class Format(enum.StrEnum):
-    """How a checkpoint lies on disk."""
+    """Formats of a checkpoint on disk."""
 
     hf = "hf"
     keras = "keras"
@@ -51,12 +51,12 @@ DtypeOption = Annotated[
         help="Dtype of the weights that are written, rounded to the nearest. Default: the source's, bit for bit."
     ),
 ]
-FormatOption = Annotated[Format, typer.Option(help="hf: safetensors, as `transformers` reads; keras: a Keras preset.")]
+FormatOption = Annotated[Format, typer.Option(help="hf: safetensors for `transformers`; keras: a Keras preset.")]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A preset's name, hf://owner/name, kaggle://..., or a folder.")
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")]
-ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Bytes in a file, e.g. 500MB.")]
+ShardOption = Annotated[str, typer.Option("--max-shard-size", help="Maximum bytes per file, e.g. 500MB.")]
 NonFiniteOption = Annotated[
     bool, typer.Option("--allow-non-finite", help="Keep infinities and NaNs, which are refused otherwise.")
 ]

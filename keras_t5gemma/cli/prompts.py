@@ -2,29 +2,35 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import typer
 
+from keras_t5gemma.progress import text_progress
 from keras_t5gemma.text.chat import is_conversation
-from keras_t5gemma.text.progress import text_progress
+
+if TYPE_CHECKING:
+    from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 ANSWER = "answer"
 
 
-def read_prompts(texts, files):
-    """All prompts: those given, "-" exchanged for the lines of stdin, then those of files.
+def read_prompts(texts: list[str], files: list[Path]) -> list[dict]:
+    """Reads the prompts of arguments, stdin and files.
 
     Args:
-        texts: a list of strings.
-        files: a list of paths.
+        texts: the prompts among the arguments. "-" stands for the lines of stdin.
+        files: text or .jsonl files.
 
     Returns:
-        A list of dicts: the text, or conversation, under "prompt", and whatever else a row of a .jsonl file holds.
-        A line with nothing on it is a prompt without text, so that answers stand on the lines of their prompts.
+        A list of dicts: the text, or conversation, under "prompt", and the other fields of a row of a .jsonl file. An
+        empty line is a prompt without text, so that answers are on the lines of their prompts.
 
     Raises:
-        ValueError: if a row of a .jsonl file is none, or no prompt has text; the message names the line.
-        typer.BadParameter: if no prompt was given at all.
+        ValueError: if a row of a .jsonl file is invalid, or no prompt has text. The message names the line.
+        typer.BadParameter: if there are neither texts nor files.
     """
     if not texts and not files:
         raise typer.BadParameter("Give at least one PROMPT, - for stdin, or --file.", param_hint="PROMPT")
@@ -44,57 +50,60 @@ def read_prompts(texts, files):
     return rows
 
 
-def answers_of(lm, rows, max_length, batch_size):
-    """Answers, a batch at a time.
+def answers_of(
+    lm: "T5GemmaSeq2SeqLM", rows: list[dict], max_length: int, batch_size: int
+) -> Iterator[tuple[list[dict], list[str]]]:
+    """Answers the prompts, one batch at a time.
 
     Args:
-        lm: the model, compiled.
-        rows: what `read_prompts` gave.
-        max_length: tokens of an answer.
-        batch_size: prompts answered at once.
+        lm: the compiled model.
+        rows: the rows of `read_prompts`.
+        max_length: maximum number of tokens of an answer.
+        batch_size: prompts per batch.
 
     Yields:
-        `(rows, answers)`: so many rows, in order, and a string for each, empty for a prompt without text.
+        `(rows, answers)`: the next rows, in order, and a string per row, empty for a prompt without text.
     """
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        asked = [row["prompt"] for row in batch if not _is_blank(row)]
-        # A batch of another size would be compiled for itself.
-        spare = batch_size - len(asked) if len(rows) > batch_size else 0
-        answers = iter(lm.generate(asked + asked[-1:] * spare, max_length=max_length) if asked else ())
+        prompts = [row["prompt"] for row in batch if not _is_blank(row)]
+        # The last prompt is repeated, because a batch of another size would need another compiled program.
+        padding = batch_size - len(prompts) if len(rows) > batch_size else 0
+        padded = prompts + prompts[-1:] * padding
+        answers = iter(cast(list[str], lm.generate(padded, max_length=max_length)) if prompts else [])
         yield batch, ["" if _is_blank(row) else next(answers) for row in batch]
 
 
-def write_answers(lm, rows, out, max_length, batch_size):
-    """Writes the answers to a new file, those of a batch at once: what is in it at any time are whole lines.
+def write_answers(lm: "T5GemmaSeq2SeqLM", rows: list[dict], out: Path, max_length: int, batch_size: int) -> None:
+    """Writes the answers to a new .jsonl file, one batch at a time, so that the file always holds complete lines.
 
     Args:
-        lm: the model, compiled.
-        rows: what `read_prompts` gave; each is written with all that it holds, and its answer.
+        lm: the compiled model.
+        rows: the rows of `read_prompts`. Each is written with all its fields and its answer.
         out: a path that does not exist.
-        max_length: tokens of an answer.
-        batch_size: prompts answered at once.
+        max_length: maximum number of tokens of an answer.
+        batch_size: prompts per batch.
     """
     with out.open("xb", buffering=0) as file, text_progress("Answering", len(rows)) as advance:
         for batch, answers in answers_of(lm, rows, max_length, batch_size):
-            written = [{**row, ANSWER: answer} for row, answer in zip(batch, answers, strict=True)]
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written).encode())
+            answered = [{**row, ANSWER: answer} for row, answer in zip(batch, answers, strict=True)]
+            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered).encode())
             advance(len(batch))
     typer.echo(f"Wrote {out}.")
 
 
-def _is_blank(row):
+def _is_blank(row: dict) -> bool:
     return isinstance(row["prompt"], str) and not row["prompt"].strip()
 
 
-def _lines(text):
-    # Not `splitlines`, which takes characters for line ends that may stand in a JSON string.
+def _lines(text: str) -> list[str]:
+    # Not `splitlines`, which also splits at characters that a JSON string may hold.
     lines = [line.removesuffix("\r") for line in text.split("\n")]
-    return lines if lines[-1] else lines[:-1]  # a text ends with the end of a line
+    return lines if lines[-1] else lines[:-1]  # a newline at the end of the text starts no further line
 
 
-def _row(line, place):
-    """One line of a .jsonl file as a dict; an error names the line."""
+def _row(line: str, place: str) -> dict:
+    """Parses a line of a .jsonl file. An error names the line."""
     try:
         row = json.loads(line)
         prompt = row["prompt"]

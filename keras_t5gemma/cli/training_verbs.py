@@ -9,8 +9,8 @@ from keras_t5gemma.cli.options import BackendOption
 from keras_t5gemma.cli.session import first_free, one_line_errors, use_backend
 
 
-def add_training_verbs(app):
-    """Adds them to the command line."""
+def add_training_verbs(app: typer.Typer) -> None:
+    """Adds the verbs of this module to the command line."""
     for verb in (train, plot):
         app.command()(verb)
 
@@ -24,16 +24,16 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="Optimizer steps in all. Default: the recipe's. A run that is over goes on with more of them, at the "
-            "learning rate that it ended with.",
+            help="Total number of optimizer steps. Default: the recipe's. With more steps, a finished run continues at "
+            "its final learning rate.",
         ),
     ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Print the recipe, to copy and change, and do nothing else.")
     ] = False,
     backend: BackendOption = None,
-):
-    """Train as a recipe says, and go on where its run was stopped: the same command does both."""
+) -> None:
+    """Train by a recipe. The same command continues a run that was stopped."""
     with one_line_errors():
         from keras_t5gemma.recipes.reading import read_recipe, recipe_path
         from keras_t5gemma.recipes.run_folder import check_run, with_more_steps
@@ -41,27 +41,27 @@ def train(
         if show:
             typer.echo(recipe_path(recipe).read_text(encoding="utf-8"), nl=False)
             return
-        changed = {"training": {"steps": steps}, "output": {"folder": out and str(out)}}
+        options = {"training": {"steps": steps}, "output": {"folder": out and str(out)}}
         overrides = {
             section: {key: value}
-            for section, table in changed.items()
+            for section, table in options.items()
             for key, value in table.items()
             if value is not None
         }
-        checked = read_recipe(recipe, **overrides)
+        parsed = read_recipe(recipe, **overrides)
         if steps is not None:
-            checked = with_more_steps(checked, recipe)
-        # What is wrong with the folder and the texts is told before Keras is imported, too.
-        check_run(Path(checked.output.folder), checked)
+            parsed = with_more_steps(parsed, recipe)
+        # Errors of the folder and the texts also come before Keras is imported.
+        check_run(Path(parsed.output.folder), parsed)
         from keras_t5gemma.data.sources.open import text_source
 
-        for paths in (checked.data.sources, checked.data.validation):
+        for paths in (parsed.data.sources, parsed.data.validation):
             if paths:
-                text_source(list(paths), format=checked.data.format)
+                text_source(list(paths), format=parsed.data.format)
         use_backend(backend)
         from keras_t5gemma.recipes.run import run_recipe
 
-        run_recipe(checked)
+        run_recipe(parsed)
 
 
 def plot(
@@ -69,11 +69,11 @@ def plot(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The picture, .png, .pdf or .svg. Default: RUN/log.png; of several runs runs.png, or runs_2.png, ... "
+            help="The picture, .png, .pdf or .svg. Default: RUN/log.png; for several runs runs.png, or runs_2.png, ... "
             "if that exists."
         ),
     ] = None,
-):
+) -> None:
     """Draw loss, held-out loss by denoiser, learning rate and tokens per second of training runs."""
     with one_line_errors():
         from keras_t5gemma.training.callbacks.plots import plot_runs

@@ -1,6 +1,6 @@
 """Training data: objectives, pipelines and sources, in numpy and Grain, without Keras.
 
-objectives/  UL2, PrefixLM, mixtures
-pipelines/   texts to batches
-sources/     files, Hugging Face datasets, iterables
+objectives/  Token ids to examples: UL2, PrefixLM, span corruption, mixtures
+pipelines/   Texts to batches
+sources/     Texts of files, Hugging Face datasets and iterables
 """

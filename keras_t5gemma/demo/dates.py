@@ -1,18 +1,19 @@
-"""A small task with right answers: a date written in any of a dozen ways becomes ISO 8601.
+"""A small task with right answers: a date in any of a dozen forms becomes ISO 8601.
 
-"Mar 5th, 2024" becomes "2024-03-05". The standard library makes the examples, so there is no end of them, nothing is
-downloaded, and a reader can check each answer.
+"Mar 5th, 2024" becomes "2024-03-05". The standard library makes any number of examples without a download, and a reader
+can check each answer.
 """
 
 import datetime
 import random
+from collections.abc import Callable, Sequence
 
-# The hundred years that two digits of a year mean, as for `%y` in `time.strptime`.
+# The hundred years of two-digit years, as for `%y` in `time.strptime`.
 FIRST = datetime.date(1969, 1, 1)
 LAST = datetime.date(2068, 12, 31)
 
 # Templates of `str.format`. Names of months and days are English unless the program has called `locale.setlocale`.
-# Digits alone come in three orders: the separator tells which.
+# Dates in digits only come in three orders, and the separator says which.
 FORMS = (
     "{date.day} {date:%B} {date.year}",  # 5 March 2024
     "{date:%B} {date.day}, {date.year}",  # March 5, 2024
@@ -29,8 +30,8 @@ FORMS = (
 )
 
 
-def write_date(date, form):
-    """A date as text.
+def write_date(date: datetime.date, form: str) -> str:
+    """Writes a date as text.
 
     Args:
         date: a `datetime.date`.
@@ -44,12 +45,12 @@ def write_date(date, form):
     return form.format(date=date, ordinal=f"{date.day}{suffix}")
 
 
-def split_dates(held_out=200, seed=0):
-    """The 36,525 dates of a hundred years, each on one side.
+def split_dates(held_out: int = 200, seed: int = 0) -> tuple[list[datetime.date], list[datetime.date]]:
+    """Splits the 36,525 dates of a hundred years.
 
     Args:
-        held_out: number of dates to measure on.
-        seed: decides which ones.
+        held_out: number of dates to evaluate on.
+        seed: seed of their order.
 
     Returns:
         (train, held_out): two lists of `datetime.date`, in random order.
@@ -59,15 +60,21 @@ def split_dates(held_out=200, seed=0):
     return dates[held_out:], dates[:held_out]
 
 
-def date_pairs(dates, count=None, seed=0, forms=FORMS, answer=datetime.date.isoformat):
-    """Pairs of texts, as `fit` takes them.
+def date_pairs(
+    dates: Sequence[datetime.date],
+    count: int | None = None,
+    seed: int = 0,
+    forms: Sequence[str] = FORMS,
+    answer: Callable[[datetime.date], str] = datetime.date.isoformat,
+) -> dict[str, list[str]]:
+    """Makes pairs of texts for `fit`.
 
     Args:
         dates: a list of `datetime.date`.
         count: number of pairs; dates are used again after the last one. By default one pair per date.
-        seed: decides the form of each date.
+        seed: seed of the forms.
         forms: templates as in `FORMS`.
-        answer: a function of a date, what the model is to answer.
+        answer: a function of a date that returns the answer.
 
     Returns:
         {"encoder_text": dates as written, "decoder_text": answers}, two lists of `count` strings.

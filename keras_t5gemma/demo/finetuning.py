@@ -1,24 +1,30 @@
 """Fine-tunes the demo's models on a task with right answers, and asks them held-out questions."""
 
+from __future__ import annotations
+
 import dataclasses
+from collections.abc import Mapping
+
+import keras
 
 import keras_t5gemma as kt
 from keras_t5gemma.demo.dates import date_pairs, split_dates
 from keras_t5gemma.demo.fitting import optimizer
+from keras_t5gemma.demo.settings import DemoSettings
 from keras_t5gemma.training.callbacks.progress_bar import StepLosses
 
-ANSWER_LENGTH = 12  # ten characters of ISO 8601, each a piece at most, `<bos>` and `<eos>`
+ANSWER_LENGTH = 12  # `<bos>`, at most one piece for each of the ten characters of ISO 8601, and `<eos>`
 
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a model that was fine-tuned on dates says about held-out ones.
+    """The answers of a fine-tuned model to held-out dates.
 
     Attributes:
         start: "adapted" or "from scratch".
-        prompts: held-out dates as written.
+        prompts: held-out dates in their written forms.
         truths: the right answers.
-        answers: the model's, greedy.
+        answers: the model's answers, decoded greedily.
         losses: training loss of each step.
     """
 
@@ -29,16 +35,21 @@ class Answers:
     losses: tuple[float, ...]
 
     @property
-    def right(self):
-        """How many answers are right to the last character."""
+    def right(self) -> int:
+        """The number of answers that are exactly right."""
         return sum(answer == truth for answer, truth in zip(self.answers, self.truths, strict=True))
 
 
-def fine_tune(run, tokenizer, settings, callbacks=None):
-    """Fine-tune both models of a pair on the same dates, in place, and ask them for held-out ones.
+def fine_tune(
+    run: Mapping[str, tuple],
+    tokenizer: kt.T5GemmaTokenizer,
+    settings: DemoSettings,
+    callbacks: Mapping[str, keras.callbacks.Callback] | None = None,
+) -> dict[str, tuple[kt.T5GemmaSeq2SeqLM, Answers]]:
+    """Fine-tunes both models of a pair on the same dates, in place, and asks them for held-out ones.
 
     Args:
-        run: {"adapted": (backbone, ...), "from scratch": (backbone, ...)}, as `compare` returns it.
+        run: {"adapted": (backbone, ...), "from scratch": (backbone, ...)}, a result of `compare`.
         tokenizer: a `T5GemmaTokenizer`.
         settings: the `DemoSettings`.
         callbacks: `{"adapted": callback, "from scratch": callback}`, or None.
@@ -49,17 +60,17 @@ def fine_tune(run, tokenizer, settings, callbacks=None):
     training = settings.dates
     train, held_out = split_dates(settings.held_out_dates, settings.seed)
     pairs = date_pairs(train, training.steps * training.batch_size, settings.seed)
-    # Another seed: the forms are drawn anew, not those of the first pairs once more.
+    # A different seed, so that the forms are not those of the first pairs.
     questions = date_pairs(held_out, seed=settings.seed + 1)
-    # No longer than needed: a step's time is in proportion.
+    # Not longer than necessary, because a step's time is proportional to the length.
     longest = max(len(ids) for ids in tokenizer(pairs["encoder_text"] + questions["encoder_text"]))
     results = {}
     for start, (backbone, *_) in run.items():
         lm = kt.T5GemmaSeq2SeqLM(backbone, kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, longest, ANSWER_LENGTH))
         lm.compile(optimizer=optimizer(training))
         steps = StepLosses()
-        shown = [callbacks[start]] if callbacks else []
-        lm.fit(pairs, batch_size=training.batch_size, verbose=0, callbacks=[steps, *shown])
+        bars = [callbacks[start]] if callbacks else []
+        lm.fit(pairs, batch_size=training.batch_size, verbose=0, callbacks=[steps, *bars])
         results[start] = (
             lm,
             Answers(

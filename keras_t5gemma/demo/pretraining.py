@@ -1,4 +1,7 @@
-"""Trains a small Gemma 2 from scratch, which the demo has in place of a downloaded checkpoint."""
+"""Trains a small Gemma 2 from scratch, in place of a downloaded checkpoint."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import grain
 import keras
@@ -6,21 +9,24 @@ import keras_hub
 import numpy as np
 import sentencepiece
 
+from keras_t5gemma.config import StackConfig
 from keras_t5gemma.data.pipelines.streams import READ_OPTIONS
+from keras_t5gemma.demo.corpus import Corpus
 from keras_t5gemma.demo.fitting import optimizer
+from keras_t5gemma.demo.settings import DemoSettings, Training
 from keras_t5gemma.training.evaluation import mean_loss
 
-# Gemma 2's, arXiv 2408.00118 table 1; no part of a stack's config.
+# Of Gemma 2, arXiv 2408.00118 table 1. A stack's config does not hold it.
 FINAL_LOGIT_SOFT_CAP = 30.0
 
 
-def build_gemma2(stack, vocabulary_size, dtype=None):
-    """A keras-hub Gemma with Gemma 2's settings and random weights.
+def build_gemma2(stack: StackConfig, vocabulary_size: int, dtype: str | None = None) -> keras_hub.models.GemmaBackbone:
+    """Builds a keras-hub Gemma with Gemma 2's settings and random weights.
 
     Args:
         stack: a `StackConfig`.
         vocabulary_size: V.
-        dtype: of weights and computing, as in Keras; its own default if None.
+        dtype: dtype policy, as in Keras; Keras's default if None.
 
     Returns:
         A `keras_hub.models.GemmaBackbone`.
@@ -31,7 +37,7 @@ def build_gemma2(stack, vocabulary_size, dtype=None):
         num_query_heads=stack.num_query_heads,
         num_key_value_heads=stack.num_key_value_heads,
         hidden_dim=stack.hidden_dim,
-        # keras-hub counts the gate and the up projection together.
+        # In keras-hub the number includes the gate and the up projection.
         intermediate_dim=2 * stack.intermediate_dim,
         head_dim=stack.head_dim,
         use_post_ffw_norm=True,
@@ -44,20 +50,20 @@ def build_gemma2(stack, vocabulary_size, dtype=None):
     )
 
 
-def causal_chunks(texts, proto, length):
-    """Documents as one stream of ids, `<bos>` text `<eos>` each, cut into examples.
+def causal_chunks(texts: Iterable[str], proto: bytes, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Joins documents to one stream of ids, `<bos>` text `<eos>` each, and cuts it into examples.
 
     Args:
         texts: documents.
         proto: the SentencePiece tokenizer's bytes.
-        length: T, tokens the model sees at once.
+        length: T, tokens per example.
 
     Returns:
         (token_ids, labels), int32, each [examples, T]; `labels` is one position ahead. The last, incomplete chunk is
         dropped.
 
     Raises:
-        ValueError: if the texts do not fill a single chunk.
+        ValueError: if the texts do not fill one chunk.
     """
     tokenizer = sentencepiece.SentencePieceProcessor(model_proto=proto)
     documents = tokenizer.encode(list(texts), add_bos=True, add_eos=True)
@@ -69,15 +75,18 @@ def causal_chunks(texts, proto, length):
     return stream[:-1].reshape(chunks, length), stream[1:].reshape(chunks, length)
 
 
-def causal_dataset(texts, proto, length, batch_size, seed=None):
-    """Batches for a keras-hub causal model.
+def causal_dataset(
+    texts: Iterable[str], proto: bytes, length: int, batch_size: int, seed: int | None = None
+) -> grain.MapDataset:
+    """Makes batches for a keras-hub causal model.
 
     Args:
         texts: documents.
         proto: the SentencePiece tokenizer's bytes.
         length: T.
         batch_size: B.
-        seed: of the order, another each epoch, for ever; or `None` for one epoch as the documents stand.
+        seed: seed of endless data in a random order, which differs between epochs; `None` for one epoch in the order of
+            the documents.
 
     Returns:
         A `grain.MapDataset` of (inputs, labels), each array [B, T].
@@ -87,17 +96,24 @@ def causal_dataset(texts, proto, length, batch_size, seed=None):
     if seed is not None:
         order = order.shuffle(seed=seed).repeat()
 
-    def rows(index):
+    def row(index: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
         return {"token_ids": token_ids[index], "padding_mask": np.ones(length, "int32")}, labels[index]
 
-    return order.map(rows).batch(batch_size, drop_remainder=seed is not None)
+    return order.map(row).batch(batch_size, drop_remainder=seed is not None)
 
 
-def pretrain_gemma2(stack, corpus, proto, settings, training, callbacks=()):
-    """Train a Gemma 2 from random weights to predict the next token.
+def pretrain_gemma2(
+    stack: StackConfig,
+    corpus: Corpus,
+    proto: bytes,
+    settings: DemoSettings,
+    training: Training,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> tuple[keras_hub.models.GemmaBackbone, float]:
+    """Trains a Gemma 2 from random weights to predict the next token.
 
     Args:
-        stack: its `StackConfig`.
+        stack: the model's `StackConfig`.
         corpus: a `Corpus`.
         proto: the tokenizer's bytes.
         settings: the `DemoSettings`.
@@ -110,7 +126,7 @@ def pretrain_gemma2(stack, corpus, proto, settings, training, callbacks=()):
     length = settings.pretraining_length
     backbone = build_gemma2(stack, settings.vocabulary_size)
     model = keras_hub.models.GemmaCausalLM(backbone, preprocessor=None)
-    # A mean over tokens, as everywhere in the demo, and nothing measured besides.
+    # A mean over tokens, as everywhere in the demo, and no metrics.
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="mean_with_sample_weight")
     model.compile(optimizer=optimizer(training), loss=loss, weighted_metrics=[])
     batches = causal_dataset(corpus.train, proto, length, training.batch_size, settings.seed)
@@ -118,16 +134,22 @@ def pretrain_gemma2(stack, corpus, proto, settings, training, callbacks=()):
         batches.to_iter_dataset(READ_OPTIONS),
         steps_per_epoch=training.steps,
         verbose=0,
-        shuffle=False,  # for arrays; Keras warns where it is left on with a dataset
+        shuffle=False,  # it is for arrays, and Keras warns if it is on with a dataset
         callbacks=list(callbacks),
     )
     held_out = causal_dataset(corpus.held_out, proto, length, training.batch_size)
     return backbone, mean_loss(model, held_out[: settings.evaluation_batches])
 
 
-def save_gemma2(backbone, proto, folder):
-    """Save a Gemma 2 and its tokenizer as a keras-hub preset, the form in which a user's own lies on disk."""
+def save_gemma2(backbone: keras_hub.models.GemmaBackbone, proto: bytes, folder: Path) -> None:
+    """Saves a Gemma 2 and its tokenizer as a keras-hub preset, the format of a user's own Gemma 2.
+
+    Args:
+        backbone: a `keras_hub.models.GemmaBackbone`.
+        proto: the tokenizer's bytes.
+        folder: the folder to write.
+    """
     tokenizer = keras_hub.models.GemmaTokenizer(proto=None)
-    tokenizer.proto = proto  # by its constructor TensorFlow would read it, too, and write a line to the terminal
+    tokenizer.proto = proto  # with the constructor, TensorFlow would read it too, and write a line to the terminal
     preprocessor = keras_hub.models.GemmaCausalLMPreprocessor(tokenizer)
     keras_hub.models.GemmaCausalLM(backbone, preprocessor).save_to_preset(str(folder))

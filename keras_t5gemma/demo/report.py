@@ -1,22 +1,32 @@
-"""The demo's outputs: a table, a plot, completions, and a file with every number."""
+"""The demo's outputs: tables, a plot, completions, and a file with every number."""
+
+from __future__ import annotations
 
 import dataclasses
 import itertools
 import json
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from keras_t5gemma.training.callbacks.plots import LOSS_LABEL, picture
 
+if TYPE_CHECKING:
+    import keras_t5gemma as kt
+    from keras_t5gemma.demo.adaptation import Result
+    from keras_t5gemma.demo.finetuning import Answers
+
 VERSIONS_OF = ("keras-t5gemma", "keras", "keras-hub", "numpy")
 
 
-def results_table(results):
-    """A rich table with a row a training run."""
+def results_table(results: Sequence[Result]) -> Table:
+    """A rich table with one row per training run."""
     table = Table(title="Held-out loss per target token, in nats (lower is better)")
     for heading in ("pair", "objective", "start"):
         table.add_column(heading)
@@ -36,8 +46,8 @@ def results_table(results):
     return table
 
 
-def verdict(results):
-    """What the numbers say about adapting, in a sentence a pair."""
+def verdict(results: Sequence[Result]) -> str:
+    """Compares the losses of adapted models and of models from scratch, in one sentence per pair."""
     sentences = []
     for adapted, scratch in zip(results[::2], results[1::2], strict=True):
         starts, ends = adapted.before - scratch.before, adapted.after - scratch.after
@@ -48,40 +58,43 @@ def verdict(results):
     return "\n".join(sentences)
 
 
-def answers_table(tuned, rows=6):
-    """A rich table of the first held-out dates and what each model made of them.
+def answers_table(tuned: Sequence[Answers], rows: int = 6) -> Table:
+    """A rich table of the first held-out dates and each model's answers.
 
     Args:
-        tuned: of `Answers` to the same prompts.
+        tuned: several `Answers` to the same prompts.
         rows: number of dates to show.
+
+    Returns:
+        A `rich.table.Table`.
     """
     table = Table(title="Held-out dates, written as ISO 8601")
     for heading in ("prompt", "right answer", *(answers.start for answers in tuned)):
         table.add_column(heading)
     first = tuned[0]
-    asked = zip(first.prompts, first.truths, *(answers.answers for answers in tuned), strict=True)
-    for prompt, truth, *given in itertools.islice(asked, rows):
-        table.add_row(prompt, truth, *(Text(text, style="green" if text == truth else "red") for text in given))
+    questions = zip(first.prompts, first.truths, *(answers.answers for answers in tuned), strict=True)
+    for prompt, truth, *texts in itertools.islice(questions, rows):
+        table.add_row(prompt, truth, *(Text(text, style="green" if text == truth else "red") for text in texts))
     return table
 
 
-def score_line(answers):
-    """How many answers of a model are right, in a line."""
+def score_line(answers: Answers) -> str:
+    """A line with the number of right answers of a model."""
     return f"{answers.start}: {answers.right} of {len(answers.truths)} held-out dates right"
 
 
-def plot_losses(results, tuned, path):
-    """Draw the training loss of each run, one panel per pair and one for the dates.
+def plot_losses(results: Sequence[Result], tuned: Sequence[Answers], path: Path) -> bool:
+    """Draws the training loss of each run, with one panel per pair and one for the dates.
 
     Dots are the held-out loss before and after.
 
     Args:
-        results: of `Result`.
-        tuned: of `Answers`.
+        results: the training runs.
+        tuned: the answers of fine-tuned models.
         path: the PNG to write.
 
     Returns:
-        Whether it was drawn: not without Matplotlib, the extra `plots`.
+        Whether the plot was drawn. It needs Matplotlib, the extra `plots`.
     """
     pairs = list(dict.fromkeys(result.pair for result in results))
     try:
@@ -94,8 +107,8 @@ def plot_losses(results, tuned, path):
     return True
 
 
-def _draw(panel, results):
-    """The runs of one pair."""
+def _draw(panel: Any, results: Sequence[Result]) -> None:
+    """Draws the runs of one pair on Matplotlib's axes."""
     for result in results:
         steps = len(result.losses)
         (line,) = panel.plot(range(1, steps + 1), _smooth(result.losses), label=result.start)
@@ -106,8 +119,8 @@ def _draw(panel, results):
     panel.legend(title="lines: training, dots: held out")
 
 
-def _draw_dates(panel, tuned):
-    """The loss on dates of the models of one pair."""
+def _draw_dates(panel: Any, tuned: Sequence[Answers]) -> None:
+    """Draws the loss on dates of the models of one pair on Matplotlib's axes."""
     for answers in tuned:
         label = f"{answers.start}, {answers.right} of {len(answers.truths)} right"
         panel.plot(range(1, len(answers.losses) + 1), _smooth(answers.losses), label=label)
@@ -117,15 +130,21 @@ def _draw_dates(panel, tuned):
     panel.legend()
 
 
-def complete(models, texts, tokenizer, prompt_length, max_length):
-    """Continue held-out texts with each model, by its compiled sampler.
+def complete(
+    models: Mapping[str, kt.T5GemmaSeq2SeqLM],
+    texts: Sequence[str],
+    tokenizer: kt.T5GemmaTokenizer,
+    prompt_length: int,
+    max_length: int,
+) -> list[dict[str, str]]:
+    """Continues held-out texts with each model, by its compiled sampler.
 
     Args:
         models: {name: `T5GemmaSeq2SeqLM` with a preprocessor}.
         texts: documents.
-        tokenizer: splits them after `prompt_length` tokens.
-        prompt_length: tokens of the text the encoder reads.
-        max_length: tokens to generate, `<bos>` included.
+        tokenizer: splits each text after `prompt_length` tokens.
+        prompt_length: number of tokens that the encoder reads.
+        max_length: number of tokens to generate, `<bos>` included.
 
     Returns:
         A list of {"prompt", "truth", name of each model: its completion}.
@@ -146,13 +165,13 @@ def complete(models, texts, tokenizer, prompt_length, max_length):
     return completions
 
 
-def format_completion(completion):
-    """A completion as text, a paragraph a voice."""
-    return "\n\n".join(f"[{voice}]\n{text}" for voice, text in completion.items())
+def format_completion(completion: Mapping[str, str]) -> str:
+    """A completion as text, with one paragraph for the prompt, the truth and each model."""
+    return "\n\n".join(f"[{speaker}]\n{text}" for speaker, text in completion.items())
 
 
-def environment(backend):
-    """Where the numbers come from: machine and versions."""
+def environment(backend: str) -> dict[str, Any]:
+    """The machine and the versions behind the numbers."""
     return {
         "backend": backend,
         "python": platform.python_version(),
@@ -163,15 +182,22 @@ def environment(backend):
     }
 
 
-def write_results(results, tuned, pretraining, seconds, backend, path):
-    """Write every number of a run as JSON.
+def write_results(
+    results: Sequence[Result],
+    tuned: Sequence[Answers],
+    pretraining: Mapping[str, float],
+    seconds: float,
+    backend: str,
+    path: Path,
+) -> None:
+    """Writes every number of a run as JSON.
 
     Args:
-        results: of `Result`.
-        tuned: of `Answers`.
+        results: the training runs.
+        tuned: the answers of fine-tuned models.
         pretraining: {name: held-out loss} of each Gemma 2.
-        seconds: the whole demo's time.
-        backend: Keras's.
+        seconds: duration of the demo.
+        backend: name of Keras's backend.
         path: the file to write.
     """
     values = {
@@ -184,21 +210,21 @@ def write_results(results, tuned, pretraining, seconds, backend, path):
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def _smooth(losses, keep=0.9):
-    """An exponential mean without the bias of its start: mean_t = sum keep^(t-i) loss_i / sum keep^(t-i)."""
+def _smooth(losses: Sequence[float], decay: float = 0.9) -> list[float]:
+    """An exponential mean without the bias of its start: mean_t = sum decay^(t-i) loss_i / sum decay^(t-i)."""
     means, total, weight = [], 0.0, 0.0
     for loss in losses:
-        total, weight = total * keep + loss, weight * keep + 1
+        total, weight = total * decay + loss, weight * decay + 1
         means.append(total / weight)
     return means
 
 
-def _version(package):
+def _version(package: str) -> str | None:
     try:
         return version(package)
-    except ModuleNotFoundError:  # a checkout that is not installed
+    except ModuleNotFoundError:  # e.g. this package in a checkout that is not installed
         return None
 
 
-def _difference(nats):
+def _difference(nats: float) -> str:
     return f"{abs(nats):.2f} nats {'lower' if nats < 0 else 'higher'}"

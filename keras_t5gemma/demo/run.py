@@ -1,5 +1,7 @@
 """The demo from end to end: text, tokenizer, Gemma 2, T5Gemma, training, fine-tuning, right answers, files."""
 
+from __future__ import annotations
+
 import time
 from pathlib import Path
 
@@ -7,20 +9,23 @@ import keras
 import keras_hub
 from rich.console import Console
 from rich.panel import Panel
+from rich.progress import Progress
 from rich.text import Text
 
 import keras_t5gemma as kt
 from keras_t5gemma.demo import report
-from keras_t5gemma.demo.adaptation import compare
-from keras_t5gemma.demo.corpus import standard_library_corpus
-from keras_t5gemma.demo.finetuning import fine_tune
+from keras_t5gemma.demo.adaptation import Result, compare
+from keras_t5gemma.demo.corpus import Corpus, standard_library_corpus
+from keras_t5gemma.demo.finetuning import Answers, fine_tune
 from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
-from keras_t5gemma.demo.settings import FULL
+from keras_t5gemma.demo.settings import FULL, DemoSettings
 from keras_t5gemma.training.callbacks.progress_bar import ProgressBar, progress_display
 
 
-def run_demo(out, settings=FULL, console=None):
-    """Run the demo.
+def run_demo(
+    out: str | Path, settings: DemoSettings = FULL, console: Console | None = None
+) -> tuple[list[Result], list[Answers]]:
+    """Runs the demo.
 
     Args:
         out: folder to write into; it must be new or empty.
@@ -29,10 +34,10 @@ def run_demo(out, settings=FULL, console=None):
 
     Returns:
         (results, answers): a list of `Result`, balanced then unbalanced, each adapted then from scratch; and a list of
-        the `Answers` of the balanced pair, fine-tuned on dates, adapted then from scratch.
+        the `Answers` of the balanced pair after fine-tuning on dates, adapted then from scratch.
 
     Raises:
-        ValueError: if `out` has something in it.
+        ValueError: if `out` is a file, or a folder that is not empty.
     """
     out, console = Path(out), console or Console()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -66,7 +71,7 @@ def run_demo(out, settings=FULL, console=None):
     (out / "completions.txt").write_text(
         "\n\n----\n\n".join(report.format_completion(completion) for completion in completions) + "\n", encoding="utf-8"
     )
-    drawn = report.plot_losses(results, answers, out / "losses.png")
+    has_plot = report.plot_losses(results, answers, out / "losses.png")
     seconds = time.monotonic() - started
     report.write_results(results, answers, pretraining, seconds, keras.backend.backend(), out / "results.json")
 
@@ -74,18 +79,25 @@ def run_demo(out, settings=FULL, console=None):
     console.print(report.results_table(results))
     console.print(report.verdict(results))
     console.print(
-        f"{seconds:.0f} s in all. In {out}: {'losses.png' if drawn else 'no losses.png (the extra `plots` draws it)'}, "
+        f"{seconds:.0f} s in total. In {out}: "
+        f"{'losses.png' if has_plot else 'no losses.png (the extra `plots` draws it)'}, "
         f"completions.txt, results.json, both Gemma 2, and t5gemma_balanced, t5gemma_unbalanced and t5gemma_dates, "
         f"which `transformers` loads as well."
     )
     console.print(report.answers_table(answers))
-    console.print("\n".join(report.score_line(of_one) for of_one in answers))
+    console.print("\n".join(map(report.score_line, answers)))
     console.print(f'Ask for another: keras-t5gemma generate {out / "t5gemma_dates"} "July 20th, 1969" --max-length 12')
     return results, answers
 
 
-def _pretrain_both(out, corpus, proto, settings, progress):
-    """Pretrain and save the large and the small Gemma 2; {name: held-out loss}."""
+def _pretrain_both(
+    out: Path, corpus: Corpus, proto: bytes, settings: DemoSettings, progress: Progress
+) -> dict[str, float]:
+    """Pretrains and saves the large and the small Gemma 2.
+
+    Returns:
+        {name: held-out loss}.
+    """
     losses = {}
     for name, stack, training in (
         ("large", settings.large, settings.large_pretraining),
@@ -97,8 +109,14 @@ def _pretrain_both(out, corpus, proto, settings, progress):
     return losses
 
 
-def _compare_both(out, corpus, tokenizer, settings, progress):
-    """Both pairs, adapted and from scratch; {pair: {start: (backbone, Result)}}."""
+def _compare_both(
+    out: Path, corpus: Corpus, tokenizer: kt.T5GemmaTokenizer, settings: DemoSettings, progress: Progress
+) -> dict[str, dict[str, tuple[kt.T5GemmaBackbone, Result]]]:
+    """Trains both pairs, adapted and from scratch.
+
+    Returns:
+        {pair: {start: (backbone, Result)}}.
+    """
     lengths = settings.encoder_length, settings.decoder_length
     runs = {}
     for pair, decoder, objective, warmup_steps in (
@@ -123,8 +141,13 @@ def _compare_both(out, corpus, tokenizer, settings, progress):
     return runs
 
 
-def _complete(run, corpus, tokenizer, settings):
-    """Completions of held-out docstrings by the models of a pair."""
+def _complete(
+    run: dict[str, tuple[kt.T5GemmaBackbone, Result]],
+    corpus: Corpus,
+    tokenizer: kt.T5GemmaTokenizer,
+    settings: DemoSettings,
+) -> list[dict[str, str]]:
+    """Completes held-out docstrings with the models of a pair."""
     length = settings.encoder_length + settings.decoder_length
     texts = [text for text in corpus.held_out if len(tokenizer(text)) >= length]
     # Evenly spaced, so that they come from different files.
@@ -132,6 +155,6 @@ def _complete(run, corpus, tokenizer, settings):
     preprocessor = kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, settings.encoder_length, settings.decoder_length)
     models = {start: kt.T5GemmaSeq2SeqLM(backbone, preprocessor) for start, (backbone, _) in run.items()}
     for model in models.values():
-        # Small models repeat themselves when decoded greedily.
+        # With greedy decoding, small models repeat themselves.
         model.compile(sampler=keras_hub.samplers.TopKSampler(k=5, seed=settings.seed))
     return report.complete(models, texts, tokenizer, settings.encoder_length, settings.decoder_length)

@@ -12,7 +12,7 @@ class Training:
     Attributes:
         steps: optimizer steps.
         batch_size: B.
-        learning_rate: the peak; reached after a tenth of the steps, then a cosine down to a tenth.
+        learning_rate: the peak, reached after a tenth of the steps and followed by a cosine down to a tenth.
     """
 
     steps: int
@@ -28,19 +28,19 @@ class DemoSettings:
         large: the Gemma 2 that becomes both stacks of the balanced pair, and the encoder of the unbalanced one.
         small: the Gemma 2 that becomes the unbalanced pair's decoder, as in the published 9B-2B.
         vocabulary_size: V.
-        pretraining_length: tokens a Gemma 2 sees at once in pretraining.
+        pretraining_length: tokens per example in the pretraining of a Gemma 2.
         encoder_length: S in adaptation.
         decoder_length: T in adaptation.
-        large_pretraining: how the large Gemma 2 is pretrained.
-        small_pretraining: how the small one is.
-        adaptation: how each T5Gemma is trained, adapted or from scratch.
-        dates: how the balanced T5Gemma, adapted or from scratch, are fine-tuned on dates.
-        warmup_steps: steps of `adaptation` in which the unbalanced pair trains its fresh cross-attention alone.
-        max_documents: most documents to learn from, and to measure on; `None` for all.
-        evaluation_batches: batches of held-out examples a loss is measured on.
-        completions: held-out docstrings to complete.
-        held_out_dates: dates to ask for after fine-tuning.
-        seed: of everything random.
+        large_pretraining: the pretraining of the large Gemma 2.
+        small_pretraining: the pretraining of the small Gemma 2.
+        adaptation: the training of each T5Gemma, adapted or from scratch.
+        dates: the fine-tuning of the balanced T5Gemma on dates, adapted or from scratch.
+        warmup_steps: first steps of `adaptation` in which the unbalanced pair trains only its random cross-attention.
+        max_documents: maximum number of documents to learn from, and to evaluate on; `None` for all.
+        evaluation_batches: number of held-out batches of an evaluation.
+        completions: number of held-out docstrings to complete.
+        held_out_dates: number of dates to ask for after fine-tuning.
+        seed: seed of all random draws.
     """
 
     large: StackConfig
@@ -61,7 +61,7 @@ class DemoSettings:
     seed: int = 0
 
 
-# Minutes on two cores: what the README reports.
+# The settings of the README's numbers. They take minutes on two cores.
 FULL = DemoSettings(
     large=StackConfig(4, 128, 512, 4, 2, 32, sliding_window=64),
     small=StackConfig(2, 96, 384, 4, 2, 24, sliding_window=64),
@@ -80,7 +80,7 @@ FULL = DemoSettings(
     held_out_dates=200,
 )
 
-# A run of this takes seconds and shows nothing but that every part works.
+# For tests: a run takes seconds, and only shows that every part works.
 TOY = DemoSettings(
     large=StackConfig(1, 32, 48, 4, 2, 8, sliding_window=16),
     small=StackConfig(1, 24, 32, 2, 1, 12, sliding_window=16),

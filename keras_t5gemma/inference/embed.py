@@ -12,9 +12,9 @@ from keras_t5gemma.concurrency import reading
 from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.programs.compiled import Program
+from keras_t5gemma.progress import text_progress
 from keras_t5gemma.suggestions import check_choice
 from keras_t5gemma.text.encoding import Packer, pad_rows
-from keras_t5gemma.text.progress import text_progress
 
 POOLINGS = ("mean", "last")
 

@@ -1,9 +1,14 @@
-"""Builds the model, the data and the optimizer that a recipe names."""
+"""Builds the model, the data and the optimizer of a recipe."""
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
+import grain
+import keras
 import keras_hub
 
+from keras_t5gemma.data.objectives.example import Objective
 from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 from keras_t5gemma.data.pipelines.supervised import supervised_dataset
 from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset
@@ -11,6 +16,7 @@ from keras_t5gemma.data.sources.open import text_source
 from keras_t5gemma.models.adapted import adapt_gemma2
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.recipes.objective_section import SUPERVISED
+from keras_t5gemma.recipes.schema import Recipe
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 from keras_t5gemma.training.evaluation import first_batches, held_out_by_part
@@ -19,8 +25,8 @@ from keras_t5gemma.training.losses.distillation import Distillation
 from keras_t5gemma.training.optimizers.factory import optimizer
 
 
-def compiled_model(recipe):
-    """The model of a `Recipe`, with its preprocessor, compiled."""
+def compiled_model(recipe: Recipe) -> T5GemmaSeq2SeqLM:
+    """Builds and compiles the model of a `Recipe`, with its preprocessor."""
     section, training = recipe.model, recipe.training
     lengths = recipe.objective.encoder_length, recipe.objective.decoder_length
     if section.preset:
@@ -36,6 +42,7 @@ def compiled_model(recipe):
         )
         tokenizer = T5GemmaTokenizer.from_preset(section.tokenizer or section.adapt[-1])
         lm = T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, *lengths))
+    lm = cast(Any, lm)  # keras-hub's class does not say the type of `backbone`
     if section.lora_rank:
         lm.backbone.enable_lora(section.lora_rank)
     lm.backbone.rematerialize = section.rematerialize
@@ -43,13 +50,37 @@ def compiled_model(recipe):
     return lm
 
 
-def training_data(recipe, preprocessor, objective, index):
-    """The endless dataset of a `Recipe`, this process's share of it."""
+def training_data(
+    recipe: Recipe, preprocessor: T5GemmaSeq2SeqLMPreprocessor, objective: Objective | None, index: int
+) -> grain.MapDataset | grain.IterDataset:
+    """Makes the endless dataset of a `Recipe`.
+
+    Args:
+        recipe: a `Recipe`.
+        preprocessor: the model's.
+        objective: made by `make_objective`; None for "supervised".
+        index: this process's, which reads a share of the texts.
+
+    Returns:
+        A Grain dataset of batches for `fit`.
+    """
     return _dataset(recipe, recipe.data.sources, preprocessor, objective, index)
 
 
-def held_out_batches(recipe, preprocessor, objective, index):
-    """What `TrainingLog` takes as `held_out`, None where the recipe has none."""
+def held_out_batches(
+    recipe: Recipe, preprocessor: T5GemmaSeq2SeqLMPreprocessor, objective: Objective | None, index: int
+) -> dict[str, tuple] | None:
+    """Makes the held-out batches of a `Recipe`, for `TrainingLog`.
+
+    Args:
+        recipe: a `Recipe`.
+        preprocessor: the model's.
+        objective: made by `make_objective`; None for "supervised".
+        index: this process's, which reads a share of the texts.
+
+    Returns:
+        Name -> (batches, weight), the `held_out` of `TrainingLog`; None if the recipe has no validation texts.
+    """
     data, training = recipe.data, recipe.training
     if not data.validation:
         return None
@@ -70,12 +101,12 @@ def held_out_batches(recipe, preprocessor, objective, index):
     )
 
 
-def _view(recipe, tokenizer, data, objective):
-    """A dataset as the loss takes it."""
+def _view(recipe: Recipe, tokenizer: object, data: Any, objective: Objective | None) -> Any:
+    """A dataset in the form of the loss: with the teacher's view if the recipe has a teacher."""
     return distillation_dataset(data, objective, tokenizer) if recipe.distillation.teacher else data
 
 
-def _optimizer(recipe):
+def _optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
     """The optimizer of a recipe."""
     section = recipe.optimizer
     betas = {name: getattr(section, name) for name in ("beta_1", "beta_2")}
@@ -91,7 +122,7 @@ def _optimizer(recipe):
     )
 
 
-def _loss(recipe):
+def _loss(recipe: Recipe) -> Distillation | VocabularyCrossEntropy:
     training, section = recipe.training, recipe.distillation
     if section.teacher:
         teacher = keras_hub.models.GemmaCausalLM.from_preset(section.teacher, dtype=section.dtype)
@@ -99,8 +130,8 @@ def _loss(recipe):
     return VocabularyCrossEntropy(z_loss=training.z_loss, label_smoothing=training.label_smoothing)
 
 
-def _source(recipe, paths, index):
-    """The texts of a recipe, this process's share of them."""
+def _source(recipe: Recipe, paths: Sequence[str], index: int) -> grain.MapDataset | grain.IterDataset:
+    """A process's share of the texts of a recipe, of its `sources` or its `validation`."""
     data = recipe.data
     try:
         return text_source(
@@ -116,8 +147,27 @@ def _source(recipe, paths, index):
         raise ValueError(f"[data] {key}: {error}") from error
 
 
-def _dataset(recipe, paths, preprocessor, objective, index, **options):
-    """A dataset of a recipe, this process's share of it."""
+def _dataset(
+    recipe: Recipe,
+    paths: Sequence[str],
+    preprocessor: T5GemmaSeq2SeqLMPreprocessor,
+    objective: Objective | None,
+    index: int,
+    **options: Any,
+) -> grain.MapDataset | grain.IterDataset:
+    """A process's share of the batches of a recipe.
+
+    Args:
+        recipe: a `Recipe`.
+        paths: the recipe's `sources` or its `validation`.
+        preprocessor: the model's.
+        objective: made by `make_objective`; None for "supervised".
+        index: the process's.
+        **options: further arguments of `pretraining_dataset` or `supervised_dataset`.
+
+    Returns:
+        A Grain dataset of batches.
+    """
     data, training = recipe.data, recipe.training
     source = _source(recipe, paths, index)
     options |= {
@@ -131,9 +181,9 @@ def _dataset(recipe, paths, preprocessor, objective, index, **options):
     }
     tokenizer = preprocessor.tokenizer
     if objective is not None:
-        made = pretraining_dataset(source, tokenizer, objective, documents=data.documents, **options)
+        batches = pretraining_dataset(source, tokenizer, objective, documents=data.documents, **options)
     else:
-        made = supervised_dataset(
+        batches = supervised_dataset(
             source,
             preprocessor,
             encoder_length=recipe.objective.encoder_length,
@@ -142,4 +192,4 @@ def _dataset(recipe, paths, preprocessor, objective, index, **options):
             answers=data.answers,
             **options,
         )
-    return _view(recipe, tokenizer, made, objective)
+    return _view(recipe, tokenizer, batches, objective)

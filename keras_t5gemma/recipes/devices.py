@@ -6,23 +6,24 @@ import keras
 
 from keras_t5gemma.checkpoints.processes import process_count, process_index
 from keras_t5gemma.models.sharding import layout_map
+from keras_t5gemma.recipes.schema import HardwareSection
 
 
-def distribution(hardware):
-    """A context in which models are laid out over the devices of a `HardwareSection`.
+def distribution(hardware: HardwareSection) -> contextlib.AbstractContextManager:
+    """A context in which models are sharded over the devices of a `HardwareSection`.
 
     Raises:
-        ValueError: if the backend or the machine has no such devices.
+        ValueError: if the backend is not JAX, or the machine has other devices.
     """
     if not hardware.mesh:
         return contextlib.nullcontext()
     if keras.config.backend() != "jax":
         raise ValueError(
-            f"[hardware] mesh: `keras.distribution` works on JAX alone. Received: backend {keras.config.backend()!r}. "
+            f"[hardware] mesh: `keras.distribution` works only on JAX. Received: backend {keras.config.backend()!r}. "
             f"Choose --backend jax, or leave `mesh` out for one device."
         )
     if hardware.processes > 1:
-        _meet()
+        _connect_processes()
     names = ("batch", "model")[: len(hardware.mesh)]
     mesh = keras.distribution.DeviceMesh(hardware.mesh, names)
     layouts = layout_map(mesh, fully_sharded=hardware.fully_sharded)
@@ -32,11 +33,11 @@ def distribution(hardware):
     return parallel.scope()
 
 
-def process(hardware):
-    """Which of the processes this is, from 0.
+def process(hardware: HardwareSection) -> int:
+    """The index of this process, from 0.
 
     Raises:
-        ValueError: if there are more or fewer than the recipe says.
+        ValueError: if there are more or fewer processes than the recipe says.
     """
     if hardware.processes == 1:
         return 0
@@ -45,9 +46,9 @@ def process(hardware):
     return process_index()
 
 
-def _meet():
-    """Has the processes find each other, unless they have: a program may follow one recipe after another."""
-    import jax  # `keras.distribution` has processes there alone
+def _connect_processes() -> None:
+    """Connects the processes, unless they are connected: a program may run several recipes."""
+    import jax  # `keras.distribution` supports several processes only on JAX
 
     if not jax.distributed.is_initialized():
         # Addresses and numbers are in the environment: KERAS_DISTRIBUTION_JOB_ADDRESSES, _NUM_PROCESSES, _PROCESS_ID.

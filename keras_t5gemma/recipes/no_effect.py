@@ -1,11 +1,13 @@
 """Recipe keys that have no effect beside others."""
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 from keras_t5gemma.recipes.objective_section import SUPERVISED
+from keras_t5gemma.recipes.schema import ObjectiveSection, Recipe
 
-# Keys of a section, whether a recipe looks at them, and if not why.
-RULES = (
+# (section, keys, whether a recipe uses the keys, the reason if it does not).
+RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] = (
     (
         "model",
         ("tokenizer", "cross_attention", "encoder_attention", "encoder_heads"),
@@ -48,18 +50,18 @@ RULES = (
 )
 
 
-def keys_without_effect(recipe):
-    """Keys that were given a value of their own, for nothing.
+def keys_without_effect(recipe: Recipe) -> Iterator[tuple[str, object, str]]:
+    """The keys of a recipe that differ from their defaults, but have no effect.
 
-    The default may be stated, as the recipe in the folder of a run states every key.
+    The default may be stated, because the recipe in the folder of a run states every key.
 
     Args:
-        recipe: a `Recipe`, whose objective is good.
+        recipe: a `Recipe` with a valid objective.
 
     Yields:
-        `(place, value, why)`, such as `("[model] tokenizer", "folder", "it goes with `adapt`; a preset has its own.")`.
+        `(key, value, reason)`, e.g. `("[model] tokenizer", "folder", "it goes with `adapt`; a preset has its own.")`.
     """
-    for section, keys, is_looked_at, why in RULES:
+    for section, keys, is_used, reason in RULES:
         table = getattr(recipe, section)
         defaults = {
             field.name: {} if field.default is dataclasses.MISSING else field.default
@@ -67,10 +69,10 @@ def keys_without_effect(recipe):
         }
         for key in keys:
             value = getattr(table, key)
-            if value != defaults[key] and not is_looked_at(recipe):
-                yield f"[{section}] {key}", value, why
+            if value != defaults[key] and not is_used(recipe):
+                yield f"[{section}] {key}", value, reason
 
 
-def _denoises(objective):
+def _denoises(objective: ObjectiveSection) -> bool:
     names = [objective.name] if objective.name else [part.name for part in objective.mixture]
     return bool(objective.denoisers) or any(name not in ("prefixlm", SUPERVISED) for name in names)

@@ -1,28 +1,31 @@
-"""The section `[objective]` of a recipe, as an objective."""
+"""Makes the objective of the section `[objective]` of a recipe."""
 
 import warnings
+from typing import Any
 
 from keras_t5gemma.data.objectives.by_name import RECIPES, objective
+from keras_t5gemma.data.objectives.example import Objective
 from keras_t5gemma.data.objectives.mixture import Mixture
 from keras_t5gemma.data.objectives.span_corruption import Denoiser
 from keras_t5gemma.data.objectives.ul2 import UL2
+from keras_t5gemma.recipes.schema import ObjectiveSection
 from keras_t5gemma.suggestions import check_choice
 
 SUPERVISED = "supervised"
 
 
-def make_objective(section):
-    """The objective of an `ObjectiveSection`.
+def make_objective(section: ObjectiveSection) -> Objective | None:
+    """Makes the objective of an `ObjectiveSection`.
 
     Returns:
-        A `PrefixLM`, `SpanCorruption`, `UL2` or `Mixture`; None for "supervised", whose examples are the data's.
+        A `PrefixLM`, `SpanCorruption`, `UL2` or `Mixture`; None for "supervised", whose data are examples already.
 
     Raises:
-        ValueError: if the section is none, or out of range.
+        ValueError: if the section does not describe one objective, or a value is out of range.
     """
-    given = [key for key in ("name", "mixture", "denoisers") if getattr(section, key)]
-    if len(given) != 1:
-        raise ValueError(f"it needs one of `name`, `mixture` and `denoisers`. Received: {', '.join(given) or 'none'}.")
+    stated = [key for key in ("name", "mixture", "denoisers") if getattr(section, key)]
+    if len(stated) != 1:
+        raise ValueError(f"it needs one of `name`, `mixture` and `denoisers`. Received: {', '.join(stated) or 'none'}.")
     if section.name == SUPERVISED:
         return None
     lengths = section.encoder_length, section.decoder_length
@@ -34,23 +37,23 @@ def make_objective(section):
     return UL2(*lengths, mixture=denoisers, **_options("ul2", section))
 
 
-def check_objective(section):
-    """Raises what `make_objective` does; what it warns of is said when the run begins."""
+def check_objective(section: ObjectiveSection) -> None:
+    """Raises the errors of `make_objective`, without its warnings, which come when the run begins."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         make_objective(section)
 
 
-def _named(name, section):
+def _named(name: str, section: ObjectiveSection) -> Objective:
     if name not in RECIPES:
         check_choice(name, "name", [*sorted(RECIPES), SUPERVISED], others=" (the last not in a mixture)")
     return objective(name, section.encoder_length, section.decoder_length, **_options(name, section))
 
 
-def _options(name, section):
-    """The keyword arguments of an objective, of the keys that the section states."""
+def _options(name: str, section: ObjectiveSection) -> dict[str, Any]:
+    """The keyword arguments of an objective, from the keys that the section states."""
     modes, mode = section.mode_tokens, {"prefixlm": "S", "span_corruption": "R"}.get(name)
-    options = {}
+    options: dict[str, Any] = {}
     if modes:
         options |= {"mode_tokens": modes} if mode is None else {"mode_token": modes.get(mode)}
     if name != "prefixlm":

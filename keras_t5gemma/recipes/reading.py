@@ -1,21 +1,25 @@
-"""Reads and checks a recipe file; an error names the file, the key, what came and what would work."""
+"""Reads and checks a recipe file. An error names the file, the key, the value and a valid value."""
 
 import dataclasses
 import json
 import math
 import operator
+import os
 import tomllib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from keras_t5gemma.recipes.cross_checks import broken_rules
 from keras_t5gemma.recipes.no_effect import keys_without_effect
 from keras_t5gemma.recipes.objective_section import check_objective
 from keras_t5gemma.recipes.schema import Recipe
 from keras_t5gemma.suggestions import did_you_mean
 
-# What each type is called, and for the numbers what TOML may write for it.
-_KINDS = {
+# Type -> (its name in messages, Python's types of TOML values that it accepts).
+_KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
     bool: ("true or false", (bool,)),
     int: ("a whole number", (int,)),
     float: ("a number", (int, float)),
@@ -24,15 +28,15 @@ _KINDS = {
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot be followed."""
+    """An invalid recipe."""
 
 
-def recipe_names():
+def recipe_names() -> list[str]:
     """The names of the recipes that come with the package."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.toml"))
 
 
-def recipe_path(recipe):
+def recipe_path(recipe: str | os.PathLike[str]) -> Path:
     """The file of a recipe.
 
     Args:
@@ -47,27 +51,27 @@ def recipe_path(recipe):
     if not path.is_file():
         near = did_you_mean(path.stem, recipe_names())
         raise RecipeError(
-            f"There is no recipe {str(recipe)!r}: it is no file here and none that comes with the package "
+            f"There is no recipe {str(recipe)!r}: it is neither a file nor the name of a recipe of the package "
             f"({', '.join(recipe_names())}).{near}"
         )
     return path
 
 
-def read_recipe(recipe, **overrides):
+def read_recipe(recipe: str | os.PathLike[str], **overrides: Mapping[str, Any]) -> Recipe:
     """Reads and checks a recipe.
 
     >>> recipe = read_recipe("run.toml", training={"steps": 100})
 
     Args:
-        recipe: a path, or the name of one that comes with the package: see `recipe_names`.
-        **overrides: by section, keys to take these values instead of the file's.
+        recipe: a path, or the name of a recipe that comes with the package: see `recipe_names`.
+        **overrides: section -> `{key: value}`, values that replace the file's.
 
     Returns:
-        A `Recipe`, with every key that the file leaves out at its default.
+        A `Recipe`, with defaults for the keys that the file leaves out.
 
     Raises:
-        RecipeError: if the file is missing, is no TOML, or has an unknown key, a missing one, or one of another type
-            or out of range.
+        RecipeError: if the file is missing or is not TOML, a key is unknown or missing, or a value has another type or
+            is out of range.
     """
     path = recipe_path(recipe)
     values = _values(path)
@@ -75,35 +79,35 @@ def read_recipe(recipe, **overrides):
         table = values.setdefault(section, {})
         if isinstance(table, dict):
             table.update(keys)
-    made = _table(Recipe, values, path, "")
-    if made.optimizer.decay_steps is None:
-        optimizer = dataclasses.replace(made.optimizer, decay_steps=made.training.steps)
-        made = dataclasses.replace(made, optimizer=optimizer)
-    _check_together(made, path)
-    return made
+    parsed: Recipe = _table(Recipe, values, path, "")
+    if parsed.optimizer.decay_steps is None:
+        optimizer = dataclasses.replace(parsed.optimizer, decay_steps=parsed.training.steps)
+        parsed = dataclasses.replace(parsed, optimizer=optimizer)
+    _check_keys_together(parsed, path)
+    return parsed
 
 
-def stated_keys(recipe):
-    """The keys that a recipe's file states, as `section.key`; `recipe` as for `read_recipe`."""
+def stated_keys(recipe: str | os.PathLike[str]) -> set[str]:
+    """The keys in a recipe's file, as `section.key`; `recipe` as for `read_recipe`."""
     tables = _values(recipe_path(recipe)).items()
     return {f"{section}.{key}" for section, table in tables if isinstance(table, dict) for key in table}
 
 
-def to_toml(recipe):
-    """A recipe as the text of a file, every key stated, for `read_recipe`."""
+def to_toml(recipe: Recipe) -> str:
+    """The text of a recipe file that states every key, for `read_recipe`."""
     lines = []
     for section, table in dataclasses.asdict(recipe).items():
         lines += [f"[{section}]", *(f"{key} = {_toml(v)}" for key, v in table.items() if v is not None), ""]
     return "\n".join(lines)
 
 
-def flat(recipe):
+def flat(recipe: Recipe) -> dict[str, Any]:
     """A recipe as one dict, `section.key` -> value."""
     sections = dataclasses.asdict(recipe).items()
     return {f"{section}.{key}": value for section, table in sections for key, value in table.items()}
 
 
-def _values(path):
+def _values(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -112,7 +116,7 @@ def _values(path):
         raise RecipeError(f"{path} is not TOML: {error}") from error
 
 
-def _toml(value):
+def _toml(value: Any) -> str:
     if isinstance(value, dict):
         return f"{{ {', '.join(f'{key} = {_toml(v)}' for key, v in value.items() if v is not None)} }}"
     if isinstance(value, (list, tuple)):
@@ -120,8 +124,21 @@ def _toml(value):
     return json.dumps(value, ensure_ascii=False)
 
 
-def _table(cls, values, path, place):
-    """A section, or the file, or an entry of a list, as its dataclass."""
+def _table(cls: Any, values: Any, path: Path, place: str) -> Any:
+    """Parses a table to its dataclass.
+
+    Args:
+        cls: a dataclass of `schema.py`.
+        values: the parsed TOML of the whole file, a section, or an entry of a list.
+        path: the file, for messages.
+        place: the section or key, for messages; "" for the whole file.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        RecipeError: if a key is unknown, missing or invalid.
+    """
     where = f"{path}, {place}" if place else str(path)
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: expected a table of keys. Received: {values!r:.80}.")
@@ -136,17 +153,31 @@ def _table(cls, values, path, place):
     if missing:
         raise RecipeError(f"{where}: needs the {kind} {missing[0]!r}. Received: {', '.join(values) or 'nothing'}.")
     hints = typing.get_type_hints(cls)
-    made = {}
+    parsed = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(hints[name]):
-            made[name] = _table(hints[name], value, path, f"[{name}]")
+            parsed[name] = _table(hints[name], value, path, f"[{name}]")
         else:
-            made[name] = _value(hints[name], value, fields[name].metadata, path, f"{place} {name}")
-    return cls(**made)
+            parsed[name] = _value(hints[name], value, fields[name].metadata, path, f"{place} {name}")
+    return cls(**parsed)
 
 
-def _value(hint, value, limits, path, place):
-    """One value as its type, once it is within its limits; an error names file and key."""
+def _value(hint: Any, value: Any, limits: Mapping[str, Any], path: Path, place: str) -> Any:
+    """Parses a value.
+
+    Args:
+        hint: the type hint of the key.
+        value: the parsed TOML.
+        limits: the limits of the key, see `schema.py`.
+        path: the file, for messages.
+        place: the section and the key, for messages.
+
+    Returns:
+        The value in the type of the hint.
+
+    Raises:
+        RecipeError: if the value has another type, or is beyond its limits.
+    """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # X | None: TOML has no null, so a value that is there is an X
         return _value(arguments[0], value, limits, path, place)
@@ -157,32 +188,32 @@ def _value(hint, value, limits, path, place):
             raise RecipeError(f"{path}, {place}: expected a table such as {{ S = 7 }}. Received: {value!r:.80}.")
         return {key: _value(arguments[1], item, {}, path, f"{place}.{key}") for key, item in value.items()}
     title, accepted = _KINDS[hint]
-    # A bool is an int to Python, but not to a reader.
-    good = isinstance(value, accepted) and isinstance(value, bool) == (hint is bool)
+    # In Python, though not in TOML, a bool is an int.
+    is_valid = isinstance(value, accepted) and isinstance(value, bool) == (hint is bool)
     if hint in (int, float):
-        good = good and math.isfinite(value)
-        for limit, words, holds in (
+        is_valid = is_valid and math.isfinite(value)
+        for limit, words, is_within in (
             ("least", "of at least", operator.ge),
             ("above", "above", operator.gt),
             ("most", "of at most", operator.le),
         ):
             if limit in limits:
                 title += f" {words} {limits[limit]}"
-                good = good and holds(value, limits[limit])
-    near = ""
+                is_valid = is_valid and is_within(value, limits[limit])
+    suggestion = ""
     if choices := limits.get("choices"):
         title = f"one of {', '.join(map(repr, choices))}"
-        near = did_you_mean(value, choices)
-        good = good and value in choices
-    if not good:
-        raise RecipeError(f"{path}, {place}: expected {title}. Received: {value!r:.80}.{near}")
+        suggestion = did_you_mean(value, choices)
+        is_valid = is_valid and value in choices
+    if not is_valid:
+        raise RecipeError(f"{path}, {place}: expected {title}. Received: {value!r:.80}.{suggestion}")
     return float(value) if hint is float else value
 
 
-def _list(hint, value, limits, path, place):
-    """A list of values, each as its type."""
+def _list(hint: Any, value: Any, limits: Mapping[str, Any], path: Path, place: str) -> tuple:
+    """Parses a list of values or tables. The arguments are those of `_value`, with the type hint of an item."""
     if hint is str and isinstance(value, str):
-        value = [value]  # one source needs no brackets
+        value = [value]  # a single source needs no brackets
     least, most = limits.get("least_items", 0), limits.get("most_items", math.inf)
     if not isinstance(value, list) or not least <= len(value) <= most:
         count = {(2, 2): "two", (1, math.inf): "at least one", (0, 2): "at most two"}.get((least, most), "its")
@@ -192,98 +223,17 @@ def _list(hint, value, limits, path, place):
     return tuple(_value(hint, item, limits, path, f"{place}[{i}]") for i, item in enumerate(value))
 
 
-def _is_required(field):
+def _is_required(field: dataclasses.Field) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def _check_together(recipe, path):
-    """What no key says alone."""
-    model, training, output, hardware = recipe.model, recipe.training, recipe.output, recipe.hardware
-    taught = recipe.distillation.teacher is not None
-    saves = training.steps // training.save_every + bool(training.steps % training.save_every)
-    devices = math.prod(hardware.mesh[:1])
-    # A part of a batch has a row per device or more; one device takes parts of any size.
-    rows = math.lcm(devices * training.accumulation_steps if hardware.mesh else 1, hardware.processes)
-    for good, message in (
-        (bool(model.preset) != bool(model.adapt), "[model]: needs `preset` or `adapt`, and not both."),
-        (
-            training.steps % training.log_every == 0,
-            f"[training] steps: expected a multiple of log_every={training.log_every}. Received: {training.steps}.",
-        ),
-        (
-            training.evaluate_every % training.log_every == 0,
-            f"[training] evaluate_every: expected a multiple of log_every={training.log_every}. Received: "
-            f"{training.evaluate_every}.",
-        ),
-        (
-            bool(training.evaluate_every) == bool(recipe.data.validation),
-            "[training] evaluate_every and [data] validation go together: state both or neither.",
-        ),
-        (
-            training.cross_attention_steps < training.steps,
-            f"[training] cross_attention_steps: expected fewer than steps={training.steps}. Received: "
-            f"{training.cross_attention_steps}.",
-        ),
-        (
-            recipe.optimizer.warmup_steps <= recipe.optimizer.decay_steps,
-            f"[optimizer] warmup_steps: expected at most decay_steps={recipe.optimizer.decay_steps}, which is "
-            f"[training] steps unless stated. Received: {recipe.optimizer.warmup_steps}.",
-        ),
-        (
-            recipe.optimizer.name == "adamw" or recipe.optimizer.beta_1 is recipe.optimizer.beta_2 is None,
-            f"[optimizer] beta_1 and beta_2 are AdamW's. Received: name={recipe.optimizer.name!r}.",
-        ),
-        (
-            output.average_last <= min(training.keep, saves),
-            f"[output] average_last: expected at most as many checkpoints as are kept (keep={training.keep}) and saved "
-            f"({saves}). Received: {output.average_last}.",
-        ),
-        (
-            output.average_last != 1,
-            "[output] average_last: a mean takes at least 2 checkpoints; 0 writes the last weights. Received: 1.",
-        ),
-        (
-            not (model.lora_rank and output.average_last),
-            "[output] average_last: checkpoints of a model with LoRA cannot be averaged. Set it to 0.",
-        ),
-        (
-            not (model.lora_rank and output.format == "keras"),
-            '[output] format: adapters alone are written in PEFT\'s format. Set it to "hf".',
-        ),
-        (
-            training.batch_size % rows == 0,
-            f"[training] batch_size: expected a multiple of {rows}, for {devices} devices along the batch, "
-            f"processes={hardware.processes} and accumulation_steps={training.accumulation_steps}. Received: "
-            f"{training.batch_size}.",
-        ),
-        (
-            hardware.processes == 1 or hardware.mesh,
-            f"[hardware] mesh: several processes need one. Received: processes={hardware.processes}.",
-        ),
-        (
-            devices % hardware.processes == 0,
-            "[hardware] mesh: each process reads a share of the batch, so the devices along it must be a multiple of "
-            f"processes={hardware.processes}. Received: mesh={list(hardware.mesh)}.",
-        ),
-        (
-            hardware.processes == 1 or output.format == "hf",
-            "[output] format: several processes write a tensor at a time, a preset is written as a whole. Set it to "
-            f'"hf". Received: processes={hardware.processes}.',
-        ),
-        (
-            not (taught and recipe.data.pack),
-            "[data] pack: a teacher would see one example from the next. Set it to false to distil.",
-        ),
-        (
-            not (taught and (training.z_loss or training.label_smoothing)),
-            "[training] z_loss and label_smoothing are of the loss without a teacher. Leave them out to distil.",
-        ),
-    ):
-        if not good:
-            raise RecipeError(f"{path}, {message}")
+def _check_keys_together(recipe: Recipe, path: Path) -> None:
+    """Checks the keys against each other and the objective, and refuses keys without effect."""
+    for message in broken_rules(recipe):
+        raise RecipeError(f"{path}, {message}")
     try:
         check_objective(recipe.objective)
     except ValueError as error:
         raise RecipeError(f"{path}, [objective]: {error}") from error
-    for place, value, why in keys_without_effect(recipe):
-        raise RecipeError(f"{path}, {place}: {why} Leave it out. Received: {value!r:.80}.")
+    for key, value, reason in keys_without_effect(recipe):
+        raise RecipeError(f"{path}, {key}: {reason} Leave it out. Received: {value!r:.80}.")

@@ -1,16 +1,20 @@
-"""The folder of a run: which recipe it was begun with, and who uses it. Needs no Keras."""
+"""The folder of a run: its recipe and its lock. Needs no Keras."""
 
 import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from keras_t5gemma.recipes.reading import RecipeError, flat, read_recipe, stated_keys, to_toml
+from keras_t5gemma.recipes.schema import Recipe
 
 RECIPE_FILE, MODEL_FOLDER = "recipe.toml", "model"
-# What a run may go on with another value of: none of it changes what a step computes from which data. More steps are
-# fine where the recipe states `optimizer.decay_steps`; else the cosine ends with them, and that is another run.
+# Keys whose value may change when a run continues: they change neither the data nor the computation of a step. More
+# steps are possible if the recipe states `optimizer.decay_steps`. Otherwise the cosine ends with the steps, so other
+# steps are another run.
 MAY_CHANGE = (
     "data.num_workers",
     "data.validation",
@@ -32,15 +36,15 @@ _DECAY = "optimizer.decay_steps"
 
 
 @contextlib.contextmanager
-def locked(folder, index):
-    """Keeps a second run out of a folder.
+def locked(folder: Path, index: int) -> Iterator[None]:
+    """A context in which no second run can use a folder.
 
     Args:
-        folder: of the run; made where it does not exist.
-        index: of the process, each of which has a lock of its own.
+        folder: the run's; it is created if it does not exist.
+        index: the process's. Each process has its own lock.
 
     Raises:
-        RecipeError: if another holds it.
+        RecipeError: if another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f".lock_{index}", timeout=0)
@@ -54,67 +58,70 @@ def locked(folder, index):
         lock.release()
 
 
-def begin(folder, recipe):
-    """Writes the recipe into the folder, or the new one where the run goes on.
+def begin(folder: Path, recipe: Recipe) -> bool:
+    """Writes the recipe of a run that begins or continues into its folder.
 
-    A run that is over and goes on for more steps leaves its model as `model_00001000`, say.
+    If a finished run continues for more steps, its model is renamed, e.g. to `model_00001000`.
 
     Args:
-        folder: of the run.
+        folder: the run's.
         recipe: a `Recipe`.
 
     Returns:
-        Whether a model in the folder is what the recipe asks for.
+        Whether a model in the folder is the recipe's.
 
     Raises:
         RecipeError: as for `check_run`.
     """
-    begun = check_run(folder, recipe)
-    more = begun is not None and begun.training.steps < recipe.training.steps
-    if more and (folder / MODEL_FOLDER).exists():
-        (folder / MODEL_FOLDER).rename(folder / f"{MODEL_FOLDER}_{begun.training.steps:08d}")
+    previous = check_run(folder, recipe)
+    has_more_steps = False
+    if previous is not None and previous.training.steps < recipe.training.steps:
+        has_more_steps = True
+        if (folder / MODEL_FOLDER).exists():
+            (folder / MODEL_FOLDER).rename(folder / f"{MODEL_FOLDER}_{previous.training.steps:08d}")
     partial = folder / f".{RECIPE_FILE}.partial"
     partial.write_text(to_toml(recipe), encoding="utf-8")
     partial.replace(folder / RECIPE_FILE)
-    return not more
+    return not has_more_steps
 
 
-def with_more_steps(recipe, path):
-    """A recipe whose steps were raised, with the cosine of the run in its folder.
+def with_more_steps(recipe: Recipe, path: str | os.PathLike[str]) -> Recipe:
+    """Gives a recipe whose steps were raised the cosine of the run in its folder.
 
-    The cosine ends with the steps if the file does not say where, so that more steps would be another schedule from the
-    first step on, and another run. The run's own has its end behind it; what follows has the rate that it ended with.
+    If the file does not say where the cosine ends, it ends with the steps. More steps would then change the schedule
+    from the first step on, and be another run. With the run's own cosine, the further steps have its final learning
+    rate.
 
     Args:
         recipe: a `Recipe`.
-        path: what `read_recipe` made it of.
+        path: the argument of `read_recipe` that gave the recipe.
 
     Returns:
         A `Recipe`.
     """
-    begun_with = Path(recipe.output.folder) / RECIPE_FILE
-    if not begun_with.is_file() or _DECAY in stated_keys(path):
+    previous_path = Path(recipe.output.folder) / RECIPE_FILE
+    if not previous_path.is_file() or _DECAY in stated_keys(path):
         return recipe
-    begun = read_recipe(begun_with)
-    if begun.training.steps > recipe.training.steps:
+    previous = read_recipe(previous_path)
+    if previous.training.steps > recipe.training.steps:
         return recipe
     return dataclasses.replace(
-        recipe, optimizer=dataclasses.replace(recipe.optimizer, decay_steps=begun.optimizer.decay_steps)
+        recipe, optimizer=dataclasses.replace(recipe.optimizer, decay_steps=previous.optimizer.decay_steps)
     )
 
 
-def check_run(folder, recipe):
-    """Compares a recipe with the one the run in a folder was begun with.
+def check_run(folder: Path, recipe: Recipe) -> Recipe | None:
+    """Compares a recipe with the recipe of the run in a folder.
 
     Args:
-        folder: of the run; there need not be one.
+        folder: the run's; it need not exist.
         recipe: a `Recipe`.
 
     Returns:
-        The recipe of the run there, or None if there is none.
+        The recipe of the run in the folder, or None if there is no run.
 
     Raises:
-        RecipeError: if they differ in what must not change, or the folder holds something else.
+        RecipeError: if they differ in keys that must not change, or the folder holds something else.
     """
     path = folder / RECIPE_FILE
     if not path.is_file():
@@ -124,8 +131,8 @@ def check_run(folder, recipe):
                 f"{folder} holds no run but {', '.join(sorted(stray)[:3])}. Choose a folder that is new or empty."
             )
         return None
-    begun = read_recipe(path)
-    before, now = flat(begun), flat(recipe)
+    previous = read_recipe(path)
+    before, now = flat(previous), flat(recipe)
     if fixed := [key for key in now if now[key] != before[key] and key not in MAY_CHANGE]:
         changes = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in fixed)
         hint = (
@@ -135,6 +142,6 @@ def check_run(folder, recipe):
         )
         raise RecipeError(
             f"{folder} holds a run of another recipe: {changes}.{hint} Put that back to go on with it, or choose "
-            f"another folder. What may change: {', '.join(MAY_CHANGE)}."
+            f"another folder. Keys that may change: {', '.join(MAY_CHANGE)}."
         )
-    return begun
+    return previous

@@ -1,29 +1,30 @@
 """Every key of a training recipe, with its type, its range and its meaning. Needs no Keras."""
 
 import dataclasses
+from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
-def _key(default=dataclasses.MISSING, **limits):
-    """A field. Its value is limited by `least`, `above`, `most`, `choices`; a list by `least_items`, `most_items`."""
+def _key(default: Any = dataclasses.MISSING, **limits: Any) -> Any:
+    """A field with limits: `least`, `above`, `most` and `choices` of a value, `least_items`, `most_items` of a list."""
     return dataclasses.field(default=default, metadata=limits)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSection:
-    """`[model]`: what is trained. It needs `preset` or `adapt`.
+    """`[model]`: the model to train. It needs `preset` or `adapt`.
 
     Attributes:
-        preset: a T5Gemma to go on with: a built-in name, hf://owner/name, kaggle://... or a folder.
-        adapt: one Gemma 2, or two, encoder and decoder, to make a T5Gemma of: as for `keras-t5gemma adapt`.
-        tokenizer: with `adapt`, where the tokenizer comes from; the last Gemma 2 if left out.
-        cross_attention: with `adapt`, where it starts from; auto: from scratch only where the two Gemma 2 differ.
+        preset: a T5Gemma to continue with: a built-in name, hf://owner/name, kaggle://... or a folder.
+        adapt: one Gemma 2, or an encoder and a decoder, to adapt to a T5Gemma, as for `keras-t5gemma adapt`.
+        tokenizer: with `adapt`, the preset or folder of the tokenizer; the last Gemma 2 if left out.
+        cross_attention: with `adapt`, its initial weights; auto: random only if the two Gemma 2 differ.
         encoder_attention: with `adapt`, "causal" is an ablation.
         encoder_heads: with `adapt`, "multi" is an ablation.
-        dtype: of weights and computing, as in Keras; "mixed_bfloat16" keeps weights in float32.
-        lora_rank: 0 to train every weight, else the rank of LoRA's factors, which are trained and written alone.
-        rematerialize: whether activations are computed again in the backward pass, which saves memory.
+        dtype: dtype policy of weights and computation, as in Keras; "mixed_bfloat16" keeps weights in float32.
+        lora_rank: 0 to train every weight, else the rank of LoRA's factors; only these are then trained and written.
+        rematerialize: whether the backward pass computes activations again, which saves memory.
     """
 
     preset: str | None = None
@@ -39,21 +40,21 @@ class ModelSection:
 
 @dataclasses.dataclass(frozen=True)
 class DataSection:
-    """`[data]`: what is read, see `text_source` and `pretraining_dataset`.
+    """`[data]`: the texts, see `text_source` and `pretraining_dataset`.
 
     Attributes:
-        sources: files or patterns, seen from the folder the command runs in, all of one format.
-        validation: likewise, texts to measure on; none where empty.
-        format: of both; by the files' names if left out.
+        sources: files or patterns, relative to the working directory of the command, all of one format.
+        validation: files or patterns of held-out texts to evaluate on; empty for no evaluation.
+        format: format of `sources` and `validation`; inferred from the files' names if left out.
         field: the field or column that holds the text.
-        sample_by: what is a document of a text file.
-        documents: "joined" to one stream, or each for itself, "whole".
+        sample_by: the unit of a text file that is one document.
+        documents: "joined" to one stream, or "whole" for examples of single texts.
         pack: whether several examples share a row.
         num_workers: processes that read and tokenize; their number does not change the data.
-        shuffle_buffer: texts that are shuffled together where the source has no random access.
-        pack_buffer: examples that are looked at together to pack them.
-        pair_fields: of the objective "supervised": the names of input and target.
-        answers: of the objective "supervised": which answers of a chat are learned.
+        shuffle_buffer: number of texts that are shuffled together if the source has no random access.
+        pack_buffer: number of examples that are packed together.
+        pair_fields: for the objective "supervised", the names of input and target.
+        answers: for the objective "supervised", the answers of a chat to learn.
     """
 
     sources: tuple[str, ...] = _key(least_items=1)
@@ -75,7 +76,7 @@ class PartSection:
     """An entry of `objective.mixture`.
 
     Attributes:
-        name: of an objective.
+        name: name of an objective.
         weight: its share, a whole number.
     """
 
@@ -88,8 +89,8 @@ class DenoiserSection:
     """An entry of `objective.denoisers`.
 
     Attributes:
-        rate: share of the tokens that is corrupted.
-        mean_span: in tokens; left out for one span that is the sequence's end.
+        rate: share of corrupted tokens.
+        mean_span: mean length of a span in tokens; left out for one span at the end of the sequence.
         weight: its share, a whole number.
     """
 
@@ -100,17 +101,17 @@ class DenoiserSection:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSection:
-    """`[objective]`: what is learned. It needs `name`, `mixture` or `denoisers`.
+    """`[objective]`: the task to learn. It needs `name`, `mixture` or `denoisers`.
 
     Attributes:
-        encoder_length: S, tokens the encoder reads.
-        decoder_length: T, tokens the decoder reads.
+        encoder_length: S, the number of tokens that the encoder reads.
+        decoder_length: T, the number of tokens that the decoder reads.
         name: "prefixlm", "span_corruption", "ul2", "t5gemma2"; or "supervised" for pairs and chats.
-        mixture: several of them (but "supervised"), e.g. `[{ name = "ul2", weight = 3 }, { name = "prefixlm" }]`.
-        denoisers: UL2 with denoisers of your own, e.g. `[{ mean_span = 3, rate = 0.15 }, { rate = 0.25, weight = 2 }]`.
-        mode_tokens: ids by mode, R, S and X, that stand first in the inputs; PrefixLM takes S's, span corruption R's.
+        mixture: several objectives (except "supervised"), e.g. `[{ name = "ul2", weight = 3 }, { name = "prefixlm" }]`.
+        denoisers: UL2 with custom denoisers, e.g. `[{ mean_span = 3, rate = 0.15 }, { rate = 0.25, weight = 2 }]`.
+        mode_tokens: the first id of the inputs per mode R, S and X; PrefixLM uses that of S, span corruption that of R.
         sentinels: the first and the last id of the sentinels; `<unused0>` to `<unused98>` if left out.
-        too_few_sentinels: "cap" raw length where they run out, or "merge" spans.
+        too_few_sentinels: if sentinels run out, "cap" to limit the raw length, or "merge" for longer spans.
     """
 
     encoder_length: int = _key(least=1)
@@ -125,18 +126,18 @@ class ObjectiveSection:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSection:
-    """`[optimizer]`, see `keras_t5gemma.optimizer`.
+    """`[optimizer]`: the optimizer and its schedule, see `keras_t5gemma.optimizer`.
 
     Attributes:
-        learning_rate: the peak.
+        learning_rate: the peak of the schedule.
         name: the optimizer.
-        warmup_steps: of the linear warm-up.
-        decay_steps: the step at which the cosine ends; that of the training if left out.
-        final_fraction: of the peak, where the cosine ends, and what follows it has.
-        weight_decay: a step's shrinkage is `learning_rate * weight_decay`.
+        warmup_steps: number of steps of the linear warm-up.
+        decay_steps: the step at which the cosine ends; the last step of the training if left out.
+        final_fraction: fraction of the peak at the end of the cosine and after it.
+        weight_decay: a step shrinks weights by the fraction `learning_rate * weight_decay`.
         clip_norm: the largest global norm of the gradients.
-        beta_1: AdamW's; Keras's 0.9 if left out.
-        beta_2: AdamW's; Keras's 0.999 if left out.
+        beta_1: beta_1 of AdamW; Keras's 0.9 if left out.
+        beta_2: beta_2 of AdamW; Keras's 0.999 if left out.
     """
 
     learning_rate: float = _key(above=0)
@@ -152,21 +153,21 @@ class OptimizerSection:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSection:
-    """`[training]`: how long and how much at once.
+    """`[training]`: number and size of the steps, losses, logs and checkpoints.
 
     Attributes:
-        steps: in all.
-        batch_size: B, rows per step, of all devices, processes and parts together.
-        accumulation_steps: parts that a step runs its batch in, one after the other, to need less memory.
-        cross_attention_steps: first steps, which train cross-attention alone: for unbalanced pairs.
-        z_loss: weight of the square of the logits' log-sum.
-        label_smoothing: share of the target spread over the vocabulary.
-        seed: of the order, the examples and whatever is drawn at random.
-        log_every: steps a row of the logs is the mean of; divides `steps`.
-        evaluate_every: steps between two measurements of the held-out loss; a multiple of `log_every`; 0 for none.
-        evaluate_batches: batches a denoiser that one of them takes.
-        save_every: steps between two checkpoints.
-        keep: how many of the newest to keep.
+        steps: total number of steps.
+        batch_size: B, rows per step, over all devices, processes and accumulated parts.
+        accumulation_steps: number of parts into which a step divides its batch, to need less memory.
+        cross_attention_steps: number of first steps that train only cross-attention, for unbalanced pairs.
+        z_loss: weight of the squared logsumexp of the logits.
+        label_smoothing: share of the target that is spread over the vocabulary.
+        seed: seed of the order, the examples and all other random draws.
+        log_every: steps averaged in one row of the logs; must divide `steps`.
+        evaluate_every: steps between evaluations of the held-out loss, a multiple of `log_every`; 0 for none.
+        evaluate_batches: batches per denoiser in one evaluation.
+        save_every: steps between checkpoints.
+        keep: number of newest checkpoints to keep.
     """
 
     steps: int = _key(least=1)
@@ -185,13 +186,13 @@ class TrainingSection:
 
 @dataclasses.dataclass(frozen=True)
 class DistillationSection:
-    """`[distillation]`: a teacher, none where `teacher` is left out; see `keras_t5gemma.Distillation`.
+    """`[distillation]`: learns from a teacher if `teacher` is stated, see `keras_t5gemma.Distillation`.
 
     Attributes:
         teacher: a Gemma 2: a folder or a keras-hub preset.
-        dtype: of the teacher, which is not trained.
-        temperature: of both softmaxes.
-        hard_weight: of the loss on the labels; the rest is the teacher's.
+        dtype: dtype policy of the teacher, which is not trained.
+        temperature: temperature of both softmaxes.
+        hard_weight: weight of the loss on the labels; the loss on the teacher's logits has the rest.
     """
 
     teacher: str | None = None
@@ -202,13 +203,13 @@ class DistillationSection:
 
 @dataclasses.dataclass(frozen=True)
 class HardwareSection:
-    """`[hardware]`: how the work is divided, on JAX; see `keras_t5gemma.layout_map`.
+    """`[hardware]`: sharding over devices and processes, on JAX; see `keras_t5gemma.layout_map`.
 
     Attributes:
-        mesh: devices along the batch and, where there are two numbers, along each layer; empty for one device.
-        fully_sharded: whether weights are divided along the batch's devices, too.
-        processes: how many there are; the devices along the batch are a multiple of it. Each runs the same command;
-            `keras.distribution.initialize` finds the others by the environment.
+        mesh: number of devices along the batch and, optionally, along each layer; empty for one device.
+        fully_sharded: whether weights are also sharded over the devices along the batch.
+        processes: number of processes, of which the devices along the batch are a multiple. Each runs the same command;
+            `keras.distribution.initialize` finds the others through environment variables.
     """
 
     mesh: tuple[int, ...] = _key((), least=1, most_items=2)
@@ -218,13 +219,13 @@ class HardwareSection:
 
 @dataclasses.dataclass(frozen=True)
 class OutputSection:
-    """`[output]`: what is written where.
+    """`[output]`: the folder of the run and the files in it.
 
     Attributes:
-        folder: of the run: recipe.toml, log.csv, checkpoints/, and model/ at the end.
-        average_last: the model is the mean of so many of the last checkpoints; 0 for the last weights.
-        format: of the model: "hf", or, of one process, "keras" for a preset.
-        tensorboard: whether logs are written for TensorBoard, too, into tensorboard/.
+        folder: folder of the run: recipe.toml, log.csv, checkpoints/, and model/ at the end.
+        average_last: number of last checkpoints whose mean is the model; 0 for the last weights.
+        format: format of the model: "hf", or "keras" for a preset, which needs a single process.
+        tensorboard: whether to write logs for TensorBoard too, into tensorboard/.
     """
 
     folder: str
@@ -235,7 +236,7 @@ class OutputSection:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A whole recipe, a field a section of the file.
+    """A recipe, with one field per section of the file.
 
     Attributes:
         model: a `ModelSection`.

@@ -1,4 +1,4 @@
-"""Gemma's turns: a conversation as the one string that an instruction-tuned model was trained to read.
+"""Gemma's turns: formats a conversation as the string that an instruction-tuned model was trained on.
 
     <start_of_turn>user
     Knock knock.<end_of_turn>
@@ -10,40 +10,41 @@
                               <- the decoder answers from here, and closes with <end_of_turn><eos>
 
 Source: "Gemma 2" (arXiv 2408.00118), table of formatting control tokens, and the chat template published with
-google/gemma-2-2b-it. In T5Gemma all of this stands in the encoder, without `<bos>`; the decoder starts from `<bos>`.
+google/gemma-2-2b-it. In T5Gemma the encoder reads all of this, without `<bos>`; the decoder starts from `<bos>`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 from keras_t5gemma.suggestions import did_you_mean
 
 START_OF_TURN = "<start_of_turn>"
 END_OF_TURN = "<end_of_turn>"
-# What every formatted prompt ends with, whatever its conversation, and what a user's turn starts with.
+# The start of a user's turn, and the end of every formatted prompt.
 USER_HEADER = f"{START_OF_TURN}user\n"
 ANSWER_FOOTER = f"{END_OF_TURN}\n{START_OF_TURN}model\n"
-# "assistant" is what most chat data says; "model" is Gemma's own word.
+# Most chat data says "assistant"; "model" is Gemma's own word.
 _GEMMA_ROLES = {"user": "user", "assistant": "model", "model": "model"}
 
 
-def is_conversation(value):
+def is_conversation(value: object) -> TypeGuard[Sequence[Mapping]]:
     """Whether a value is one conversation, a non-empty list of messages, rather than a string or a batch."""
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(part, Mapping) for part in value)
 
 
-def format_turns(messages):
-    r"""The encoder's text for a conversation.
+def format_turns(messages: Sequence[Mapping]) -> str:
+    r"""Formats a conversation as the encoder's text.
 
-    Contents are stripped of whitespace around them, as in Gemma's own template. Turn tokens inside a content are
-    refused: the tokenizer would read them as real turns, so that a user could speak for the model, and text that
-    was formatted before would be formatted twice.
+    Whitespace around contents is stripped, as in Gemma's own template. Turn tokens inside a content are refused: the
+    tokenizer would read them as real turns, so a user could speak for the model, and text that is formatted already
+    would be formatted twice.
 
     >>> format_turns([{"role": "user", "content": "Knock knock."}])
     '<start_of_turn>user\nKnock knock.<end_of_turn>\n<start_of_turn>model\n'
 
     Args:
-        messages: list of `{"role": ..., "content": ...}`, first and last from "user", in turn with "assistant" (or
-            "model", the same).
+        messages: list of `{"role": ..., "content": ...}`. "user" and "assistant" (or "model", a synonym) alternate,
+            and the first and the last message are the user's.
 
     Returns:
         A string that ends with `<start_of_turn>model` and a newline.
@@ -54,7 +55,7 @@ def format_turns(messages):
     """
     if not is_conversation(messages):
         raise ValueError(f'`messages` must be a list of {{"role": ..., "content": ...}}. Received: {messages!r}.')
-    turns = []
+    turns, role = [], None
     for index, message in enumerate(messages):
         role = _role(index, message)
         content = message.get("content")
@@ -72,11 +73,11 @@ def format_turns(messages):
     return "".join(turns) + f"{START_OF_TURN}model\n"
 
 
-def check_no_turn_tokens(text, what):
-    """Refuse text that holds Gemma's turn tokens.
+def check_no_turn_tokens(text: str, what: str) -> None:
+    """Refuses text that holds Gemma's turn tokens.
 
     Raises:
-        ValueError: if it does; the message starts from `what`.
+        ValueError: if the text holds one. The message starts with `what`, a name of the text.
     """
     for token in (START_OF_TURN, END_OF_TURN):
         if token in text:
@@ -86,8 +87,8 @@ def check_no_turn_tokens(text, what):
             )
 
 
-def _role(index, message):
-    """A message's role in Gemma's turns, once it may stand at this place."""
+def _role(index: int, message: Mapping) -> str:
+    """Checks the role of a message at its index in the conversation, and returns Gemma's name for the role."""
     role = message.get("role")
     if role == "system":
         raise ValueError(

@@ -1,6 +1,7 @@
 """Texts to padded arrays of ids, one batch at a time, in numpy: the work of the preprocessor."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -16,30 +17,30 @@ from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Packer:
-    """How texts become rows of ids: the tokenizer, whether there are turns, and what gives way to a length.
+    """Encodes texts as rows of ids. The preprocessor, `score` and `embed` use it.
 
     Attributes:
         tokenizer: a `T5GemmaTokenizer`.
-        chat: whether prompts are put into turns and answers closed by `<end_of_turn>`.
-        truncate: `None`, "left" or "right".
+        chat: whether prompts are formatted as turns and answers are closed by `<end_of_turn>`.
+        truncate: the end at which a long text is cut, "left" or "right"; `None` to refuse it.
     """
 
     tokenizer: T5GemmaTokenizer
     chat: bool
     truncate: str | None
 
-    def prompts(self, value, limit):
-        """The encoder's rows.
+    def prompts(self, value: object, limit: int) -> tuple[list[list[int]], bool]:
+        """Encodes prompts as the encoder's rows.
 
         Args:
-            value: one prompt or a list or array of them; with `chat`, conversations too.
-            limit: the most ids in a row.
+            value: one prompt, or a list or array of prompts. With `chat`, a prompt may be a conversation.
+            limit: the maximum number of ids per row.
 
         Returns:
-            `(rows, batched)`: lists of ids, and whether `value` was more than one prompt.
+            `(rows, batched)`: lists of ids, and whether `value` was a batch rather than one prompt.
 
         Raises:
-            ValueError: if a prompt is empty, no text, or too long.
+            ValueError: if a prompt is empty, is not a text, or is too long.
         """
         prompts, batched = _as_list(value, "encoder_text")
         texts = [self._prompt_text(prompt, _place("encoder_text", i, batched)) for i, prompt in enumerate(prompts)]
@@ -51,19 +52,21 @@ class Packer:
                 rows[i] = self._cut_turns(prompts[i], row, limit, place) if self.chat else self._cut(row, limit)
         return rows, batched
 
-    def answers(self, value, limit, *, closed):
-        """The decoder's rows: `<bos>`, the text, and, where closed, `<eos>` (after `<end_of_turn>` with `chat`).
+    def answers(self, value: object, limit: int, *, closed: bool) -> tuple[list[list[int]], bool]:
+        """Encodes answers as the decoder's rows: `<bos>`, the text, and if closed `<eos>`.
+
+        With `chat`, `<end_of_turn>` comes before `<eos>`.
 
         Args:
-            value: one text or a list or array of them.
-            limit: the decoder's positions; a closed row may hold one id more, since its last is a label only.
-            closed: whether the text is a whole answer rather than the start of one.
+            value: one text, or a list or array of texts.
+            limit: T, the decoder's positions. A closed row may hold one id more, because its last id is only a label.
+            closed: whether each text is a complete answer rather than the start of one.
 
         Returns:
-            `(rows, batched)`.
+            `(rows, batched)`: lists of ids, and whether `value` was a batch rather than one text.
 
         Raises:
-            ValueError: if a value is not a text, or too long.
+            ValueError: if a value is not a text, or is too long.
         """
         texts, batched = _as_list(value, "decoder_text")
         tokenizer = self.tokenizer
@@ -74,16 +77,16 @@ class Packer:
             if self.chat:
                 check_no_turn_tokens(text, _place("decoder_text", i, batched))
         rows = [ids + ends for ids in self._encode(texts)]
-        taken = 0 if closed else 1  # by <bos>: a closed row's last id is no input, which makes up for it
+        bos_places = 0 if closed else 1  # a closed row has room for <bos>: its last id is a label, but not an input
         for i, row in enumerate(rows):
-            if len(row) + taken > limit:
+            if len(row) + bos_places > limit:
                 name = "decoder_sequence_length" if closed else "`max_length` (decoder_sequence_length)"
-                self._check_may_cut(_place("decoder_text", i, batched), len(row) + taken, name, limit)
-                rows[i] = self._cut(row, limit - taken)
+                self._check_may_cut(_place("decoder_text", i, batched), len(row) + bos_places, name, limit)
+                rows[i] = self._cut(row, limit - bos_places)
         return [[tokenizer.start_token_id, *row] for row in rows], batched
 
-    def _prompt_text(self, prompt, place):
-        """The text of a prompt: itself, or in turns if the preprocessor is for chats."""
+    def _prompt_text(self, prompt: object, place: str) -> str:
+        """The text that the encoder reads for a prompt: formatted as turns with `chat`, else unchanged."""
         if isinstance(prompt, str):
             if not (prompt.strip() if self.chat else prompt):
                 raise ValueError(f"{place} is empty: the encoder needs at least one token.")
@@ -93,29 +96,29 @@ class Packer:
             raise _not_text(prompt, place)
         elif not self.chat:
             raise ValueError(f"{place} is a conversation, which needs `chat=True` in the preprocessor.")
-        if not self.chat:
+        if not self.chat and isinstance(prompt, str):
             return prompt
         try:
             return format_turns(_messages(prompt))
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
 
-    def _encode(self, texts):
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         return [list(ids) for ids in self.tokenizer.tokenize(texts)]
 
-    def _cut(self, row, room):
-        return row[:room] if self.truncate == "right" else row[len(row) - room :]
+    def _cut(self, row: list[int], limit: int) -> list[int]:
+        return row[:limit] if self.truncate == "right" else row[len(row) - limit :]
 
-    def _cut_turns(self, prompt, row, limit, place):
-        """Cut a prompt in turns down to `limit` ids; its first header and the model's open turn stay."""
+    def _cut_turns(self, prompt: str | Sequence[Mapping], row: list[int], limit: int, place: str) -> list[int]:
+        """Cuts a prompt in turns down to `limit` ids. Its first header and the model's open turn stay."""
         messages = _messages(prompt)
-        # Whole exchanges first, so that what is left still says who speaks.
+        # Complete exchanges are dropped first, so that the rest still says who speaks.
         while self.truncate == "left" and len(messages) > 2 and len(row) > limit:
             messages = messages[2:]
             (row,) = self._encode([format_turns(messages)])
         if len(row) <= limit:
             return row
-        # Both end in pieces that never merge with text (turn tokens, newlines), so they are the row's own ends.
+        # Both end in pieces that never merge with text (turn tokens, newlines), so the row starts and ends with them.
         header, footer = (len(ids) for ids in self._encode([USER_HEADER, ANSWER_FOOTER]))
         room = limit - header - footer
         if room < 1:
@@ -125,7 +128,7 @@ class Packer:
             )
         return row[:header] + self._cut(row[header : len(row) - footer], room) + row[len(row) - footer :]
 
-    def _check_may_cut(self, place, size, name, limit):
+    def _check_may_cut(self, place: str, size: int, name: str, limit: int) -> None:
         if self.truncate is None:
             raise ValueError(
                 f"{place} takes {size} tokens, more than {name}={limit}. Raise it, shorten the text, or have it cut by "
@@ -133,7 +136,7 @@ class Packer:
             )
 
 
-def pad_rows(rows, length, pad_id):
+def pad_rows(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as one array, padded on the right.
 
     >>> pad_rows([[5, 6, 7], [8]], 4, pad_id=0)
@@ -142,7 +145,7 @@ def pad_rows(rows, length, pad_id):
     Args:
         rows: B lists of at most `length` ids.
         length: positions of the arrays.
-        pad_id: the id that fills up.
+        pad_id: the id of padding.
 
     Returns:
         `(ids, mask)`, both [B, length] and int32; the mask is 1 on ids and 0 on padding.
@@ -155,12 +158,16 @@ def pad_rows(rows, length, pad_id):
     return ids, mask
 
 
-def _messages(prompt):
+def _messages(prompt: str | Sequence[Mapping]) -> list[Mapping]:
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
 
 
-def _as_list(value, name):
-    """One text, a list or an array of them (whatever library's) as a list, and whether it was more than one."""
+def _as_list(value, name: str) -> tuple[list, bool]:
+    """Converts one text, or a list or an array of texts (of any library), to a list.
+
+    Returns:
+        `(texts, batched)`: the list, and whether `value` was a batch rather than one text.
+    """
     if not isinstance(value, (str, bytes, list, tuple, dict)):
         value = np.asarray(value).tolist()
     batched = isinstance(value, (list, tuple)) and not is_conversation(value)
@@ -170,9 +177,9 @@ def _as_list(value, name):
     return [entry.decode() if isinstance(entry, bytes) else entry for entry in values], batched
 
 
-def _place(name, index, batched):
+def _place(name: str, index: int, batched: bool) -> str:
     return f"`{name}`[{index}]" if batched else f"`{name}`"
 
 
-def _not_text(value, place):
+def _not_text(value: object, place: str) -> ValueError:
     return ValueError(f"{place} must be text. Received: {value!r}.")

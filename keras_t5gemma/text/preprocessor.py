@@ -1,7 +1,9 @@
 """Strings and conversations to the model's four inputs, for `fit` and for `generate`, and ids back to strings."""
 
-import sys
+import os
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import keras
 import keras_hub
@@ -12,7 +14,7 @@ from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, open_preset
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import check_choice, did_you_mean
 from keras_t5gemma.text.encoding import Packer, pad_rows
-from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
+from keras_t5gemma.text.tokenizer import T5GemmaTokenizer, loaded_tensorflow
 
 KERAS_CONFIG_FILE = "preprocessor.json"
 
@@ -21,8 +23,8 @@ KERAS_CONFIG_FILE = "preprocessor.json"
 class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
     """Tokenizes, adds `<bos>`, `<eos>` and turns, and pads on the right.
 
-    `fit` and `generate` give the encoder the same ids for the same text: the text's own, with neither `<bos>` nor
-    `<eos>`. The decoder starts from `<bos>`; in `fit` the answer is closed:
+    The encoder reads the same ids for the same text in `fit` and in `generate`: only the text's own, with neither
+    `<bos>` nor `<eos>`. The decoder starts from `<bos>`, and in `fit` the answer is closed:
 
                         encoder                  decoder input           label              weight
         fit             a b c . .                <bos> x y .             x y <eos> .        1 1 1 0
@@ -32,23 +34,24 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
                         <start_of_turn>model\\n
 
     With `chat=True` an answer is closed by `<end_of_turn><eos>`, as Gemma 2's instruction-tuned models were trained
-    (arXiv 2408.00118, table of formatting control tokens), so that tuning further neither unlearns the first nor
+    (arXiv 2408.00118, table of formatting control tokens), so that further tuning neither unlearns the first token nor
     leaves the second untrained; `generate` stops at either. A prompt may then be a string (one user turn) or a
-    conversation, see `keras_t5gemma.text.chat`. Decoder text is taken as it is, whitespace included.
+    conversation, see `keras_t5gemma.text.chat`. Decoder text is not changed, whitespace included.
 
-    Everything is done by one Python path that needs no TensorFlow and gives numpy arrays, so that no backend and no
-    data pipeline can disagree; in a traced `tf.data` pipeline the same path runs as a `tf.numpy_function`. `fit` pads
-    to the full lengths; `generate` pads prompts to the longest of a batch, which the model rounds up to its `buckets`.
+    All backends and data pipelines use the same Python code, which needs no TensorFlow and returns numpy arrays, so
+    their results cannot differ. In a traced `tf.data` pipeline it runs as a `tf.numpy_function`. `fit` pads to the full
+    lengths; `generate` pads prompts to the longest of a batch, which the model rounds up to its `buckets`.
 
     Args:
         tokenizer: a `T5GemmaTokenizer` that adds no tokens of its own.
-        encoder_sequence_length: S, the most tokens of a prompt (turns included) and its padded length in `fit`.
-        decoder_sequence_length: T, the decoder's padded length in `fit`, `<bos>` included; `generate`'s `max_length`
-            where none is given.
-        chat: whether prompts are put into Gemma's turns, as instruction-tuned models need.
-        truncate: `None`: text that is too long is an error. "right" cuts its end off, "left" its start. Turns are kept:
-            what is cut is the text in them, and "left" drops a conversation's oldest turns first. An answer cut
-            on the right is not closed, so the model does not learn to stop in mid-sentence.
+        encoder_sequence_length: S, the maximum number of tokens of a prompt (turns included), and its padded length in
+            `fit`.
+        decoder_sequence_length: T, the decoder's padded length in `fit`, `<bos>` included, and the default `max_length`
+            of `generate`.
+        chat: whether prompts are formatted as Gemma's turns, which instruction-tuned models need.
+        truncate: what to do with a text that is too long. `None` raises an error, "right" cuts its end off, "left" its
+            start. Only the text inside turns is cut, not the turn tokens, and "left" drops a conversation's oldest
+            turns first. An answer cut on the right is not closed, so the model does not learn to stop in mid-sentence.
         **kwargs: as for `keras_hub.models.Seq2SeqLMPreprocessor`.
 
     Raises:
@@ -56,17 +59,18 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
     """
 
     tokenizer_cls = T5GemmaTokenizer
-    presets = PRESETS
+    presets: Any = PRESETS  # a class property in keras-hub
+    tokenizer: T5GemmaTokenizer
 
     def __init__(
         self,
-        tokenizer,
-        encoder_sequence_length=512,
-        decoder_sequence_length=512,
+        tokenizer: T5GemmaTokenizer,
+        encoder_sequence_length: int = 512,
+        decoder_sequence_length: int = 512,
         *,
-        chat=False,
-        truncate=None,
-        **kwargs,
+        chat: bool = False,
+        truncate: str | None = None,
+        **kwargs: Any,
     ):
         _check_tokenizer(tokenizer)
         if not isinstance(chat, bool):
@@ -81,30 +85,30 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         )
         self.chat = chat
         self.truncate = truncate
-        # Nothing is built, and nothing read from the tokenizer yet: a saved one gets its vocabulary after this.
+        # There is nothing to build, and the tokenizer is not read yet: a saved one gets its vocabulary after this.
         self.built = True
 
     def call(
         self,
         x,
-        y=None,
+        y: None = None,
         sample_weight=None,
         *,
-        encoder_sequence_length=None,
-        decoder_sequence_length=None,
-        sequence_length=None,
-    ):
-        """Texts to a training batch.
+        encoder_sequence_length: int | None = None,
+        decoder_sequence_length: int | None = None,
+        sequence_length: int | None = None,
+    ) -> tuple:
+        """Converts texts to a training batch.
 
         Args:
-            x: `{"encoder_text": ..., "decoder_text": ...}`, both a string, a list or an array of strings [B]; prompts
-                may be conversations with `chat=True`.
-            y: `None`: labels are made here.
-            sample_weight: weights of the rows, [B], or of the labels, [B, T], which are multiplied with 0 at padding;
-                `None` for equal ones.
+            x: `{"encoder_text": ..., "decoder_text": ...}`, each a string, or a list or an array of strings [B]. With
+                `chat=True` prompts may be conversations.
+            y: must be `None`: the labels come from `x`.
+            sample_weight: weights per row, [B], or per label, [B, T]. Padding has weight 0 in any case. `None` for
+                equal weights.
             encoder_sequence_length: S, instead of the layer's.
             decoder_sequence_length: T, instead of the layer's.
-            sequence_length: the same, keras-hub's other name for it.
+            sequence_length: keras-hub's other name of `decoder_sequence_length`.
 
         Returns:
             `(x, y, sample_weight)`: the inputs `encoder_token_ids`, `encoder_padding_mask` [B, S] and
@@ -113,8 +117,8 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
 
         Raises:
             ValueError: if a key is missing or unknown, a prompt is empty, a text is too long, the batches differ
-                in size, `y` is given or `sample_weight` has another shape. In a traced `tf.data` pipeline it comes as
-                TensorFlow's `InvalidArgumentError` with the same message.
+                in size, `y` is not None or `sample_weight` has another shape. In a traced `tf.data` pipeline the error
+                is TensorFlow's `InvalidArgumentError` with the same message.
         """
         if y is not None:
             raise ValueError(
@@ -141,23 +145,23 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         self,
         x,
         *,
-        encoder_sequence_length=None,
-        decoder_sequence_length=None,
-        sequence_length=None,
-    ):
-        """Prompts to the inputs of generation.
+        encoder_sequence_length: int | None = None,
+        decoder_sequence_length: int | None = None,
+        sequence_length: int | None = None,
+    ) -> dict:
+        """Converts prompts to the inputs of generation.
 
         Args:
-            x: a string, a list or array of strings [B], or a dict of those under "encoder_text" and, optionally, the
-                start of each answer under "decoder_text"; with `chat=True` a prompt may be a conversation.
-            encoder_sequence_length: the most tokens of a prompt, instead of the layer's.
+            x: a string, a list or an array of strings [B], or a dict with these under "encoder_text" and, optionally,
+                the start of each answer under "decoder_text". With `chat=True` a prompt may be a conversation.
+            encoder_sequence_length: the maximum number of tokens of a prompt, instead of the layer's.
             decoder_sequence_length: T, instead of the layer's.
-            sequence_length: the same; `generate` passes its `max_length` here.
+            sequence_length: another name of `decoder_sequence_length`; `generate` passes its `max_length` here.
 
         Returns:
-            The inputs `encoder_token_ids`, `encoder_padding_mask` [B, S], S the length of the longest, and
+            The inputs `encoder_token_ids`, `encoder_padding_mask` [B, S], with S the length of the longest prompt, and
             `decoder_token_ids`, `decoder_padding_mask` [B, T], int32; without B for a single prompt. The decoder's mask
-            is 1 on `<bos>` and the start of the answer: that is the prompt which `strip_prompt` takes out.
+            is 1 on `<bos>` and on the start of the answer, which `strip_prompt` removes from the output.
 
         Raises:
             ValueError: as for `call`.
@@ -173,15 +177,15 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         )
         return _model_inputs(*arrays)
 
-    def generate_postprocess(self, x):
-        """Generated ids to strings: what the mask shows, without padding, special and turn tokens.
+    def generate_postprocess(self, x: dict) -> str | list[str]:
+        """Converts generated ids to strings: the ids that the mask shows, without padding, special and turn tokens.
 
         Ids beyond the tokenizer's vocabulary (a backbone may have more rows than the tokenizer has pieces) have no
         text and are left out too.
 
         Args:
-            x: a dict with `decoder_token_ids` and `decoder_padding_mask` [B, T] or [T]; the mask may have holes, e.g.
-                over a prompt to leave out.
+            x: a dict with `decoder_token_ids` and `decoder_padding_mask` [B, T] or [T]. The mask may have holes, e.g.
+                to leave a prompt out.
 
         Returns:
             A list of B strings, or one string.
@@ -191,25 +195,30 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         texts = [self.tokenizer.detokenize(row[keep].tolist()) for row, keep in rows]
         return texts if ids.ndim > 1 else texts[0]
 
-    def has_text(self, ids):
-        """Which ids [...] stand for text: bool [...], False for special and turn tokens and beyond the vocabulary."""
+    def has_text(self, ids: np.ndarray) -> np.ndarray:
+        """Whether ids [...] stand for text: bool [...], False for special and turn tokens and beyond the vocabulary."""
         return (ids < self.tokenizer.vocabulary_size()) & ~np.isin(ids, self.tokenizer.special_token_ids)
 
-    def get_config(self):
-        """The arguments to make this again."""
+    def get_config(self) -> dict:
+        """The constructor's arguments, for `from_config`."""
         return {**super().get_config(), **{name: getattr(self, name) for name in PREPROCESSOR_OPTIONS}}
 
     @classmethod
-    def from_preset(cls, preset, config_file=KERAS_CONFIG_FILE, **kwargs):
-        """The preprocessor of a preset.
+    def from_preset(
+        cls, preset: str | os.PathLike[str], config_file: str = KERAS_CONFIG_FILE, **kwargs: Any
+    ) -> "T5GemmaSeq2SeqLMPreprocessor":
+        """Loads the preprocessor of a preset.
 
         Args:
             preset: as for `T5GemmaTokenizer.from_preset`.
             config_file: the preprocessor's config in a folder in Keras format.
-            **kwargs: override what was saved, `encoder_sequence_length` for one, in a folder in Keras format, or in one
-                in Hugging Face format that this package wrote. `chat` defaults to what was saved, else to whether the
-                preset is instruction-tuned: a published one by its name, a Hugging Face folder by its having a chat
-                template.
+            **kwargs: override saved arguments such as `encoder_sequence_length`. A folder in Keras format has saved
+                arguments, and so has a folder in Hugging Face format that this package wrote. `chat` defaults to the
+                saved value, else to whether the preset is instruction-tuned: a published preset by its name, a Hugging
+                Face folder if it has a chat template.
+
+        Returns:
+            A `T5GemmaSeq2SeqLMPreprocessor`.
 
         Raises:
             ValueError, ConnectionError: as for `T5GemmaTokenizer.from_preset`.
@@ -219,27 +228,31 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         options = {"chat": folder.instruction_tuned, **folder.preprocessor_options(config_file)}
         return cls(tokenizer, **{**options, **kwargs})
 
-    def _encoder_length(self, value):
+    def _encoder_length(self, value: int | None) -> int:
         return integer(self.encoder_sequence_length if value is None else value, "encoder_sequence_length")
 
-    def _decoder_length(self, value, alias):
+    def _decoder_length(self, value: int | None, alias: int | None) -> int:
         value = alias if value is None else value
         return integer(self.decoder_sequence_length if value is None else value, "decoder_sequence_length")
 
-    def _training_arrays(self, prompts, answers, *, encoder_length, decoder_length):
+    def _training_arrays(self, prompts, answers, *, encoder_length: int, decoder_length: int) -> tuple[np.ndarray, ...]:
         encoder, decoder, batched = self._rows(prompts, answers, encoder_length, decoder_length, closed=True)
         ids, mask = pad_rows(decoder, decoder_length + 1, self.tokenizer.pad_token_id)
         labels, weights = ids[:, 1:], mask[:, 1:].astype("float32")
-        encoder = pad_rows(encoder, encoder_length, self.tokenizer.pad_token_id)
-        return _unbatch((*encoder, ids[:, :-1], mask[:, :-1], labels, weights), batched)
+        encoder_arrays = pad_rows(encoder, encoder_length, self.tokenizer.pad_token_id)
+        return _unbatch((*encoder_arrays, ids[:, :-1], mask[:, :-1], labels, weights), batched)
 
-    def _generation_arrays(self, prompts, starts=None, *, encoder_length, decoder_length):
+    def _generation_arrays(
+        self, prompts, starts=None, *, encoder_length: int, decoder_length: int
+    ) -> tuple[np.ndarray, ...]:
         encoder, decoder, batched = self._rows(prompts, starts, encoder_length, decoder_length, closed=False)
-        encoder = pad_rows(encoder, max(map(len, encoder)), self.tokenizer.pad_token_id)
-        return _unbatch((*encoder, *pad_rows(decoder, decoder_length, self.tokenizer.pad_token_id)), batched)
+        encoder_arrays = pad_rows(encoder, max(map(len, encoder)), self.tokenizer.pad_token_id)
+        return _unbatch((*encoder_arrays, *pad_rows(decoder, decoder_length, self.tokenizer.pad_token_id)), batched)
 
-    def _rows(self, prompts, answers, encoder_length, decoder_length, *, closed):
-        """Rows of ids of prompts and answers, and whether they came as batches."""
+    def _rows(
+        self, prompts, answers, encoder_length: int, decoder_length: int, *, closed: bool
+    ) -> tuple[list[list[int]], list[list[int]], bool]:
+        """The encoder's rows of ids, the decoder's, and whether the texts were batches."""
         packer = Packer(self.tokenizer, self.chat, self.truncate)
         encoder, batched = packer.prompts(prompts, encoder_length)
         if answers is None:
@@ -254,12 +267,21 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         return encoder, decoder, batched
 
 
-def _run(function, texts, widths, dtypes):
-    """Call `function(*texts)`, as an operation of the graph where a text is only known when the graph runs."""
-    # Symbolic tensors exist only where TensorFlow is loaded already: it is never imported from here.
-    tf = sys.modules.get("tensorflow")
-    symbolic = [text for text in texts if tf is not None and tf.is_symbolic_tensor(text)]
-    if not symbolic:
+def _run(function: Callable, texts: tuple, widths: Sequence[int | None], dtypes: Sequence[str]) -> Sequence:
+    """Calls a function of texts. If a text is a symbolic tensor, the call becomes an operation of TensorFlow's graph.
+
+    Args:
+        function: returns a tuple of arrays.
+        texts: its arguments.
+        widths: the last dimension of each array, None if it varies.
+        dtypes: the dtype of each array.
+
+    Returns:
+        The arrays, or TensorFlow's tensors.
+    """
+    tf = loaded_tensorflow()
+    symbolic = [] if tf is None else [text for text in texts if tf.is_symbolic_tensor(text)]
+    if tf is None or not symbolic:
         return function(*texts)
     arrays = tf.numpy_function(function, texts, [tf.as_dtype(dtype) for dtype in dtypes], stateful=False)
     for array, width in zip(arrays, widths, strict=True):
@@ -267,29 +289,30 @@ def _run(function, texts, widths, dtypes):
     return arrays
 
 
-def _weighted(weights, given):
-    """Weights [B, T] or [T], 0 at padding, times those that were given per row or per label."""
-    if given is None:
+def _weighted(weights, sample_weight):
+    """Weights [B, T] or [T], 0 at padding, times the user's weights per row or per label."""
+    if sample_weight is None:
         return weights
-    if not keras.ops.is_tensor(given) and not hasattr(given, "shape"):
-        given = np.asarray(given, "float32")
-    by_row = len(given.shape) < len(weights.shape)
-    fits = tuple(given.shape) == tuple(weights.shape[:-1] if by_row else weights.shape)
-    if not fits and None not in (*given.shape, *weights.shape):
+    if not keras.ops.is_tensor(sample_weight) and not hasattr(sample_weight, "shape"):
+        sample_weight = np.asarray(sample_weight, "float32")
+    by_row = len(sample_weight.shape) < len(weights.shape)
+    fits = tuple(sample_weight.shape) == tuple(weights.shape[:-1] if by_row else weights.shape)
+    if not fits and None not in (*sample_weight.shape, *weights.shape):
         raise ValueError(
             f"`sample_weight` must have one weight per row, {tuple(weights.shape[:-1])}, or per label, "
-            f"{tuple(weights.shape)}. Received: shape {tuple(given.shape)}."
+            f"{tuple(weights.shape)}. Received: shape {tuple(sample_weight.shape)}."
         )
-    tf = sys.modules.get("tensorflow")
-    is_tensorflow = tf is not None and tf.is_tensor(given)
-    given = tf.cast(given, "float32") if is_tensorflow else _to_numpy(given).astype("float32")
-    if not is_tensorflow:
-        check_finite(given)
-    return weights * (given[..., None] if by_row else given)
+    tf = loaded_tensorflow()
+    if tf is not None and tf.is_tensor(sample_weight):
+        factors = tf.cast(sample_weight, "float32")
+    else:
+        factors = _to_numpy(sample_weight).astype("float32")
+        check_finite(factors)
+    return weights * (factors[..., None] if by_row else factors)
 
 
-def _texts(x):
-    """The prompts and the answers (or `None`) in what `fit` or `generate` was given."""
+def _texts(x) -> tuple:
+    """The prompts and the answers (or `None`) in the argument of `fit` or `generate`."""
     if not isinstance(x, dict):
         return x, None
     keys = ("encoder_text", "decoder_text")
@@ -299,7 +322,7 @@ def _texts(x):
     return x["encoder_text"], x.get("decoder_text")
 
 
-def _model_inputs(encoder_ids, encoder_mask, decoder_ids, decoder_mask):
+def _model_inputs(encoder_ids, encoder_mask, decoder_ids, decoder_mask) -> dict:
     return {
         "encoder_token_ids": encoder_ids,
         "encoder_padding_mask": encoder_mask,
@@ -308,15 +331,16 @@ def _model_inputs(encoder_ids, encoder_mask, decoder_ids, decoder_mask):
     }
 
 
-def _unbatch(arrays, batched):
+def _unbatch(arrays: tuple[np.ndarray, ...], batched: bool) -> tuple[np.ndarray, ...]:
     return arrays if batched else tuple(array[0] for array in arrays)
 
 
-def _to_numpy(value):
-    return keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else np.asarray(value)
+def _to_numpy(value) -> np.ndarray:
+    return np.asarray(keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else value)
 
 
-def _check_tokenizer(tokenizer):
+def _check_tokenizer(tokenizer: object) -> None:
+    """Refuses a tokenizer that is not a `T5GemmaTokenizer`, or that adds tokens or pads."""
     if not isinstance(tokenizer, T5GemmaTokenizer):
         raise ValueError(f"`tokenizer` must be a T5GemmaTokenizer. Received: {tokenizer!r}.")
     if tokenizer.add_bos or tokenizer.add_eos or tokenizer.sequence_length:

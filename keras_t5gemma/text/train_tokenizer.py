@@ -2,12 +2,14 @@
 
 import io
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
 
-# The first ids of Gemma's own tokenizer.model, in order. Four control pieces come from the trainer's own options;
-# the others are user-defined: cut out of the text before any merge, wherever they stand.
+# The first ids of Gemma's own tokenizer.model, in order. Four control pieces come from the trainer's own options. The
+# others are user-defined: they are cut out of the text before any merge, at every place.
 #   4 <mask> | 5 <2mass>, 6 [@BOS@]: never used | 7..105 <unused0>..<unused98> | 106, 107 turns | 108..138 newlines
 _CONTROL = {"pad": 0, "eos": 1, "bos": 2, "unk": 3}
 NUM_UNUSED = 99
@@ -22,26 +24,26 @@ _USER_DEFINED = [
 ]
 
 
-def train_tokenizer(texts, vocabulary_size, path=None):
-    r"""Train a byte-pair vocabulary with Gemma's special ids and Gemma's settings on some texts.
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str | os.PathLike[str] | None = None) -> bytes:
+    r"""Trains a byte-pair vocabulary with Gemma's special ids and settings.
 
-    As in Gemma: text is not normalized, whitespace is kept, digits stand alone, bytes are the fallback for
-    characters outside the vocabulary, so every string is read back unchanged. The same texts in the same order give
-    the same vocabulary.
+    As in Gemma, text is not normalized, whitespace is kept, each digit is a piece of its own, and characters outside
+    the vocabulary fall back to bytes. So every string is decoded unchanged. The same texts in the same order give the
+    same vocabulary.
 
     Args:
         texts: iterable of strings.
-        vocabulary_size: V, pieces in all. The fixed ones (special, newlines, bytes) take 395; the characters of the
-            texts come on top, then merges.
-        path: file to write the model to as well, or `None`.
+        vocabulary_size: V, the number of pieces. The fixed pieces (special ones, newlines, bytes) take 395; the
+            characters of the texts and the merges come after them.
+        path: file to write the model to, or `None` to write none.
 
     Returns:
-        The serialized SentencePiece model, as bytes: `T5GemmaTokenizer(proto=...)` takes it, and as a file named
-        `tokenizer.model` so does Hugging Face.
+        The serialized SentencePiece model, as bytes. `T5GemmaTokenizer(proto=...)` takes it, and Hugging Face does too,
+        as a file named `tokenizer.model`.
 
     Raises:
-        ValueError: if a text is not a string, there is no text at all, or the texts cannot fill that vocabulary or
-            need a larger one; then nothing is written.
+        ValueError: if a text is not a string, there is no text, or the texts cannot fill the vocabulary or need a
+            larger one. Then no file is written.
     """
     import sentencepiece
 
@@ -49,6 +51,8 @@ def train_tokenizer(texts, vocabulary_size, path=None):
     if not lines:
         raise ValueError("`texts` holds nothing to train on: every text is empty or there is none.")
     model = io.BytesIO()
+    control: dict[str, Any] = {f"{name}_id": token_id for name, token_id in _CONTROL.items()}
+    control |= {f"{name}_piece": f"<{name}>" for name in _CONTROL}
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
@@ -62,21 +66,20 @@ def train_tokenizer(texts, vocabulary_size, path=None):
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            # The trainer drops longer lines without a word; its default is 4,192 bytes, the least it takes 10.
+            # The trainer silently drops longer lines. Its default is 4,192 bytes, its minimum 10.
             max_sentence_length=max(10, *(len(line.encode()) for line in lines)),
             minloglevel=2,
-            **{f"{name}_id": token_id for name, token_id in _CONTROL.items()},
-            **{f"{name}_piece": f"<{name}>" for name in _CONTROL},
+            **control,
         )
     except RuntimeError as error:
         raise ValueError(f"Cannot train with vocabulary_size={vocabulary_size!r} on these texts: {error}") from error
     if path is not None:
-        _write_whole(Path(path), model.getvalue())
+        _write_atomically(Path(path), model.getvalue())
     return model.getvalue()
 
 
-def _lines(texts):
-    """The texts' non-empty lines: newlines are pieces of their own, so nothing is learned across them."""
+def _lines(texts: Iterable[str]) -> Iterator[str]:
+    """The non-empty lines of the texts. Newlines are pieces of their own, so no merge goes across them."""
     if isinstance(texts, (str, bytes)):
         raise ValueError("`texts` must be an iterable of strings. Received a single one: wrap it in a list.")
     for index, text in enumerate(texts):
@@ -85,8 +88,8 @@ def _lines(texts):
         yield from (line for line in text.split("\n") if line)
 
 
-def _write_whole(path, content):
-    """Write beside the file first, so that a failed write leaves nothing half-written under its name."""
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Writes a draft beside the file first, so that a failed write leaves no partial file under the name."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.write_bytes(content)

@@ -273,7 +273,7 @@ def test_an_array_record_that_is_not_utf8_is_named(tmp_path):
 def test_a_broken_zstd_file_and_a_file_that_is_no_parquet_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"a\.txt\.zst cannot be read after line 0"):
         list(text_source(write(tmp_path / "a.txt.zst", b"no frame")))
-    with pytest.raises(ValueError, match=r"a\.parquet is no Parquet file"):
+    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file"):
         text_source(write(tmp_path / "a.parquet", b"no file"))
 
 
@@ -307,13 +307,13 @@ def test_an_empty_source_is_told_from_one_to_repeat_for_ever(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"data": "nowhere/*.txt"}, "No file 'nowhere/"),
-        ({"data": ["one text", "another"]}, "pass the list of them on"),
+        ({"data": "nowhere/*.txt"}, "There is no file 'nowhere/"),
+        ({"data": ["one text", "another"]}, "pass the list of texts to the dataset"),
         ({"data": "."}, "names a folder"),
         ({"data": __file__}, "does not tell its format"),
         ({"data": __file__, "format": "csv"}, "`format` must be one of array_record, jsonl, parquet, text"),
         ({"data": __file__, "format": "text", "sample_by": "word"}, "`sample_by`"),
-        ({"data": (text for text in TEXTS)}, "can be gone through once only"),
+        ({"data": (text for text in TEXTS)}, "can be iterated only once"),
         ({"data": 5}, "must be paths"),
         ({"data": {"text": TEXTS}}, "must be paths"),
         ({"data": grain.MapDataset.range(3)}, "a Grain dataset already"),

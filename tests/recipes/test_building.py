@@ -82,5 +82,5 @@ def test_packed_documents_of_a_recipe_number_the_examples_of_a_row(here):
 
 def test_mesh_on_another_backend_than_jax_is_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "torch")
-    with pytest.raises(ValueError, match="JAX alone"):
+    with pytest.raises(ValueError, match="only on JAX"):
         distribution(changed(hardware={"mesh": [4]}).hardware)

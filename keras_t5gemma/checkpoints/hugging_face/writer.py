@@ -12,9 +12,9 @@ import numpy as np
 
 from keras_t5gemma.checkpoints.atomic_folder import check_space
 from keras_t5gemma.checkpoints.hugging_face.reader import CHECKSUMS_KEY, INDEX_FILE, WEIGHTS_FILE
-from keras_t5gemma.checkpoints.progress import byte_progress
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource, check_finite, checksum
 from keras_t5gemma.checks import is_integer
+from keras_t5gemma.progress import byte_progress
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NO_CHECKSUM = "0" * 16

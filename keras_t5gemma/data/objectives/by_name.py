@@ -1,14 +1,16 @@
-"""The objectives by name."""
+"""`objective`, which makes an objective by its name."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from keras_t5gemma.data.objectives.prefix_lm import PrefixLM
 from keras_t5gemma.data.objectives.span_corruption import Denoiser, SpanCorruption
 from keras_t5gemma.data.objectives.ul2 import MIXTURES, UL2
 from keras_t5gemma.suggestions import check_choice
 
-# Name -> what makes it of (encoder_length, decoder_length, **options).
-RECIPES = {
+# Name -> function of (encoder_length, decoder_length, **options) that makes the objective.
+RECIPES: dict[str, Callable[..., PrefixLM | SpanCorruption | UL2]] = {
     "prefixlm": PrefixLM,
     # T5's own (arXiv 1910.10683, section 3.3.4): 15% in spans of 3.
     "span_corruption": partial(SpanCorruption, Denoiser(3, 0.15)),
@@ -16,8 +18,8 @@ RECIPES = {
 }
 
 
-def objective(name, encoder_length, decoder_length, **options):
-    """An objective by its name.
+def objective(name: str, encoder_length: int, decoder_length: int, **options: Any) -> PrefixLM | SpanCorruption | UL2:
+    """Makes an objective by its name.
 
     >>> objective("t5gemma2", 512, 512) == UL2(512, 512, mixture="t5gemma2")
     True
@@ -32,7 +34,7 @@ def objective(name, encoder_length, decoder_length, **options):
         A `PrefixLM`, `SpanCorruption` or `UL2`.
 
     Raises:
-        ValueError: if the name is unknown or an argument out of range.
+        ValueError: if the name is unknown or an argument is out of range.
     """
     check_choice(name, "name", sorted(RECIPES))
     return RECIPES[name](encoder_length, decoder_length, **options)

@@ -1,6 +1,7 @@
 """`Example`, the output of an objective, and its conversion to model inputs."""
 
 import dataclasses
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -13,18 +14,52 @@ class Example:
 
     An objective is anything with `encoder_length` (S), `decoder_length` (T) and `parts`: pairs of a part and its
     weight, a whole number. A part is called with ids [L], L at most its `raw_length`, and a `numpy.random.Generator`,
-    and returns an `Example`. Its `closes_targets` says whether its examples are complete whatever they are made of;
-    otherwise a text's end is told by an `<eos>` among its ids.
+    and returns an `Example`. Its `closes_targets` says whether all its examples are complete; otherwise an `<eos>`
+    among the ids marks the end of a text.
 
     Attributes:
-        inputs: what the encoder reads, 1-D int32.
-        targets: what the decoder learns to say, 1-D int32, without `<bos>` and without a closing `<eos>`.
-        complete: whether the targets are all there is to say, so that `<eos>` follows them.
+        inputs: the ids that the encoder reads, 1-D int32.
+        targets: the ids that the decoder learns to generate, 1-D int32, without `<bos>` and without a closing `<eos>`.
+        complete: whether the targets are a complete answer, so that `<eos>` follows them.
     """
 
     inputs: np.ndarray
     targets: np.ndarray
     complete: bool
+
+
+class Part(Protocol):
+    """One task of an objective, such as a denoiser. `closes_targets` is optional, see `Example`."""
+
+    # Any, because type checkers do not accept a `cached_property` where a protocol has an integer.
+    @property
+    def raw_length(self) -> Any:
+        """The maximum number of ids of a call, an integer."""
+        ...
+
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator, /) -> Example:
+        """Makes an example of ids [L]."""
+        ...
+
+
+class Objective(Protocol):
+    """An objective, the package's or a user's: see `Example`."""
+
+    @property
+    def encoder_length(self) -> int:
+        """S."""
+        ...
+
+    @property
+    def decoder_length(self) -> int:
+        """T."""
+        ...
+
+    # Any for the same reason as `Part.raw_length`.
+    @property
+    def parts(self) -> Any:
+        """A sequence of pairs of a `Part` and its weight, a whole number."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +71,8 @@ class SpecialIds:
     bos: int = BOS_ID
 
     @classmethod
-    def of(cls, tokenizer):
-        """A tokenizer's `pad_token_id`, `end_token_id` and `start_token_id`; Gemma's where it has none."""
+    def of(cls, tokenizer: object) -> "SpecialIds":
+        """A tokenizer's `pad_token_id`, `end_token_id` and `start_token_id`; Gemma's id if it lacks one."""
         names = {"pad": "pad_token_id", "eos": "end_token_id", "bos": "start_token_id"}
         ids = {field: getattr(tokenizer, name, None) for field, name in names.items()}
         return cls(**{field: int(value) for field, value in ids.items() if value is not None})
@@ -46,8 +81,10 @@ class SpecialIds:
 GEMMA_SPECIAL_IDS = SpecialIds()
 
 
-def model_arrays(example, encoder_length, decoder_length, special=GEMMA_SPECIAL_IDS):
-    """An example as the model's inputs, labels and weights, padded on the right.
+def model_arrays(
+    example: Example, encoder_length: int, decoder_length: int, special: SpecialIds = GEMMA_SPECIAL_IDS
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Converts an example to the model's inputs, labels and weights, padded on the right.
 
     >>> example = Example(inputs=np.array([51, 52, 7]), targets=np.array([7, 53]), complete=True)
     >>> x, y, sample_weight = model_arrays(example, encoder_length=4, decoder_length=5)
@@ -56,7 +93,7 @@ def model_arrays(example, encoder_length, decoder_length, special=GEMMA_SPECIAL_
 
         encoder_token_ids       51 52  7  0
         encoder_padding_mask     1  1  1  0
-        decoder_token_ids        2  7 53  0  0      <bos>, then the labels but their last
+        decoder_token_ids        2  7 53  0  0      <bos>, then the labels except the last
         decoder_padding_mask     1  1  1  0  0
         y                        7 53  1  0  0      <eos> closes complete targets
         sample_weight            1  1  1  0  0
@@ -91,16 +128,19 @@ def model_arrays(example, encoder_length, decoder_length, special=GEMMA_SPECIAL_
     return x, y, decoder_mask.astype("float32")
 
 
-def check_ids(ids, raw_length, what):
-    """Raw ids as a 1-D int32 array that can be split in two.
+def check_ids(ids: Any, raw_length: int, what: object) -> np.ndarray:
+    """Checks raw ids, and converts them to an int32 array that can be split in two.
 
     Args:
         ids: [L].
-        raw_length: the most there may be.
-        what: what takes them, for the message.
+        raw_length: the largest valid L.
+        what: the objective that takes the ids, for the message.
+
+    Returns:
+        int32 [L].
 
     Raises:
-        ValueError: if they are not 1-D integers, fewer than two, or more than `raw_length`.
+        ValueError: if the ids are not 1-D integers, or there are fewer than two or more than `raw_length`.
     """
     array = np.asarray(ids)
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -114,7 +154,7 @@ def check_ids(ids, raw_length, what):
     return array.astype("int32")
 
 
-def _padded(ids, length, pad):
+def _padded(ids: np.ndarray, length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
     array, mask = np.full(length, pad, "int32"), np.zeros(length, "int32")
     array[: len(ids)], mask[: len(ids)] = ids, 1
     return array, mask

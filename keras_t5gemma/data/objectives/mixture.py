@@ -9,22 +9,27 @@ from functools import cached_property
 import numpy as np
 
 from keras_t5gemma.checks import is_integer
-from keras_t5gemma.data.objectives.example import check_ids
+from keras_t5gemma.data.objectives.example import Example, Objective, Part, check_ids
 
 
 class Mixed:
-    """What objectives of several parts share; a subclass has `parts`, see `Example`."""
+    """Base class of objectives with several parts. A subclass has `parts`, see `Example`."""
+
+    @property
+    def parts(self) -> Sequence[tuple[Part, int]]:
+        """Pairs of a part and its weight, a whole number."""
+        raise NotImplementedError
 
     @cached_property
-    def raw_length(self):
-        """The most ids a call takes, whichever part is drawn."""
+    def raw_length(self) -> int:
+        """The maximum number of ids of a call, which any part accepts."""
         return min(part.raw_length for part, _ in self.parts)
 
-    def draw(self, rng):
-        """A part, by weight."""
-        return self.parts[np.searchsorted(self._shares, rng.random(), side="right")][0]
+    def draw(self, rng: np.random.Generator) -> Part:
+        """Draws a part by weight."""
+        return self.parts[int(np.searchsorted(self._shares, rng.random(), side="right"))][0]
 
-    def __call__(self, ids, rng):
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> Example:
         """Draws a part by weight and calls it.
 
         Args:
@@ -42,15 +47,15 @@ class Mixed:
         )
 
     @cached_property
-    def _shares(self):
+    def _shares(self) -> np.ndarray:
+        """The cumulative shares of the parts, without the last: a draw beyond all others is the last part."""
         weights = np.cumsum([weight for _, weight in self.parts])
-        # The last is left off: a draw beyond all others is the last part.
         return weights[:-1] / weights[-1]
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture(Mixed):
-    """Objectives mixed by weight; each example is made by one part of one of them.
+    """Several objectives, mixed by weight. One part of one of them makes each example.
 
     >>> Mixture([(PrefixLM(512, 512), 1), (UL2(512, 512), 3)])
 
@@ -59,34 +64,34 @@ class Mixture(Mixed):
         parts       (PrefixLM, 7), (R-denoiser (3, 0.15), 3), (R-denoiser (8, 0.15), 3), ...      28 in all
 
     A part keeps its own lengths, sentinels and mode token, and its own `raw_length`: `pretraining_dataset` deals the
-    parts in their exact proportions and gives each as many ids as it takes.
+    parts in their exact proportions and gives each part as many ids as it takes.
 
     Attributes:
-        objectives: pairs of an objective (a mixture too) and its weight, a positive whole number.
+        objectives: pairs of an objective (which may be a mixture) and its weight, a positive whole number.
 
     Raises:
-        ValueError: if there is no pair, or a weight or an objective is none.
+        ValueError: if there is no pair, or a weight or an objective is invalid.
     """
 
-    objectives: Sequence[tuple]
+    objectives: Sequence[tuple[Objective, int]]
 
-    def __post_init__(self):
-        # Not only where they are first needed: what is wrong is told here.
+    def __post_init__(self) -> None:
+        # Computes the parts now, so that errors come from the constructor and not from the first use.
         if not self.parts:
             raise ValueError("`objectives` is empty: it needs at least one pair of an objective and its weight.")
 
     @property
-    def encoder_length(self):
-        """S, the longest of the parts'."""
+    def encoder_length(self) -> int:
+        """S, the largest of the objectives'."""
         return max(objective.encoder_length for objective, _ in self.objectives)
 
     @property
-    def decoder_length(self):
-        """T, the longest of the parts'."""
+    def decoder_length(self) -> int:
+        """T, the largest of the objectives'."""
         return max(objective.decoder_length for objective, _ in self.objectives)
 
     @cached_property
-    def parts(self):
+    def parts(self) -> tuple[tuple[Part, int], ...]:
         """Pairs of a part and its weight, in the smallest whole numbers."""
         shares = []
         for objective, weight in self.objectives:
@@ -100,11 +105,16 @@ class Mixture(Mixed):
         return tuple((part, int(share * scale) // divisor) for part, share in shares)
 
 
-def check_weight(name, part, weight):
-    """Checks a weight.
+def check_weight(name: str, part: object, weight: object) -> None:
+    """Checks the weight of a part of an objective.
+
+    Args:
+        name: the argument that holds the weight, for the message.
+        part: the part, for the message.
+        weight: the caller's value.
 
     Raises:
-        ValueError: if it is not a positive integer; the message names the argument and the part.
+        ValueError: if the weight is not a positive integer.
     """
     if not is_integer(weight) or weight < 1:
         raise ValueError(

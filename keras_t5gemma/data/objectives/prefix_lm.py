@@ -21,13 +21,13 @@ class PrefixLM:
         inputs      51 52 53 54
         targets                 55 56 57 58
 
-    The targets are not complete: where they end, a window ended, not a text, and a model that learned `<eos>` there
-    would learn to stop anywhere. `pretraining_dataset` puts `<eos>` where each text ends, and it is learned there.
+    The targets are not complete: at their end a window ends, not a text, and a model that learned `<eos>` there would
+    learn to stop anywhere. `pretraining_dataset` puts `<eos>` at the end of each text, and the model learns it there.
 
     Attributes:
         encoder_length: S.
-        decoder_length: T. Shorter sequences than S + T are split in the same proportion.
-        mode_token: an id that stands first in the inputs, within S; `None` for none.
+        decoder_length: T. Sequences shorter than S + T are split in the same proportion.
+        mode_token: an id before the inputs, which takes one place of S; `None` for no such id.
 
     Raises:
         ValueError: if a length is not a positive integer.
@@ -40,27 +40,27 @@ class PrefixLM:
 
     closes_targets = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_integer_fields(self, encoder_length=1 + (self.mode_token is not None), decoder_length=1)
         if self.mode_token is not None:
             check_integer_fields(self, mode_token=0)
 
     @property
-    def raw_length(self):
-        """The most ids a call takes: S + T, less the mode token."""
-        return self._places + self.decoder_length
+    def raw_length(self) -> int:
+        """The maximum number of ids of a call: S + T, without the mode token."""
+        return self._num_places + self.decoder_length
 
     @property
-    def parts(self):
-        """Itself, with weight 1: see `Example`."""
+    def parts(self) -> "tuple[tuple[PrefixLM, int], ...]":
+        """The objective itself, with weight 1: see `Example`."""
         return ((self, 1),)
 
-    def __call__(self, ids, rng):  # noqa: ARG002 every objective is called with one
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> Example:  # noqa: ARG002 every objective takes one
         """Splits a sequence.
 
         Args:
             ids: [L], 2 to `raw_length` of them.
-            rng: a `numpy.random.Generator`; nothing is drawn.
+            rng: a `numpy.random.Generator`, which is not used.
 
         Returns:
             An `Example` whose inputs and targets have at least one token each.
@@ -69,10 +69,11 @@ class PrefixLM:
             ValueError: if there are fewer or more ids.
         """
         ids = check_ids(ids, self.raw_length, "PrefixLM")
-        pivot = max(1, len(ids) * self._places // self.raw_length)
+        pivot = max(1, len(ids) * self._num_places // self.raw_length)
         inputs = ids[:pivot] if self.mode_token is None else np.append(np.int32(self.mode_token), ids[:pivot])
         return Example(inputs, ids[pivot:], complete=False)
 
     @property
-    def _places(self):
+    def _num_places(self) -> int:
+        """Places in the encoder for ids of the sequence."""
         return self.encoder_length - (self.mode_token is not None)

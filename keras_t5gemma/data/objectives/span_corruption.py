@@ -15,18 +15,18 @@ from keras_t5gemma.suggestions import check_choice
 
 # `<unused0>` .. `<unused98>` in Gemma's vocabulary. The sentinels of the released UL2 checkpoints are not published.
 GEMMA_SENTINELS = range(7, 106)
-# `<pad>`, `<eos>`, `<bos>`, `<start_of_turn>` and `<end_of_turn>` there.
+# `<pad>`, `<eos>`, `<bos>`, `<start_of_turn>` and `<end_of_turn>` in Gemma's vocabulary.
 GEMMA_CONTROL_IDS = (0, 1, 2, 106, 107)
 
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser:
-    """How much of a sequence is corrupted, and in how long spans.
+    """The corruption rate of a sequence and the mean length of its spans.
 
     Attributes:
-        mean_span: mean length of a corrupted span, in tokens; `None` for one span that is the sequence's end (UL2's
+        mean_span: mean length of a corrupted span, in tokens; `None` for one span at the end of the sequence (UL2's
             S-denoiser, which equals a mean span of `rate` times the length).
-        rate: share of the tokens that is corrupted, in (0, 1).
+        rate: share of corrupted tokens, in (0, 1).
 
     Raises:
         ValueError: if a value is out of range.
@@ -35,37 +35,39 @@ class Denoiser:
     mean_span: float | None
     rate: float
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 < self.rate < 1:
             raise ValueError(f"`rate` must be between 0 and 1. Received: rate={self.rate!r}.")
         if self.mean_span is not None and not self.mean_span >= 1:
             raise ValueError(f"`mean_span` must be at least 1, or None. Received: mean_span={self.mean_span!r}.")
 
     @property
-    def mode(self):
-        """UL2's name for its kind: "R", "S" or "X" (arXiv 2205.05131: "X" from 12 tokens or 30% on)."""
+    def mode(self) -> str:
+        """UL2's name for this kind of denoiser: "R", "S" or "X" (arXiv 2205.05131: "X" from 12 tokens or 30% on)."""
         if self.mean_span is None:
             return "S"
         return "X" if self.mean_span >= 12 or self.rate >= 0.3 else "R"
 
-    def counts(self, length, max_spans=None):
-        """(corrupted tokens, spans) in `length` tokens.
+    def counts(self, length: int, max_spans: int | None = None) -> tuple[int, int]:
+        """Numbers of corrupted tokens and of spans in `length` tokens, as a pair.
 
         At least one token is corrupted and one is not. Each span needs a token of its own on either side, so high
-        rates and short sequences get fewer, longer spans, and so do those with more spans than `max_spans`. Halves
+        rates and short sequences get fewer, longer spans, and so do sequences with more than `max_spans` spans. Halves
         round to even, as in T5's code.
         """
         noise = min(max(round(length * self.rate), 1), length - 1)
         spans = 1 if self.mean_span is None else round(noise / self.mean_span)
         return noise, min(max(spans, 1), noise, length - noise, max_spans or noise)
 
-    def lengths(self, length, max_spans=None):
-        """(inputs, targets) that `length` tokens become, one sentinel a span on either side included."""
+    def lengths(self, length: int, max_spans: int | None = None) -> tuple[int, int]:
+        """Lengths of inputs and of targets of `length` tokens, as a pair. Both include one sentinel per span."""
         noise, spans = self.counts(length, max_spans)
         return length - noise + spans, noise + spans
 
-    def raw_length(self, encoder_length, decoder_length, max_spans=None, *, merge=False):
-        """The most tokens whose inputs and targets fit: so that inputs fill the encoder (T5's rule).
+    def raw_length(
+        self, encoder_length: int, decoder_length: int, max_spans: int | None = None, *, merge: bool = False
+    ) -> int:
+        """The maximum number of tokens whose inputs and targets fit, so that inputs fill the encoder (T5's rule).
 
         >>> Denoiser(mean_span=3, rate=0.15).raw_length(512 - 1, 512 - 1)  # T5 keeps one place for <eos>
         568
@@ -73,31 +75,40 @@ class Denoiser:
         Args:
             encoder_length: places for the inputs.
             decoder_length: places for the targets.
-            max_spans: the most spans there are sentinels for; `None` for no limit.
-            merge: whether more tokens than those make longer spans; else they are too many.
+            max_spans: the number of sentinels; `None` for no limit.
+            merge: if the sentinels do not suffice: whether spans become longer, rather than the sequence shorter.
 
         Returns:
-            L, or 1 where not even two tokens fit.
+            L, or 1 if not even two tokens fit.
         """
 
-        # All three grow with the length, so the lengths that fit come first.
-        def too_long(length):
+        # Inputs, targets and spans grow with the length, so the lengths that fit come first.
+        def too_long(length: int) -> bool:
             inputs, targets = self.lengths(length, max_spans if merge else None)
             spans = self.counts(length)[1]
-            runs_out = max_spans is not None and not merge and spans > max_spans
-            return inputs > encoder_length or targets > decoder_length or runs_out
+            lacks_sentinels = max_spans is not None and not merge and spans > max_spans
+            return inputs > encoder_length or targets > decoder_length or lacks_sentinels
 
         longest = encoder_length + decoder_length
         return 1 + bisect.bisect_left(range(2, longest + 1), True, key=too_long)
 
-    def noise_mask(self, length, rng, max_spans=None):
-        """Which of `length` tokens are corrupted, bool [L]: `counts` of them, by `spans.random_mask`."""
+    def noise_mask(self, length: int, rng: np.random.Generator, max_spans: int | None = None) -> np.ndarray:
+        """Draws the corrupted tokens of a sequence.
+
+        Args:
+            length: L.
+            rng: a `numpy.random.Generator`.
+            max_spans: as for `counts`, which says how many tokens and spans are corrupted.
+
+        Returns:
+            bool [L], see `noise_masks.random_mask`.
+        """
         return random_mask(length, *self.counts(length, max_spans), rng)
 
 
 @dataclasses.dataclass(frozen=True)
 class SpanCorruption:
-    """One denoiser as an objective.
+    """An objective with one denoiser.
 
     >>> objective = SpanCorruption(Denoiser(2, 0.5), encoder_length=8, decoder_length=8, sentinels=[7, 8, 9])
     >>> objective(np.arange(51, 59), np.random.default_rng(0))
@@ -108,27 +119,27 @@ class SpanCorruption:
         inputs      51 52 53  7 56  8
         targets      7 54 55  8 57 58      and <eos> in the labels
 
-    Every token lands exactly once in inputs or targets. The targets are complete: `<eos>` follows them, as in T5,
-    because the last hole is filled then. The inputs get no `<eos>`: `generate` feeds the encoder none either.
+    Each token is exactly once in the inputs or the targets. The targets are complete: `<eos>` follows them, as in T5,
+    because the last hole is filled then. The inputs get no `<eos>`, and neither do the inputs of `generate`.
 
-    A sentinel is never used twice in an example. Where there are too few, `raw_length` stops where they run out, so
-    that the recipe's spans keep their length and inputs do not fill the encoder; a warning says so. Wider `sentinels`
-    lift it; `too_few_sentinels="merge"` keeps the length, and makes the spans fewer and longer instead.
+    A sentinel is never used twice in an example. If there are too few, `raw_length` is limited by their number, so the
+    spans keep their length but the inputs do not fill the encoder; a warning says so. A wider range of `sentinels`
+    removes the limit. `too_few_sentinels="merge"` keeps the raw length, with fewer and longer spans.
 
     Control ids are never corrupted: `protected`, the sentinels and the mode token stay in the inputs, and spans lie
-    between them (`spans.mask_around`). The suffix of a denoiser without mean span is exempt: its text goes on in the
-    targets, `<eos>` and turns included, as in `PrefixLM`. Where protected ids lie so close that the spans between
-    them do not fit encoder and decoder, the sequence's last ids are left out until they do: only then is not every
-    token in the example.
+    between them (`noise_masks.mask_around`). The suffix of a denoiser without mean span is exempt: its text goes on in
+    the targets, `<eos>` and turns included, as in `PrefixLM`. Protected ids may lie so close together that the spans
+    between them do not fit encoder and decoder. Only then are tokens left out of the example, from the end of the
+    sequence.
 
     Attributes:
         denoiser: a `Denoiser`.
         encoder_length: S, places for the inputs.
         decoder_length: T, places for the targets and `<eos>`.
-        sentinels: distinct ids, used in their order from the first.
-        mode_token: an id that stands first in the inputs, within S; `None` for none.
+        sentinels: distinct ids, used in order from the first.
+        mode_token: an id before the inputs, which takes one place of S; `None` for no such id.
         protected: further ids that are never corrupted; by default Gemma's pad, eos, bos and turn tokens.
-        too_few_sentinels: "cap" the length or "merge" spans.
+        too_few_sentinels: "cap" to limit the raw length, or "merge" for longer spans.
 
     Raises:
         ValueError: if a value is out of range.
@@ -145,8 +156,9 @@ class SpanCorruption:
 
     closes_targets = True
 
-    def __post_init__(self):
-        # Two raw tokens: one stays, one goes, each beside its sentinel.
+    def __post_init__(self) -> None:
+        """Checks the fields, and warns if too few sentinels limit the raw length."""
+        # The least is two raw tokens: one stays and one is corrupted, each beside a sentinel.
         check_integer_fields(self, encoder_length=2 + (self.mode_token is not None), decoder_length=3)
         sentinels = _as_ids("sentinels", self.sentinels)
         if not sentinels.size:
@@ -168,16 +180,16 @@ class SpanCorruption:
             )
 
     @cached_property
-    def raw_length(self):
-        """The most ids a call takes."""
+    def raw_length(self) -> int:
+        """The maximum number of ids of a call."""
         return self._raw_length(len(self.sentinels))
 
     @property
-    def parts(self):
-        """Itself, with weight 1: see `Example`."""
+    def parts(self) -> "tuple[tuple[SpanCorruption, int], ...]":
+        """The objective itself, with weight 1: see `Example`."""
         return ((self, 1),)
 
-    def __call__(self, ids, rng):
+    def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> Example:
         """Corrupts a sequence.
 
         Args:
@@ -201,8 +213,10 @@ class SpanCorruption:
             inputs = np.append(np.int32(self.mode_token), inputs)
         return Example(inputs, targets, complete=True)
 
-    def _fit_around(self, ids, protected, rng):
-        """The ids and a mask whose spans avoid protected ids; ids are cut off until inputs and targets fit."""
+    def _fit_around(
+        self, ids: np.ndarray, protected: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids and a noise mask that avoids protected ids. Cuts ids off the end until inputs and targets fit."""
         while True:
             if protected.all():
                 raise ValueError(f"All {len(ids)} ids are protected: there is nothing to corrupt. Received: {ids}.")
@@ -217,24 +231,25 @@ class SpanCorruption:
             ids, protected = ids[:-excess], protected[:-excess]
 
     @cached_property
-    def _sentinel_ids(self):
+    def _sentinel_ids(self) -> np.ndarray:
         return np.asarray(self.sentinels, "int32")
 
     @cached_property
-    def _is_protected(self):
-        """bool, indexed by id; ids beyond its end take the last entry, which is False."""
+    def _is_protected(self) -> np.ndarray:
+        """Bools by id. Ids beyond the end take the last entry, which is False."""
         ids = [*self.protected, *self.sentinels, *([] if self.mode_token is None else [self.mode_token])]
         table = np.zeros(max(ids) + 2, bool)
         table[ids] = True
         return table
 
-    def _raw_length(self, max_spans):
+    def _raw_length(self, max_spans: int | None) -> int:
         places = self.encoder_length - (self.mode_token is not None)
         merge = self.too_few_sentinels == "merge"
         return self.denoiser.raw_length(places, self.decoder_length - 1, max_spans, merge=merge)
 
 
-def _as_ids(name, ids):
+def _as_ids(name: str, ids: Sequence[int]) -> np.ndarray:
+    """Ids of an argument as an array, once they are checked."""
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and (array.dtype.kind not in "iu" or array.min() < 0)):
         raise ValueError(f"`{name}` must be token ids, distinct and not negative. Received: {ids!r}.")

@@ -8,8 +8,8 @@ from keras_t5gemma.data.objectives.mixture import Mixed, check_weight
 from keras_t5gemma.data.objectives.span_corruption import GEMMA_CONTROL_IDS, GEMMA_SENTINELS, Denoiser, SpanCorruption
 from keras_t5gemma.suggestions import check_choice
 
-# (denoiser, weight); a mean span of None is the one that ends the sequence.
-MIXTURES = {
+# Pairs of a denoiser and its weight. A denoiser with a mean span of None corrupts the end of the sequence.
+MIXTURES: dict[str, tuple[tuple[Denoiser, int], ...]] = {
     # UL2: two R-, four X- and one S-denoiser in equal parts.
     "ul2": (
         (Denoiser(3, 0.15), 1),
@@ -20,7 +20,7 @@ MIXTURES = {
         (Denoiser(64, 0.5), 1),
         (Denoiser(None, 0.25), 1),
     ),
-    # T5Gemma 2 (arXiv 2512.14856): four at 1 each, the long suffix at 4.
+    # T5Gemma 2 (arXiv 2512.14856): four denoisers with weight 1, and the long suffix with weight 4.
     "t5gemma2": (
         (Denoiser(3, 0.15), 1),
         (Denoiser(12, 0.5), 1),
@@ -33,7 +33,7 @@ MIXTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class UL2(Mixed):
-    """A mixture of denoisers; each example is made by one of them.
+    """A mixture of denoisers. One of them makes each example.
 
     >>> objective = UL2(encoder_length=8, decoder_length=8, mixture=[(Denoiser(None, 0.25), 1)], mode_tokens={"S": 500})
     >>> objective(np.arange(51, 59), np.random.default_rng(0))
@@ -45,19 +45,20 @@ class UL2(Mixed):
         targets      7 57 58
 
     Each denoiser has its own `raw_length`, with which its inputs fill the encoder, or its targets the decoder.
-    `pretraining_dataset` deals the denoisers in their exact proportions and gives each its own; what a call takes is
-    the shortest of them. About protected ids and running out of sentinels, see `SpanCorruption`.
+    `pretraining_dataset` deals the denoisers in their exact proportions and gives each its own number of ids. A direct
+    call takes at most the shortest `raw_length`. `SpanCorruption` says more about protected ids and too few sentinels.
 
     Attributes:
         encoder_length: S, places for the mode token and the inputs.
         decoder_length: T, places for the targets and `<eos>`.
         mixture: "ul2", "t5gemma2" or pairs of a `Denoiser` and its weight, a whole number.
-        mode_tokens: `{"R": id, "S": id, "X": id}`, of which each denoiser's stands first in its inputs; `None` for
-            none.
-        sentinels: distinct ids, used in their order from the first; `<unused0>` .. `<unused98>` by default.
+        mode_tokens: `{"R": id, "S": id, "X": id}`. The id of a denoiser's mode is the first of its inputs. `None` for
+            no mode tokens.
+        sentinels: distinct ids, used in order from the first; `<unused0>` .. `<unused98>` by default.
         protected: further ids that are never corrupted; by default Gemma's pad, eos, bos and turn tokens. All mode
-            tokens are protected besides.
-        too_few_sentinels: "cap" the length of a denoiser that runs out, or "merge" its spans.
+            tokens are protected too.
+        too_few_sentinels: if a denoiser needs more sentinels than there are: "cap" to limit its raw length, or "merge"
+            for longer spans.
 
     Raises:
         ValueError: if a value is out of range or unknown.
@@ -72,7 +73,7 @@ class UL2(Mixed):
     protected: Sequence[int] = GEMMA_CONTROL_IDS
     too_few_sentinels: str = "cap"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.mixture, str):
             check_choice(self.mixture, "mixture", MIXTURES, others=", or pairs of a Denoiser and a weight")
         if unknown := set(self.mode_tokens or ()) - {"R", "S", "X"}:
@@ -81,7 +82,7 @@ class UL2(Mixed):
             raise ValueError("`mixture` is empty: it needs at least one denoiser.")
 
     @cached_property
-    def parts(self):
+    def parts(self) -> tuple[tuple[SpanCorruption, int], ...]:
         """Pairs of a `SpanCorruption` and its weight."""
         mixture = MIXTURES[self.mixture] if isinstance(self.mixture, str) else self.mixture
         parts = []
@@ -99,7 +100,7 @@ class UL2(Mixed):
             parts.append((part, weight))
         return tuple(parts)
 
-    def _mode_token(self, denoiser):
+    def _mode_token(self, denoiser: Denoiser) -> int | None:
         """The mode token of a denoiser, or None."""
         if self.mode_tokens is None:
             return None

@@ -1,8 +1,8 @@
 """Grain pipelines from texts to batches.
 
 dataset       Texts to batches of examples: a Grain dataset that `fit` takes on every backend
-packing       Several examples in one row: rows are full, and each example sees itself alone
+packing       Packs several examples into one row: rows are full, and each example sees only itself
 streams       Stages of Grain pipelines: documents, examples, rows, batches. Each can save its position
-supervised    Questions with their answers, and chats, to batches with loss on the answers alone
-teacher_view  The tokens that a decoder-only teacher reads for a batch, and where in them it predicts each label
+supervised    Questions with their answers, and chats, to batches with loss on the answers only
+teacher_view  The tokens that a decoder-only teacher reads for a batch, and the positions at which it predicts labels
 """

@@ -1,26 +1,29 @@
-"""Several examples in one row: rows are full, and each example sees itself alone."""
+"""Packs several examples into one row: rows are full, and each example sees only itself."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from keras_t5gemma.data.objectives.example import GEMMA_SPECIAL_IDS
+from keras_t5gemma.data.objectives.example import GEMMA_SPECIAL_IDS, Example, SpecialIds
 
 
-def pack(lengths, capacity):
-    """Which examples share a row.
+def pack(lengths: Any, capacity: tuple[int, int]) -> list[np.ndarray]:
+    """Assigns examples to rows.
 
-    Row by row: the largest example that is left opens it, and then, as long as one fits, the one that points most
-    nearly along the room that is left joins it (the dot-product rule of vector bin packing, Panigrahy et al. 2011), so
-    that examples with much for the encoder meet those with much for the decoder.
+    The largest remaining example opens a row. While an example fits, the row gets the one whose direction is closest to
+    that of the remaining room (the dot-product rule of vector bin packing, Panigrahy et al. 2011). So examples with
+    many encoder tokens share rows with examples with many decoder tokens.
 
     >>> pack([(3, 1), (2, 2), (5, 1), (1, 1)], capacity=(6, 3))
     [array([2, 3]), array([1, 0])]
 
     Args:
-        lengths: [N, 2], what each example takes of encoder and decoder, at least 1 of each.
+        lengths: [N, 2], the encoder and decoder places of each example, at least 1 of each.
         capacity: `(S, T)`.
 
     Returns:
-        A list of int arrays: the examples of each row. Each example is in exactly one.
+        A list of int arrays: the examples of each row. Each example is in exactly one row.
 
     Raises:
         ValueError: if an example is longer than a row.
@@ -32,35 +35,40 @@ def pack(lengths, capacity):
             f"Examples must fit a row of (encoder_length, decoder_length)={tuple(capacity)}. Received: lengths "
             f"{tuple(int(length) for length in lengths[longest])} of example {longest}."
         )
-    # Largest first, so that of equals the first is taken, whatever the platform's sort: the result never varies.
-    left = np.argsort(-sizes.max(axis=1), kind="stable")
-    encoder, decoder = sizes[left].T.copy()
+    # Largest first. A stable sort, so that the result is the same on all platforms.
+    remaining = np.argsort(-sizes.max(axis=1), kind="stable")
+    encoder, decoder = sizes[remaining].T.copy()
     rows = []
-    while len(left):
-        row, room, fits = [], np.ones(2), np.arange(len(left))
+    while len(remaining):
+        row, room, fits = [], np.ones(2), np.arange(len(remaining))
         best = 0
         while True:
             row.append(best)
             room -= encoder[best], decoder[best]
-            # What does not fit now never will in this row, so that the candidates only become fewer. The tolerance is
-            # for the divisions above: a token more is 1 / S, which no length in use makes as small.
+            # An example that does not fit now never will in this row, so the candidates only become fewer. The
+            # tolerance covers the divisions above. It is less than a token, 1 / S, for every practical length.
             fits = fits[(encoder[fits] <= room[0] + 1e-9) & (decoder[fits] <= room[1] + 1e-9) & (fits != best)]
             if not len(fits):
                 break
             best = int(fits[np.argmax(encoder[fits] * room[0] + decoder[fits] * room[1])])
-        rows.append(left[row])
-        rest = np.ones(len(left), bool)
-        rest[row] = False
-        left, encoder, decoder = left[rest], encoder[rest], decoder[rest]
+        rows.append(remaining[row])
+        unused = np.ones(len(remaining), bool)
+        unused[row] = False
+        remaining, encoder, decoder = remaining[unused], encoder[unused], decoder[unused]
     return rows
 
 
-def packed_arrays(examples, encoder_length, decoder_length, special=GEMMA_SPECIAL_IDS):
-    """Examples side by side in one row of the model's inputs, labels and weights.
+def packed_arrays(
+    examples: Sequence[Example],
+    encoder_length: int,
+    decoder_length: int,
+    special: SpecialIds = GEMMA_SPECIAL_IDS,
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Packs examples into one row of the model's inputs, labels and weights.
 
-    A padding mask is a segment id: the k-th example has k in both masks, padding 0, and a position sees its own segment
-    alone, in self- and in cross-attention. Each decoder segment starts from its own `<bos>`, and no label is another
-    segment's.
+    A padding mask holds segment ids: the k-th example has k in both masks, and padding has 0. A position sees only its
+    own segment, in self- and in cross-attention. Each decoder segment starts from its own `<bos>`, and its labels are
+    from the same segment.
 
     >>> first = Example(np.array([51, 52]), np.array([61]), complete=True)
     >>> second = Example(np.array([53]), np.array([62, 63]), complete=True)
@@ -85,7 +93,7 @@ def packed_arrays(examples, encoder_length, decoder_length, special=GEMMA_SPECIA
         `(x, y, sample_weight)`: a dict of int32 arrays [S] and [T], int32 [T], float32 [T].
 
     Raises:
-        ValueError: if the examples are together longer than the row; nothing is ever trimmed.
+        ValueError: if the examples do not fit into the row; nothing is ever trimmed.
     """
     inputs = [example.inputs for example in examples]
     labels = [np.append(example.targets, special.eos) if example.complete else example.targets for example in examples]
@@ -98,7 +106,7 @@ def packed_arrays(examples, encoder_length, decoder_length, special=GEMMA_SPECIA
         )
     segments = np.arange(1, len(examples) + 1)
     y = _padded(np.concatenate(labels), decoder_length, special.pad)
-    # Labels moved one to the right, and <bos> wherever a segment starts.
+    # The labels, shifted by one to the right, with <bos> at the start of each segment.
     decoder_ids = np.full(decoder_length, special.pad, "int32")
     count = sum(label_lengths)
     decoder_ids[1:count] = y[: count - 1]
@@ -113,12 +121,12 @@ def packed_arrays(examples, encoder_length, decoder_length, special=GEMMA_SPECIA
     return x, y, (decoder_mask > 0).astype("float32")
 
 
-def example_lengths(example):
-    """`(inputs, labels)` of an `Example`: what it takes of a row."""
+def example_lengths(example: Example) -> tuple[int, int]:
+    """Numbers of inputs and labels of an `Example`: its encoder and decoder places in a row."""
     return len(example.inputs), len(example.targets) + example.complete
 
 
-def _padded(ids, length, pad):
+def _padded(ids: np.ndarray, length: int, pad: int) -> np.ndarray:
     array = np.full(length, pad, "int32")
     array[: len(ids)] = ids
     return array

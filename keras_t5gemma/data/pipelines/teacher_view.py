@@ -1,45 +1,50 @@
-"""The tokens that a decoder-only teacher reads for a batch, and where in them it predicts each label."""
+"""The tokens that a decoder-only teacher reads for a batch, and the positions at which it predicts labels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 
-from keras_t5gemma.data.objectives.example import SpecialIds
+from keras_t5gemma.data.objectives.example import Objective, SpecialIds
 
-# The names of what `distillation_dataset` puts in the place of the labels.
+# Names of the arrays that replace the labels in a `distillation_dataset`.
 LABELS, TOKEN_IDS, PADDING_MASK, POSITIONS = "labels", "teacher_token_ids", "teacher_padding_mask", "teacher_positions"
 
 
-def distillation_dataset(data, objective=None, tokenizer=None):
-    """Batches with the teacher's view of them, for a model compiled with `Distillation`.
+def distillation_dataset(
+    data: grain.MapDataset | grain.IterDataset,
+    objective: Objective | None = None,
+    tokenizer: object = None,
+) -> grain.MapDataset | grain.IterDataset:
+    """Adds the teacher's view to batches, for a model compiled with `Distillation`.
 
         data = pretraining_dataset(texts, tokenizer, objective, batch_size=8)
         lm.compile(loss=Distillation(teacher))
         lm.fit(distillation_dataset(data, objective, tokenizer), steps_per_epoch=1000)
 
-    A teacher reads inputs and targets as the one text they were, after `<bos>`, so that its logits at a token's
-    predecessor are those for the token. PrefixLM and pairs are put one behind the other; with span corruption the spans
-    go back to where they were cut out:
+    A teacher reads the original text of inputs and targets, after `<bos>`, so that its logits for a token are at the
+    previous position. For PrefixLM and pairs, the targets follow the inputs. For span corruption, the spans return to
+    their places in the text:
 
         inputs      51 52  7 55                     labels       7 53 54  1
         teacher      2 51 52 53 54 55               positions   -1  2  3 -1
 
-    Sentinels, a closing `<eos>` and mode tokens are no text: they have position -1 if they are labels, and padding
-    has, too. So has an example that cannot be put together again because its text holds sentinels of its own.
+    Sentinels, a closing `<eos>` and mode tokens are not text: as labels they have position -1, like padding. An example
+    whose text holds sentinels of its own cannot be restored, so all its labels have position -1.
 
     Args:
-        data: a Grain dataset of batches `(x, y, sample_weight)`, as `pretraining_dataset` and `supervised_dataset`
-            make them, not packed: a causal teacher would see one example from the next.
-        objective: what made the examples, for its sentinels and mode tokens; None for pairs.
-        tokenizer: as for `pretraining_dataset`, whose start and pad ids are used; Gemma's if None.
+        data: a Grain dataset of batches `(x, y, sample_weight)`, such as `pretraining_dataset` and `supervised_dataset`
+            make. It must not be packed, because a causal teacher would see one example from the next.
+        objective: the objective of the examples, for its sentinels and mode tokens; None for pairs.
+        tokenizer: as for `pretraining_dataset`. Its start and pad ids are used, or Gemma's if it is None.
 
     Returns:
         The same kind of dataset, with y a dict of int32 arrays: `labels` [B, T]; `teacher_token_ids` and
         `teacher_padding_mask` [B, S + T]; `teacher_positions` [B, T].
 
     Raises:
-        ValueError: if `data` is another dataset; and, when it is read, where a batch is packed or something else.
+        ValueError: if `data` is not a Grain dataset; and while it is read, if a batch is packed or has another form.
     """
     if not isinstance(data, (grain.MapDataset, grain.IterDataset)):
         raise ValueError(
@@ -50,22 +55,22 @@ def distillation_dataset(data, objective=None, tokenizer=None):
 
 
 class TeacherView:
-    """Batches to batches with the teacher's view: see `distillation_dataset`.
+    """Adds the teacher's view to a batch: see `distillation_dataset`.
 
     Args:
-        objective: what made the examples, or None.
+        objective: the objective of the examples, or None.
         special: a `SpecialIds`.
     """
 
-    def __init__(self, objective, special):
-        parts = [part for part, _ in objective.parts] if objective is not None else []
+    def __init__(self, objective: Objective | None, special: SpecialIds):
+        parts: list[Any] = [part for part, _ in objective.parts] if objective is not None else []
         self._special = special
         self._mode_tokens = {token for part in parts if (token := getattr(part, "mode_token", None)) is not None}
-        # Denoisers mostly share theirs.
+        # The distinct sequences of sentinels, in order: most denoisers share one.
         self._sentinels = tuple({tuple(part.sentinels): None for part in parts if hasattr(part, "sentinels")})
 
-    def __call__(self, batch):
-        """`(x, labels, sample_weight)` of arrays to `(x, y, sample_weight)`."""
+    def __call__(self, batch: tuple) -> tuple:
+        """Converts `(x, labels, sample_weight)` to `(x, y, sample_weight)`, with y as in `distillation_dataset`."""
         x, labels, weights = _checked(batch)
         batch_size, length = labels.shape
         shape = batch_size, x["encoder_token_ids"].shape[1] + length
@@ -76,48 +81,58 @@ class TeacherView:
             inputs = x["encoder_token_ids"][row][x["encoder_padding_mask"][row] > 0]
             if len(inputs) and inputs[0] in self._mode_tokens:
                 inputs = inputs[1:]
-            # A decoder position reads one label and says the next: as many labels as positions.
+            # Each decoder position predicts one label, so there are as many labels as positions.
             places = np.flatnonzero(x["decoder_padding_mask"][row] > 0)
-            text, where = self._text(inputs, labels[row][places])
-            # What stands last need not be read.
+            text, text_positions = self._text(inputs, labels[row][places])
+            # The last token need not be read: it predicts no label.
             text = text[: shape[1] - 1]
             token_ids[row, 1 : len(text) + 1], mask[row, 1 : len(text) + 1] = text, 1
-            positions[row, places] = where
+            positions[row, places] = text_positions
         positions[weights == 0] = -1
         y = {LABELS: labels, TOKEN_IDS: token_ids, PADDING_MASK: mask, POSITIONS: positions}
         return x, y, weights
 
-    def _text(self, inputs, labels):
-        """The text an example was made of, int [L], and each label's place in it, -1 for none."""
+    def _text(self, inputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The original text of an example, int [L], and the index of each label in it, -1 if it is not text."""
         for sentinels in self._sentinels:
             if len(labels) and labels[0] == sentinels[0]:
-                found = _rebuilt(inputs, labels, sentinels)
-                return (inputs, np.full(len(labels), -1)) if found is None else found
+                restored = _restored(inputs, labels, sentinels)
+                return (inputs, np.full(len(labels), -1)) if restored is None else restored
         return np.concatenate([inputs, labels]), np.arange(len(inputs), len(inputs) + len(labels))
 
 
-def _rebuilt(inputs, labels, sentinels):
-    """`_text` of span corruption; None where sentinels do not stand in inputs and labels alike, once and in order."""
-    targets = labels[:-1]  # without the closing <eos>: where the window ends, no text does
+def _restored(inputs: np.ndarray, labels: np.ndarray, sentinels: Sequence[int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """Undoes span corruption.
+
+    Args:
+        inputs: int [number of inputs], with sentinels.
+        labels: int [number of labels], with sentinels and a closing `<eos>`.
+        sentinels: the denoiser's.
+
+    Returns:
+        The text and the positions, as for `TeacherView._text`. None if the sentinels are not the same in inputs and
+        labels, each once and in order.
+    """
+    targets = labels[:-1]  # without the closing <eos>, which ends the targets but not a text
     holes, starts = np.flatnonzero(np.isin(inputs, sentinels)), np.flatnonzero(np.isin(targets, sentinels))
     used = np.asarray(sentinels[: len(holes)])
     if not (np.array_equal(inputs[holes], used) and np.array_equal(targets[starts], used)):
         return None
-    # Each piece of the inputs up to a hole, then the span that the targets have for it.
+    # Each piece of the inputs up to a hole, and then the span in the targets that fills the hole.
     ends = np.append(starts[1:], len(targets))
-    where = np.full(len(labels), -1)
+    positions = np.full(len(labels), -1)
     pieces, begin, length = [], 0, 0
     for hole, start, end in zip(holes, starts, ends, strict=True):
         pieces += [inputs[begin:hole], targets[start + 1 : end]]
         length += hole - begin
-        where[start + 1 : end] = np.arange(length, length + end - start - 1)
+        positions[start + 1 : end] = np.arange(length, length + end - start - 1)
         length += end - start - 1
         begin = hole + 1
-    return np.concatenate([*pieces, inputs[begin:]]), where
+    return np.concatenate([*pieces, inputs[begin:]]), positions
 
 
-def _checked(batch):
-    """`(x, labels, weights)` of a batch, if it is one that a teacher can read."""
+def _checked(batch: Any) -> tuple[Mapping[str, np.ndarray], np.ndarray, np.ndarray]:
+    """`(x, labels, weights)` of a batch, once it is checked that a teacher can read it."""
     if not (isinstance(batch, tuple) and len(batch) == 3 and isinstance(batch[0], Mapping)):
         raise ValueError(
             f"`data` must hold batches `(x, y, sample_weight)` with a dict of token ids as x, as `pretraining_dataset` "
@@ -140,5 +155,5 @@ def _checked(batch):
     return x, np.asarray(labels, "int32"), np.asarray(weights)
 
 
-def _kinds(batch):
+def _kinds(batch: object) -> str:
     return f"({', '.join(type(part).__name__ for part in batch)})" if isinstance(batch, tuple) else type(batch).__name__

@@ -1,51 +1,72 @@
-"""Text and JSONL files, plain or compressed, a document at a time."""
+"""Text and JSONL files, plain or compressed, one document in memory at a time."""
 
 import gzip
 import io
 import json
 import zlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 from keras_t5gemma.data.sources.rows import RowIterator, RowStream, optional_module, text_of
 
 SAMPLE_BY = ("line", "paragraph", "document")
-# What the end of a name says; a compression's stands after the format's.
+# Suffixes of compressed files. They come after the format's suffix.
 COMPRESSIONS = (".gz", ".zst")
-# Read at once where a position is looked for in a file that can only be read from its start.
+# Bytes per read on the way to a position in a compressed file, which can only be read from its start.
 _SKIP_BYTES = 1 << 20
-# Looked at for a NUL byte, as git and grep do, before a line of a binary file is read, which may be all of it.
+# Bytes searched for a NUL byte, as git and grep do, before the first line is read: a line of a binary file may be the
+# whole file.
 _BINARY_CHECK_BYTES = 8_000
 
 
 class TextFiles(RowStream):
-    """Documents of text or JSONL files, one file after the other; no more than a document is in memory.
+    """Documents of text or JSONL files, one file after the other, with one document in memory at a time.
 
-    Blank lines are not documents. A position is the file, and the byte in it once decompressed: a plain file goes on
-    there, a compressed one is read up to it.
+    Blank lines are not documents. A position is a file and a byte offset in its decompressed content. A plain file
+    continues there at once; a compressed one is read up to the offset.
+
+    Args:
+        paths: the files.
+        is_json: whether they are JSONL.
+        field: the JSONL field that holds the text; `None` for whole rows.
+        sample_by: one of `SAMPLE_BY`, for text files.
+        shard_index: index of the share to read.
+        shard_count: number of shares.
     """
 
-    def __init__(self, paths, *, is_json, field, sample_by, shard_index, shard_count):
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        is_json: bool,
+        field: str | None,
+        sample_by: str,
+        shard_index: int,
+        shard_count: int,
+    ):
         super().__init__(shard_index, shard_count)
         self.paths, self.is_json, self.field, self.sample_by = paths, is_json, field, sample_by
 
-    def __iter__(self):
+    def __iter__(self) -> "_FilesIterator":
         return _FilesIterator(self)
 
 
 class _FilesIterator(RowIterator):
-    def __init__(self, rows):
+    def __init__(self, rows: TextFiles):
         super().__init__(rows)
+        self._files = rows
         self._position = {"file": 0, "offset": 0, "line": 0}
-        self._documents = None
+        self._documents: Iterator[tuple[int, bytes, int, int]] | None = None
 
-    def next_row(self):
-        """The next document, of the next file if one ends."""
-        paths = self.rows.paths
+    def next_row(self) -> Callable[[], Any]:
+        """Reads the next document, from the next file at the end of one."""
+        paths = self._files.paths
         while self._position["file"] < len(paths):
             path = paths[self._position["file"]]
             if self._documents is None:
-                sample_by = "line" if self.rows.is_json else self.rows.sample_by
+                sample_by = "line" if self._files.is_json else self._files.sample_by
                 self._documents = _documents(path, sample_by, self._position["offset"], self._position["line"])
             document = next(self._documents, None)
             if document is not None:
@@ -58,49 +79,63 @@ class _FilesIterator(RowIterator):
             raise ValueError(f"{', '.join(map(str, paths))}: no document in it, only blank lines or nothing.")
         raise StopIteration
 
-    def get_position(self):
+    def get_position(self) -> dict:
         return dict(self._position)
 
-    def set_position(self, state):
+    def set_position(self, state: dict) -> None:
         self._position = {name: state[name] for name in ("file", "offset", "line")}
         self._documents = None
 
-    def _row(self, content, place):
-        """A document from its bytes: a line, or a whole file."""
+    def _row(self, content: bytes, place: str) -> Any:
+        """Parses the bytes of a document: to a text, or of JSONL to a text or a row."""
         text = _decode(content, place)
-        if not self.rows.is_json:
+        if not self._files.is_json:
             return text
         try:
             row = json.loads(text)
         except ValueError as error:
             raise ValueError(f"{place} is not JSON ({error}). Received: {text:.80}") from error
-        return text_of(row, self.rows.field, place)
+        return text_of(row, self._files.field, place)
 
 
-def open_bytes(path):
-    """A file's bytes, decompressed by its name, as a buffered stream.
+def open_bytes(path: Path) -> io.BufferedReader:
+    """Opens a file as a buffered stream of bytes, which is decompressed if the file's name says so.
 
     Raises:
-        ImportError: if the library for it is not installed.
+        ImportError: if the library that decompresses it is not installed.
     """
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")
+        return cast(io.BufferedReader, gzip.open(path, "rb"))  # it has the same methods
     if path.suffix == ".zst":
         zstandard = optional_module("zstandard", f"Reading {path}")
-        # Files that were concatenated or written in parallel have several frames.
+        # Files that are concatenated or written in parallel have several frames.
         reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
         return io.BufferedReader(reader)
     return path.open("rb")
 
 
-def format_suffix(path):
-    """The part of a name that says its format: ".jsonl" of "a.jsonl.gz"."""
+def format_suffix(path: str | Path) -> str:
+    """The suffix of a name that says its format: ".jsonl" of "a.jsonl.gz"."""
     path = Path(path)
     return Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
 
 
-def _documents(path, sample_by, offset, line):
-    """`(first line's number, bytes, next byte, lines before it)` of each document from a byte of a file on."""
+def _documents(path: Path, sample_by: str, offset: int, line: int) -> Iterator[tuple[int, bytes, int, int]]:
+    """Reads the documents of a file from an offset on.
+
+    Args:
+        path: the file.
+        sample_by: one of `SAMPLE_BY`.
+        offset: bytes to skip, of the decompressed content.
+        line: number of lines in these bytes.
+
+    Yields:
+        `(number, content, offset, line)`: the number of the document's first line, its bytes, and the offset and the
+        number of lines after it.
+
+    Raises:
+        ValueError: if the file is binary or cannot be read.
+    """
     try:
         with open_bytes(path) as file:
             if b"\0" in file.peek(_BINARY_CHECK_BYTES)[:_BINARY_CHECK_BYTES]:
@@ -122,14 +157,14 @@ def _documents(path, sample_by, offset, line):
                     lines = []
             if lines:
                 yield first, b"".join(lines), offset, line
-    # zstandard has an exception of its own, which cannot be named where it is not installed.
+    # zstandard has its own exception, which cannot be named if the library is not installed.
     except (EOFError, OSError, zlib.error, *_zstd_errors(path)) as error:
         if isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} cannot be read after line {line}: {type(error).__name__}: {error}") from error
 
 
-def _skip(file, offset, path):
+def _skip(file: io.BufferedReader, offset: int, path: Path) -> None:
     if path.suffix not in COMPRESSIONS:
         file.seek(offset)
         return
@@ -137,12 +172,12 @@ def _skip(file, offset, path):
         offset -= len(file.read(min(offset, _SKIP_BYTES)))
 
 
-def _zstd_errors(path):
+def _zstd_errors(path: Path) -> tuple:
     return (optional_module("zstandard", f"Reading {path}").ZstdError,) if path.suffix == ".zst" else ()
 
 
-def _decode(content, place):
-    """Bytes as text; an error names the file and the place."""
+def _decode(content: bytes, place: str) -> str:
+    """Decodes bytes as UTF-8 text. An error names the file and the line."""
     if b"\0" in content:
         raise ValueError(f"{place} holds a NUL byte: the file is binary or not UTF-8.")
     try:
@@ -150,7 +185,7 @@ def _decode(content, place):
         return content.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
         number = place.rpartition(" ")[2]
-        # In a document of several lines the fault may be further down.
+        # In a document of several lines, the fault may be in a later line than the first.
         place = place.removesuffix(number) + str(int(number) + content[: error.start].count(b"\n"))
         raise ValueError(
             f"{place} is not UTF-8: byte {content[error.start]:#04x}, {error.reason}. Convert the file first."
