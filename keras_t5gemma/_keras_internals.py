@@ -176,7 +176,7 @@ def variable_array(variable) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(variable.value if isinstance(variable, keras.Variable) else variable))
 
 
-def flatten_layers(model: keras.Model) -> list[keras.Layer]:
+def flatten_layers(model: keras.Model) -> list[Any]:  # Keras's type of `Layer.path` is None
     """A model's layers, nested ones included, the model itself first. Keras has no public list of them."""
     return list(model._flatten_layers())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ PREPROCESSOR_FILE = "keras_t5gemma_preprocessor.json"
 PREPROCESSOR_OPTIONS = ("encoder_sequence_length", "decoder_sequence_length", "chat", "truncate")
 
 
-def locate(preset: str | Path, weights: bool = True, *, config: bool = True) -> Path:
+def locate(preset: str | os.PathLike[str], weights: bool = True, *, config: bool = True) -> Path:
     """The local folder of a preset, which is downloaded unless it is there already.
 
     Args:
@@ -128,7 +129,7 @@ class PresetFolder:
 
 
 def open_preset(
-    origin: str | Path | PresetFolder, weights: bool = True, *, config_file: str | None = CONFIG_FILE
+    origin: str | os.PathLike[str] | PresetFolder, weights: bool = True, *, config_file: str | None = CONFIG_FILE
 ) -> PresetFolder:
     """The local folder of a preset, downloaded unless it is there already, with its parsed config.
 

@@ -188,17 +188,17 @@ def verify(
     with one_line_errors():
         from keras_t5gemma.checkpoints.verify import check_invariants, compare_checkpoints, read_all
 
-        if not gemma2 and not against:
-            count, checked = read_all(model)
-            typer.echo(f"{count} tensors read, all finite; {checked} of them have a checksum, and the right one.")
-            return
-        if gemma2:
-            use_backend(backend)
-            differences = check_invariants(model, *gemma2)
-        else:
+        if against:
             differences = compare_checkpoints(model, against)
             if not differences:
                 typer.echo("All tensors are the same, bit for bit.")
+        elif gemma2:
+            use_backend(backend)
+            differences = check_invariants(model, *gemma2)
+        else:
+            count, checked = read_all(model)
+            typer.echo(f"{count} tensors read, all finite; {checked} of them have a checksum, and the right one.")
+            return
         _print_differences(differences)
         if any(difference.largest > tolerance * difference.scale for difference in differences):
             typer.secho(f"They differ by more than {tolerance:g} of the largest value.", fg="red", err=True)

@@ -31,6 +31,12 @@ def compiled_model(recipe: Recipe) -> T5GemmaSeq2SeqLM:
     lengths = recipe.objective.encoder_length, recipe.objective.decoder_length
     if section.preset:
         lm = T5GemmaSeq2SeqLM.from_preset(section.preset, dtype=section.dtype)
+        if lm.preprocessor is None:
+            raise ValueError(
+                f"[model] preset: expected a preset with a tokenizer, to train on texts. Received: "
+                f"preset={section.preset!r}, which has none. Save one beside the weights: "
+                f"`T5GemmaSeq2SeqLM(backbone, preprocessor).save_to_preset(folder)`."
+            )
     else:
         backbone = adapt_gemma2(
             *section.adapt,

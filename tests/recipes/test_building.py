@@ -5,7 +5,10 @@ import json
 import keras
 import numpy as np
 import pytest
+from helpers.peers import tiny_config
+from helpers.tiny import loud_backbone
 
+from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.recipes.components import compiled_model, held_out_batches, training_data
 from keras_t5gemma.recipes.devices import distribution
 from keras_t5gemma.recipes.objective_section import make_objective
@@ -84,3 +87,11 @@ def test_mesh_on_another_backend_than_jax_is_refused(monkeypatch):
     monkeypatch.setattr(keras.config, "backend", lambda: "torch")
     with pytest.raises(ValueError, match="only on JAX"):
         distribution(changed(hardware={"mesh": [4]}).hardware)
+
+
+def test_preset_without_a_tokenizer_is_refused_with_how_to_save_one(here):
+    backbone = loud_backbone(tiny_config(num_layers=1))
+    T5GemmaSeq2SeqLM(backbone).save_to_preset(str(here / "bare"))
+    recipe = changed(model={"preset": "bare", "adapt": []})
+    with pytest.raises(ValueError, match=r"\[model\] preset: expected a preset with a tokenizer.*preset='bare'"):
+        compiled_model(recipe)
