@@ -7,7 +7,7 @@ from keras_t5gemma.kernels.choose import implementation
 from keras_t5gemma.kernels.embedding.quantized import has_block_product, product_by_blocks
 from keras_t5gemma.kernels.float16 import clip_to_range
 from keras_t5gemma.kernels.matmul import PACKAGE as MATMUL
-from keras_t5gemma.kernels.soft_cap import soft_cap_of_own
+from keras_t5gemma.kernels.soft_cap import soft_cap_in_place
 from keras_t5gemma.layers.copies import part_of_a_model
 
 
@@ -27,7 +27,7 @@ class VocabularyProjection(keras.layers.Layer):
 
     def call(self, x):
         """Maps [B, T, D] to float32 logits [B, T, V]."""
-        return soft_cap_of_own(ops.cast(clip_to_range(self._project(x)), "float32"), self.cap)
+        return soft_cap_in_place(ops.cast(clip_to_range(self._project(x)), "float32"), self.cap)
 
     def get_config(self):
         """Refused: a copy made by itself would not be tied to its embedding any more."""
