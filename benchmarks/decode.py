@@ -1,4 +1,4 @@
-"""Greedy decoding of Small-Small size beside keras-hub's T5Gemma and `transformers`: milliseconds a step.
+"""Greedy decoding at Small-Small size, compared with keras-hub's T5Gemma and `transformers`: milliseconds per step.
 
     python benchmarks/decode.py                                     # every backend, batch 1, 256 input tokens
     python benchmarks/decode.py --batch 4 --inputs 1024             # and 16
@@ -6,17 +6,17 @@
     python benchmarks/decode.py --dtype bfloat16
     python benchmarks/decode.py --dtype int8                        # or int4, int8_from_bfloat16: quantized weights
 
-Vocabulary 256,000, random weights and ids, no stop ids. Each program runs in a process of its own. The first token's
-time is that of an answer of `--short` tokens, `<bos>` included: by default 2, so one is generated. A step costs the
-difference of two answers of `--long` and of `--middle` tokens, divided by the difference of their tokens, each after as
-many answers as make `--warm-up` tokens: what is compiled or recorded on the way is ready then. "Compile" is what the
-first call took besides. A step costs the same however many layers the encoder has; the first token does not.
-`transformers` quantizes nothing here and has no row then.
+Vocabulary 256,000, random weights and ids, no stop ids. Each program runs in its own process. The time of the first
+token is that of an answer of `--short` tokens, including `<bos>`. The default is 2, so one token is generated. A step
+is the time difference of two answers of `--long` and of `--middle` tokens, divided by the difference of their tokens.
+Each is measured after answers with `--warm-up` tokens in total, so that compilation and recording are finished.
+"Compile" is the additional time of the first call. The number of the encoder's layers changes the first token's time,
+but not a step's. `transformers` has no row for quantized weights, because it does not quantize them here.
 
-The floor is the time that the bytes that a step must read take: the decoder's weights but for those that make
+The floor is the time to read the bytes that a step must read. These are the decoder's weights except those that compute
 cross-attention's keys and values, its table once, and the keys and values of the input and of the tokens so far. The
-speed of memory is the best at which PyTorch reads half a gigabyte of float32 on all cores in the same run: in products
-of matrices of several widths with one vector or two, and in a dot product. With one vector the table can be slow.
+memory bandwidth is the best at which PyTorch reads half a gigabyte of float32 on all cores in the same run: in products
+of matrices of several widths with one or two vectors, and in a dot product. With one vector the table can be slow.
 """
 
 import argparse
@@ -89,11 +89,15 @@ def main():
     parser.add_argument(
         "--dtype", default="float32", help="float32, bfloat16, int8, int4 or, e.g., int8_from_bfloat16."
     )
-    parser.add_argument("--short", type=int, default=2, help="Tokens of the shorter answer, <bos> included; 2 or more.")
-    parser.add_argument("--middle", type=int, default=18, help="Of a longer one.")
-    parser.add_argument("--long", type=int, default=50, help="Of the longest.")
+    parser.add_argument(
+        "--short", type=int, default=2, help="Tokens of the shortest answer, including <bos>; 2 or more."
+    )
+    parser.add_argument("--middle", type=int, default=18, help="Tokens of a longer answer.")
+    parser.add_argument("--long", type=int, default=50, help="Tokens of the longest answer.")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warm-up", type=int, default=80, help="Tokens before what is measured, for each length.")
+    parser.add_argument(
+        "--warm-up", type=int, default=80, help="Tokens to generate before the measurement of each length."
+    )
     parser.add_argument("--encoder-layers", type=int, default=8)
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--programs", nargs="*", default=["keras-hub", "keras-t5gemma", "transformers"])

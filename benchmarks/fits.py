@@ -1,4 +1,4 @@
-"""What fits an accelerator: memory of a training step by XLA's own account, compiled for one without having it.
+"""Which training steps fit an accelerator: memory by XLA's own account, compiled without having the accelerator.
 
     pip install "jax[cuda12]"                                                          # or jax[tpu]
     python benchmarks/fits.py --length 1024 --batches 2 4                              # 2B-2B on an H100 of 80 GB
@@ -7,9 +7,9 @@
     python benchmarks/fits.py --recipe 2b_2b_prefixlm                                  # as it stands, teacher included
     python benchmarks/fits.py --recipe 9b_2b_ul2 --topology v5p:2x2x2
 
-On JAX, with AdamW and the chunked loss. No weight is made. The bytes are those of `utilisation.py`, which has the step
-compiled on the device itself; seconds are those of compiling on this machine. Autotuning, which needs a device, is left
-out. With a mesh, bytes are a device's.
+Runs on JAX, with AdamW and the chunked loss. No weights are allocated. The bytes are counted as in `utilisation.py`,
+which compiles the step on the device itself. Seconds are compilation times on this machine. Autotuning is disabled,
+because it needs a device. With a mesh, bytes are per device.
 """
 
 import argparse
@@ -173,10 +173,10 @@ def with_layers(stack, layers):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="h100", help='"h100", or a TPU\'s such as "v5p:2x2x1".')
-    parser.add_argument("--layers", type=int, help="So many a stack, in place of the size's.")
-    parser.add_argument("--recipe", help="A recipe's file or name, in place of all that follows.")
-    parser.add_argument("--mesh", nargs="*", type=int, default=[], help="Devices along the batch, and the model.")
+    parser.add_argument("--topology", default="h100", help='"h100", or a TPU topology such as "v5p:2x2x1".')
+    parser.add_argument("--layers", type=int, help="Layers per stack, instead of the size's.")
+    parser.add_argument("--recipe", help="File or name of a recipe, instead of all following options.")
+    parser.add_argument("--mesh", nargs="*", type=int, default=[], help="Devices along the batch, and along the model.")
     parser.add_argument("--pair", nargs=2, default=["2b", "2b"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--length", type=int, default=1024)

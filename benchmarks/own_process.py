@@ -1,4 +1,4 @@
-"""Runs a file of `programs/` in a process of its own, on a backend."""
+"""Runs a file of `programs/` in a separate process, on a given backend."""
 
 import os
 import subprocess

@@ -3,7 +3,7 @@
     python benchmarks/train.py --record --idle yes
     python benchmarks/report.py
 
-A program with `--record` appends its rows to the file of its name. `report.py` then writes README.md's tables anew.
+A program with `--record` appends its rows to the file of its name. `report.py` then updates README.md's tables.
 """
 
 import datetime

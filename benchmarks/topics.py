@@ -1,4 +1,4 @@
-"""Topics of `results/`: which fields a row has, and how README.md shows them."""
+"""Topics of `results/`: the fields of a row, and their form in README.md."""
 
 import dataclasses
 import datetime

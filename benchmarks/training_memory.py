@@ -1,9 +1,10 @@
-"""What training keeps for each parameter, and which sizes that leaves room for: the tables of docs/training.md.
+"""Memory of training per parameter, and the sizes that fit a card: the tables of docs/training.md.
 
     python benchmarks/training_memory.py
 
-Computed from configurations, not measured. Weights, gradients and the optimizer's state must take no more than 80% of a
-card; the rest is for activations, which `rematerialize` and `accumulation_steps` make small, and for the program.
+The tables are computed from configurations, not measured. Weights, gradients and the optimizer's state must take at
+most 80% of a card. The rest is for the program, and for activations, which `rematerialize` and `accumulation_steps`
+make small.
 """
 
 from keras_t5gemma.checkpoints.tensor_table import parameter_count
