@@ -7,7 +7,7 @@ Each operation has a plain implementation in `keras.ops`. It is the oracle of al
     cross_entropy/    the loss over a large vocabulary, without storing its logits
     embedding/        lookups, and products with tables in int8 and int4
     matmul/           products in half precision
-    barriers          what a compiler must not recompute, fuse or transpose
+    barriers          keep a compiler from recomputing, fusing or transposing tensors
     cache_update      writes into the key and value cache of decoding
     device            the device that computes a tensor
     float16           clips values to the range of float16

@@ -20,7 +20,7 @@ def part_of_a_model(layer: "keras.layers.Layer") -> NotImplementedError:
     """
     return NotImplementedError(
         f"{type(layer).__name__} is part of a model and cannot be copied alone, as `keras.models.clone_model` does it. "
-        f"Copy the whole model: `copy.deepcopy(model)` has its weights, its tokenizer and what it was compiled with. "
-        f"For one with new weights: `kt.T5GemmaBackbone.from_config(backbone.get_config())`, and around it "
+        f"Copy the whole model: `copy.deepcopy(model)` has its weights, its tokenizer and its compile arguments. "
+        f"For a model with new weights: `kt.T5GemmaBackbone.from_config(backbone.get_config())`, and around it "
         f"`kt.T5GemmaSeq2SeqLM(new_backbone, model.preprocessor)`."
     )

@@ -74,7 +74,7 @@ def enable(backbone: keras.Model, layers: Mapping[str, tuple[int, float | None]]
     if present := lora_layers(backbone):
         raise ValueError(
             f"The model has LoRA already, on {next(iter(present))} and {len(present) - 1} more layers. Call "
-            f"`merge_lora()` first, to add what it has learned to the weights."
+            f"`merge_lora()` first, which adds LoRA's products to the weights."
         )
     trainable_before = trainable_paths(backbone)
     candidates = _candidates(backbone)
