@@ -39,7 +39,7 @@ def is_start(index) -> bool:
 
 
 def slot_of(index, slots):
-    """The slot of a position in a cache with this many slots."""
+    """The slot of a position in a cache with this many slots; the same for all layers of a kind."""
     return index if isinstance(index, int) and index < slots else _mod(index, slots)
 
 
@@ -52,7 +52,7 @@ def write(buffer, update, index):
         index: position of the first new one. For a single one: its slot.
 
     Returns:
-        The updated buffer. On PyTorch it is the same tensor.
+        The updated buffer. On PyTorch, `buffer` itself may be overwritten.
     """
     size, count = buffer.shape[2], update.shape[2]
     if count == 1 or (isinstance(index, int) and index + count <= size):

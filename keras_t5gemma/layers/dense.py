@@ -20,5 +20,11 @@ class Dense(SavedUnchanged, keras.layers.Dense):
         return implementation(MATMUL).dense(call, inputs, self.kernel)
 
     def quantize(self, mode=None, type_check=True, config=None):  # noqa: ARG002 the check would refuse this subclass
-        """Quantizes the kernel as `keras.layers.Dense` does. Keras's type check accepts only its own class."""
+        """Quantizes the kernel as `keras.layers.Dense` does.
+
+        Args:
+            mode: "int8" or "int4".
+            type_check: ignored: Keras's type check accepts only its own class.
+            config: a `keras.quantizers.QuantizationConfig`, or None.
+        """
         super().quantize(mode, type_check=False, config=config)

@@ -33,16 +33,50 @@ class _Settings:
     window: int | None = None
 
     def mask(self, query_segments, key_segments, query_start) -> BlockMask:
+        """Creates the mask.
+
+        Args:
+            query_segments: int [B, T], segment ids of the queries.
+            key_segments: int [B, S], segment ids of the keys.
+            query_start: position of the first query, counted from the first key.
+
+        Returns:
+            The `BlockMask` with these tensors and settings.
+        """
         return BlockMask(self.block, query_segments, key_segments, query_start, self.causal, self.window)
 
 
 def attend(query, key, value, visible, *, cap, dtype):
-    """`reference.attend` with the gradient of this module."""
+    """`reference.attend` with the gradient of this module.
+
+    Args:
+        query: [B, T, K, G, H], scaled.
+        key: [B, K, S, H].
+        value: [B, K, S, H].
+        visible: bool [B, T, S], True if the query may see the key.
+        cap: soft cap on the logits, or None.
+        dtype: dtype of the weights in their product with the values.
+
+    Returns:
+        [B, T, K, G, H]; zeros for a query that sees no key.
+    """
     return _attend_at_once(_Settings(cap, dtype), query, key, value, visible)
 
 
 def in_blocks(query, key, value, mask, *, cap, dtype):
-    """`reference.in_blocks` with the gradient of this module: JAX's gradient of a loop would store every block."""
+    """`reference.in_blocks` with the gradient of this module: JAX's gradient of a loop would store every block.
+
+    Args:
+        query: [B, T, K, G, H], scaled.
+        key: [B, K, S, H].
+        value: [B, K, S, H].
+        mask: a `BlockMask`.
+        cap: soft cap on the logits, or None.
+        dtype: dtype of the weights in their product with the values.
+
+    Returns:
+        [B, T, K, G, H]; zeros for a query that sees no key.
+    """
     settings = _Settings(cap, dtype, mask.block, mask.causal, mask.window)
     return _attend_by_blocks(settings, query, key, value, mask.query_segments, mask.key_segments, mask.query_start)
 

@@ -62,7 +62,16 @@ def attention_bias(visible):
 
 
 def softmax(logits, bias, cap):
-    """Attention weights [B, K, G, T, S] of logits before the cap and an `attention_bias`."""
+    """The attention weights.
+
+    Args:
+        logits: float32 [B, K, G, T, S], before the cap.
+        bias: the `attention_bias`, float32 [B, 1, 1, T, S].
+        cap: soft cap on the logits, or None.
+
+    Returns:
+        float32 [B, K, G, T, S].
+    """
     # A sum rather than `where`, whose gradient is another pass over the logits if operations are not fused.
     return ops.softmax(soft_cap(logits, cap) + bias, axis=-1)
 

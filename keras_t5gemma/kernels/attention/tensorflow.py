@@ -10,7 +10,19 @@ from keras_t5gemma.kernels.float16 import clip_to_range
 
 
 def attend(query, key, value, visible, *, cap, dtype):
-    """`reference.attend`, with another form of the first product in float16."""
+    """`reference.attend`, with another form of the first product in float16.
+
+    Args:
+        query: [B, T, K, G, H], scaled.
+        key: [B, K, S, H].
+        value: [B, K, S, H].
+        visible: bool [B, T, S], True if the query may see the key.
+        cap: soft cap on the logits, or None.
+        dtype: dtype of the weights in their product with the values.
+
+    Returns:
+        [B, T, K, G, H]; zeros for a query that sees no key.
+    """
     if keras.backend.standardize_dtype(key.dtype) != "float16":
         return reference.attend(query, key, value, visible, cap=cap, dtype=dtype)
     # With keys laid out for `reference.matmul`, TensorFlow's CPU kernel sums in float16, where infinities of both signs

@@ -11,7 +11,19 @@ from keras_t5gemma.kernels.soft_cap import soft_cap_in_place
 
 
 def attend(query, key, value, visible, *, cap, dtype):
-    """`reference.attend`; without gradients the weights overwrite the logits."""
+    """`reference.attend`; without gradients the weights overwrite the logits.
+
+    Args:
+        query: [B, T, K, G, H], scaled.
+        key: [B, K, S, H].
+        value: [B, K, S, H].
+        visible: bool [B, T, S], True if the query may see the key.
+        cap: soft cap on the logits, or None.
+        dtype: dtype of the weights in their product with the values.
+
+    Returns:
+        [B, T, K, G, H]; zeros for a query that sees no key.
+    """
     if not may_overwrite():
         return reference.attend(query, key, value, visible, cap=cap, dtype=dtype)
     logits = soft_cap_in_place(reference.attention_logits(query, key), cap).add_(reference.attention_bias(visible))
