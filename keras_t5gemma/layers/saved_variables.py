@@ -98,8 +98,8 @@ class SavedUnchanged:
         expected = sorted(tuple(v.shape) for v in self.weights if v.path.rpartition("/")[2] not in self.lora_names)
         is_quantized = np.dtype(stored["0"].dtype) == "int8"
         if is_quantized != (self.quantization_mode is not None) or (is_quantized and shapes != expected):
-            found = f"quantized, arrays of {shapes}" if is_quantized else "not quantized"
+            form = f"quantized, arrays of {shapes}" if is_quantized else "not quantized"
             raise ValueError(
-                f"{where} they are {found}; the model's are {self.dtype_policy.name}. Call `quantize` as for the model "
+                f"{where} they are {form}; the model's are {self.dtype_policy.name}. Call `quantize` as for the model "
                 f"that was saved, or load the whole model with `keras.models.load_model` or `from_preset`."
             )

@@ -46,21 +46,21 @@ class TokenChunks:
 
     def cut(self, x):
         """Cuts [B, T, ...] into [C, B * t, ...]."""
-        rest = tuple(x.shape[2:])
+        trailing = tuple(x.shape[2:])
         if not self._is_static:
-            x = ops.reshape(x, (1, -1, *rest))
+            x = ops.reshape(x, (1, -1, *trailing))
             self._length = ops.shape(x)[1]
             self.tokens = ops.minimum(self._max_tokens, _next_power_of_two(self._length))
             self.count = (self._length + self.tokens - 1) // self.tokens
-        fill = ops.zeros((self._batch, self.count * self.tokens - self._length, *rest), x.dtype)
-        x = ops.reshape(ops.concatenate([x, fill], axis=1), (self._batch, -1, self.tokens, *rest))
-        return ops.reshape(ops.swapaxes(x, 0, 1), (-1, self._batch * self.tokens, *rest))
+        fill = ops.zeros((self._batch, self.count * self.tokens - self._length, *trailing), x.dtype)
+        x = ops.reshape(ops.concatenate([x, fill], axis=1), (self._batch, -1, self.tokens, *trailing))
+        return ops.reshape(ops.swapaxes(x, 0, 1), (-1, self._batch * self.tokens, *trailing))
 
     def join(self, x, shape):
         """The inverse of `cut`: [C, B * t, ...] to `shape`, [B, T, ...]."""
-        rest = tuple(x.shape[2:])
-        x = ops.swapaxes(ops.reshape(x, (-1, self._batch, self.tokens, *rest)), 0, 1)
-        x = ops.reshape(x, (self._batch, -1, *rest))
+        trailing = tuple(x.shape[2:])
+        x = ops.swapaxes(ops.reshape(x, (-1, self._batch, self.tokens, *trailing)), 0, 1)
+        x = ops.reshape(x, (self._batch, -1, *trailing))
         return ops.reshape(x[:, : self._length], shape)
 
 
