@@ -71,7 +71,7 @@ def whole(mask):
 
 
 def runners(backend, way, mask):
-    """`(tensors -> output, tensors -> (output, gradients))`, compiled where the backend does, and what waits."""
+    """`(tensors -> output, tensors -> (output, gradients))`, compiled on JAX, and a function to wait."""
     if backend == "jax":
         import jax
 
@@ -98,7 +98,7 @@ def runners(backend, way, mask):
 
 
 def measure(run, wait, tensors, repeats):
-    """`(milliseconds, what it gave)`."""
+    """`(milliseconds, result)`."""
     found = run(*tensors)
     wait(found)
     times = []

@@ -99,7 +99,7 @@ def held_out_loss(arm, seed, folder, corpus, tokenizer, settings, callback):
 
 
 def run(settings, seeds, console):
-    """Every arm, once a seed: `{arm: [loss]}`."""
+    """Trains every arm once per seed: `{arm: [loss]}`."""
     keras.utils.set_random_seed(settings.seed)
     corpus = standard_library_corpus()
     with tempfile.TemporaryDirectory() as temporary, progress_display(console) as display:

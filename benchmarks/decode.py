@@ -31,7 +31,7 @@ from rich.table import Table
 
 
 def measure(program, backend, arguments):
-    """[ms a step, ms to the first token, s to compile], or the text with which the process failed."""
+    """[ms per step, ms to the first token, s to compile], or the error text if the process failed."""
     options = [arguments.batch, arguments.inputs, arguments.dtype, arguments.short, arguments.middle, arguments.long]
     options += [arguments.repeats, arguments.warm_up, arguments.encoder_layers]
     result = own_process.run(backend, "decode_step", program, *options)
@@ -39,14 +39,14 @@ def measure(program, backend, arguments):
 
 
 def measure_floor(arguments):
-    """[bytes a second, those of a product with the table, and a step's bytes of weights and of keys and values]."""
+    """[bytes per second, the same in a product with the table, bytes of a step's weights and of keys and values]."""
     options = [arguments.batch, arguments.inputs, arguments.dtype, arguments.middle, arguments.long, arguments.repeats]
     result = own_process.run("torch", "memory_floor", *options, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def recorded(arguments, backend, measured, floor):
-    """Rows of what programs took on a backend: this package's with the others and the floor as peers, or theirs."""
+    """Rows of one backend: this package's, with the other programs and the floor as peers; or only the others'."""
     numbers = {
         name: {"step_ms": step, "first_token_ms": first, "compile_s": compiling}
         for name, (step, first, compiling) in measured.items()
@@ -73,7 +73,7 @@ def recorded(arguments, backend, measured, floor):
 
 
 def aims_of(arguments):
-    """One row is to take little more than the floor and no more than a peer, several rows little of a peer's time."""
+    """The aims: one row takes little more than the floor and no more than a peer, several rows 0.6 of a peer."""
     batch, inputs = arguments.batch, arguments.inputs
     if arguments.dtype == "float32" and (batch, inputs) == (1, 256):
         return [{"field": "step_ms", "at_most": bound, "of": of} for bound, of in ((1.15, "floor"), (1.0, "best peer"))]

@@ -55,7 +55,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def topology(name, count):
-    """Accelerators of that name, so many of one host where they are GPUs; none of which need exist."""
+    """The devices of a topology, which need not exist; GPUs are those of one host."""
     from jax.experimental import topologies
 
     if name == "h100":
@@ -127,7 +127,7 @@ def placed(devices, mesh):
 
 
 def of_arguments(arguments):
-    """A model of the pair asked for, compiled."""
+    """A compiled model of the requested pair."""
     import keras_t5gemma as kt
     from keras_t5gemma import presets
     from keras_t5gemma.training.optimizers.adamw import AdamW
@@ -140,7 +140,7 @@ def of_arguments(arguments):
 
 
 def of_recipe(recipe, layers):
-    """What a recipe trains, compiled as it says, its teacher included; of Gemma 2 only the sizes."""
+    """The model of a recipe, compiled, with its teacher; only the sizes of Gemma 2 are read."""
     import keras_hub
 
     import keras_t5gemma as kt
@@ -167,7 +167,7 @@ def of_recipe(recipe, layers):
 
 
 def with_layers(stack, layers):
-    """A stack with so many, or with its own if None."""
+    """A stack with this many layers, or with its own number if None."""
     return dataclasses.replace(stack, num_layers=layers) if layers else stack
 
 

@@ -53,7 +53,7 @@ def fastest(run, repeats):
 
 
 def device():
-    """`(kind, name)` of what the backend computes on, e.g. ("gpu", "NVIDIA H100")."""
+    """`(kind, name)` of the backend's device, e.g. ("gpu", "NVIDIA H100")."""
     import keras
 
     if keras.config.backend() == "jax":
@@ -71,7 +71,7 @@ def device():
 
 
 def bandwidth(megabytes):
-    """Bytes a second, read and written, of the device."""
+    """The device's bandwidth: bytes read and written per second."""
     import keras
 
     count = megabytes * 2**20 // 4
@@ -161,7 +161,7 @@ def build_t5gemma(encoder, decoder, arguments):
 
 
 def measure(program, arguments):
-    """One program, in this process: what its line of JSON says."""
+    """Measures one program in this process; returns the content of its line of JSON."""
     import keras
 
     keras.config.set_dtype_policy(arguments.dtype)
@@ -204,7 +204,7 @@ def measure(program, arguments):
 
 
 def print_table(lines):
-    """A row a program; ratios are to the Gemma 2 of the decoder's size on the same backend and device."""
+    """One row per program; ratios are to the Gemma 2 of the decoder's size on the same backend and device."""
     from rich.console import Console
     from rich.table import Table
 
@@ -239,7 +239,7 @@ def print_table(lines):
 
 
 def recorded(lines):
-    """A row per encoder-decoder, beside the Gemma 2 of its decoder's size."""
+    """One row per encoder-decoder, with the Gemma 2 of its decoder's size as its peer."""
     fields = ("total_s", "step_ms", "first_token_ms", "bandwidth_gb_s", "compile_s")
     numbers = {
         line["program"]: {**{field: line[field] for field in fields}, "bandwidth_share": line["utilisation"]}
@@ -259,7 +259,7 @@ def recorded(lines):
 
 
 def run_all(arguments):
-    """The lines of all programs, each from a process of its own; a failed one has none."""
+    """The lines of all programs, each from its own process; a failed program has no line."""
     wanted = [name for pair in arguments.pairs for name in (f"gemma2_{PROGRAMS[pair][1]}", pair)]
     lines = []
     for program in dict.fromkeys(wanted):

@@ -67,7 +67,7 @@ def held_out_loss(lm, weights, what, name, rate, steps):
 
 
 def main():
-    """Prints a table an optimizer."""
+    """Prints one table per optimizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizers", nargs="+", default=["adamw"])
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])

@@ -70,7 +70,7 @@ def main():
 
 
 def measure_ways_in(arguments):
-    """Prints a row per backend, way and length as it comes."""
+    """Prints one row per backend, method and length as soon as it is measured."""
     print("backend, way in, tokens: seconds with tracing, peak GB above the short calls")
     for backend in (name for name in arguments.backends if importlib.util.find_spec(name)):
         for way_in in arguments.ways_in:
@@ -102,7 +102,7 @@ def measure_ways_in(arguments):
 
 
 def peak_aim(length):
-    """At most 3 GB at 16,384 tokens."""
+    """The aim: at most 3 GB at 16,384 tokens."""
     return [{"field": "peak_gib", "at_most": 3.0, "of": None}] if length == 16_384 else []
 
 

@@ -34,7 +34,7 @@ def documents(count, seed=0):
 
 
 class Counted:
-    """An objective that counts the ids its parts are given."""
+    """An objective that counts the input ids of its parts."""
 
     def __init__(self, inner):
         self.encoder_length, self.decoder_length = inner.encoder_length, inner.decoder_length
@@ -53,7 +53,7 @@ class _CountedPart:
 
 
 def measure(inner, texts, seconds, **options):
-    """`(raw ids a second, share of the rows' fuller side that is filled)`."""
+    """`(raw ids per second, filled share of the rows' fuller side)`."""
     counted = Counted(inner)
     data = pretraining_dataset(texts, None, counted, batch_size=8, **options)
     # Threads would only take turns on one core.

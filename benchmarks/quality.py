@@ -51,7 +51,7 @@ PROMPTS, ANSWER = 32, 32
 
 
 def train(folder, pretraining_steps, steps):
-    """Saves the toy that quality is measured on as a Keras preset, with its tokenizer beside it; once."""
+    """Saves the toy model of the quality measurements as a Keras preset with its tokenizer, if it is missing."""
     if (folder / "toy").is_dir():
         return
     import keras
@@ -88,7 +88,7 @@ def train(folder, pretraining_steps, steps):
 
 
 def draw(folder):
-    """Saves random weights of Small-Small size; once."""
+    """Saves random weights of Small-Small size, if they are missing."""
     if (folder / "s_s").is_dir():
         return
     import keras_t5gemma as kt
@@ -97,7 +97,7 @@ def draw(folder):
 
 
 def load(preset, name):
-    """The model of a preset with the weights of a name."""
+    """The model of a preset, with weights in the named form."""
     import keras
 
     import keras_t5gemma as kt
@@ -148,7 +148,7 @@ def measure_quality(folder, name):
 
 
 def nbytes(backbone):
-    """Bytes of all weights as they are held."""
+    """Bytes of all weights in memory."""
     import keras
 
     sizes = {"float32": 4, "int32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
@@ -197,7 +197,7 @@ def measure_memory(folder, name):
 
 
 def run(backend, name, arguments):
-    """A row's measurements, from a process of its own; None where it failed."""
+    """A row's measurements, from its own process; None if it failed."""
     command = [sys.executable, __file__, str(arguments.folder), "--only", name, *["--memory"] * arguments.memory]
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)

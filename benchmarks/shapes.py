@@ -21,7 +21,7 @@ from rich.table import Table
 
 
 def measure(program, backend, arguments):
-    """[requests, programs, seconds], or the text with which the process failed."""
+    """[requests, programs, seconds], or the error text if the process failed."""
     result = own_process.run(backend, "random_requests", program, arguments.prompts, arguments.seconds)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else result.stderr[-2000:]
 

@@ -388,7 +388,7 @@ OPTIONAL = {"note": _TEXT}
 
 
 def problems(row, file):
-    """What is wrong with a row of a file, as a list of texts."""
+    """The errors in a row of a file, as a list of texts."""
     found = [f"`{name}` is missing or of the wrong type" for name, kind in REQUIRED.items() if not _is(row, name, kind)]
     found += [
         f"`{name}` is of the wrong type" for name, kind in OPTIONAL.items() if name in row and not _is(row, name, kind)

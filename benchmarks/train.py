@@ -23,7 +23,7 @@ from rich.table import Table
 
 
 def recorded(arguments, backend, measured):
-    """Rows of what programs took on a backend: this package's with the others as peers, or theirs alone."""
+    """Rows of one backend: this package's, with the other programs as peers; or only the others'."""
     ours = {name: numbers for name, numbers in measured.items() if name == "keras-t5gemma"}
     configuration = {
         "topic": "A training step",
@@ -45,7 +45,7 @@ def recorded(arguments, backend, measured):
 
 
 def aims_of(arguments, backend):
-    """What a step is to take, at the two sizes that have an aim."""
+    """The aims of a step, at the two sizes that have an aim."""
     size = (arguments.batch, arguments.length)
     if arguments.dtype == "mixed_bfloat16" and size == (2, 128):
         return [{"field": "seconds", "at_most": 0.4, "of": "transformers"}]

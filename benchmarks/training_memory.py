@@ -38,7 +38,7 @@ def bytes_per_parameter(setting):
 
 
 def optimizer_table():
-    """A row a dtype and optimizer."""
+    """The table of bytes per parameter: one row per dtype and optimizer."""
     lines = [
         "| weights | optimizer | weights | gradients | moments | float32 copies | bytes per parameter |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -52,7 +52,7 @@ def optimizer_table():
 
 
 def size_table():
-    """A row a published pair: what trains on each card with weights in bfloat16, and the memory of the state in GiB."""
+    """The table of sizes: one row per published pair, with the state in GiB and the optimizers that fit each card."""
     lines = [
         "| pair | AdamW | Adafactor | LoRA | " + " | ".join(f"{card} GB" for card in CARDS) + " |",
         "| --- | ---: | ---: | ---: |" + " --- |" * len(CARDS),

@@ -75,7 +75,7 @@ def matmul_rate(backend):
 
 
 def seconds(run, repeats):
-    """Of each run after a first."""
+    """Seconds of each run after a first one."""
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
@@ -85,7 +85,7 @@ def seconds(run, repeats):
 
 
 def wait_for_torch(*_):
-    """Until the GPU, if there is one, is done."""
+    """Waits until the GPU, if there is one, has finished."""
     import torch
 
     if torch.cuda.is_available():
@@ -102,7 +102,7 @@ def random_batch(vocabulary_size, length, batch):
 
 
 def print_tried(step, start):
-    """A line for a batch that was compiled or tried."""
+    """Prints a line for a batch that was compiled or tried."""
     took = step.compile_seconds = time.perf_counter() - start
     print(f"{step.batch} x {step.length} + {step.length}: {step.bytes / 1e9:.1f} GB, {took:.0f} s", flush=True)
 
@@ -150,7 +150,7 @@ class JaxStep:
 
 
 class TorchStep:
-    """The same on PyTorch, as it is."""
+    """A training step on PyTorch, eager."""
 
     def __init__(self, lm, length, batch):
         self._lm, self.length, self.batch = lm, length, batch
