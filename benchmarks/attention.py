@@ -1,12 +1,12 @@
-"""Attention over long sequences on an accelerator: kernels of its libraries beside the plain one and that in blocks.
+"""Attention over long sequences on an accelerator: library kernels, plain attention, and attention in blocks.
 
     python benchmarks/attention.py --backend jax
     python benchmarks/attention.py --backend torch --lengths 1024 4096
 
-The 2B size: 8 query heads, 4 key and value heads of 256, soft cap 50, bfloat16, batch 1, one segment; `sliding` has a
-window of 4,096, in both directions as in the encoder. Milliseconds of the output alone, and with the gradients of
-query, key and value: medians of `--repeats` after a first run. The error is the output's distance from the plain one's
-in float32, as a share of its norm.
+The 2B size: 8 query heads, 4 key and value heads of 256, soft cap 50, bfloat16, batch 1, one segment. `sliding` has a
+window of 4,096, in both directions as in the encoder. Milliseconds are measured for the output alone, and with the
+gradients of query, key and value. They are medians of `--repeats` runs after a first one. The error is the output's
+distance from plain attention in float32, relative to its norm.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def whole(mask):
 
 
 def runners(backend, way, mask):
-    """`(tensors -> output, tensors -> (output, gradients))`, compiled where the backend does, and what waits."""
+    """`(tensors -> output, tensors -> (output, gradients))`, compiled on JAX, and a function to wait."""
     if backend == "jax":
         import jax
 
@@ -98,7 +98,7 @@ def runners(backend, way, mask):
 
 
 def measure(run, wait, tensors, repeats):
-    """`(milliseconds, what it gave)`."""
+    """`(milliseconds, result)`."""
     found = run(*tensors)
     wait(found)
     times = []

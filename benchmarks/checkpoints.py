@@ -1,10 +1,10 @@
-"""Adapting from files to files beside `cp`, and loading beside keras-hub: time and peak memory.
+"""Adapting from files to files compared with `cp`, and loading compared with keras-hub: time and peak memory.
 
     python benchmarks/checkpoints.py adapt --encoder 2b --decoder 2b     # 5 GB in, 11 GB out
     python benchmarks/checkpoints.py adapt --encoder 9b --decoder 2b     # 24 GB in (sparse), 25 GB out
     python benchmarks/checkpoints.py load                                # 625 MB, on every backend installed
 
-Weights are random. Each measured program runs in a process of its own, all in one run on the same disk.
+Weights are random. Each measured program runs in its own process, all in one run on the same disk.
 """
 
 import argparse
@@ -207,7 +207,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["adapt", "load"])
     parser.add_argument(
-        "--folder", type=Path, help="Where to write; a temporary folder, removed at the end, if not given."
+        "--folder", type=Path, help="Folder to write to; by default a temporary folder that is removed at the end."
     )
     parser.add_argument("--encoder", default="2b", choices=STACKS)
     parser.add_argument("--decoder", default="2b", choices=STACKS)

@@ -1,11 +1,11 @@
-"""The paper's claims at toy size, as found: adaptation, a bidirectional encoder, warm-up, distillation.
+"""The papers' claims at toy size: adaptation, a bidirectional encoder, warm-up, distillation.
 
     python benchmarks/claims.py                     # under half an hour on two cores
     python benchmarks/claims.py --seeds 5 --steps 300
 
-The demo's corpus, tokenizer and two small Gemma 2, pretrained once. Each arm is a T5Gemma trained with PrefixLM for the
-same steps on the same data, once a seed; a seed decides the order of the data and what is drawn at random. What is
-compared is the held-out loss per target token, in nats, of seed i's run in one arm with seed i's run in the other.
+Uses the demo's corpus, tokenizer and two small Gemma 2, pretrained once. Each arm is a T5Gemma trained with PrefixLM,
+for the same steps on the same data, once per seed. A seed decides the order of the data and the random numbers. Runs of
+two arms with the same seed are compared by their held-out loss per target token, in nats.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def held_out_loss(arm, seed, folder, corpus, tokenizer, settings, callback):
 
 
 def run(settings, seeds, console):
-    """Every arm, once a seed: `{arm: [loss]}`."""
+    """Trains every arm once per seed: `{arm: [loss]}`."""
     keras.utils.set_random_seed(settings.seed)
     corpus = standard_library_corpus()
     with tempfile.TemporaryDirectory() as temporary, progress_display(console) as display:
@@ -127,9 +127,14 @@ def spread(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="Runs an arm; at least 2, for a spread.")
-    parser.add_argument("--steps", type=int, default=300, help="Of each run.")
-    parser.add_argument("--pretraining-steps", type=int, default=1000, help="Of the large Gemma 2; half for the small.")
+    parser.add_argument("--seeds", type=int, default=3, help="Runs per arm; at least 2, for a spread.")
+    parser.add_argument("--steps", type=int, default=300, help="Training steps of each run.")
+    parser.add_argument(
+        "--pretraining-steps",
+        type=int,
+        default=1000,
+        help="Steps of the large Gemma 2; half as many for the small one.",
+    )
     record.add_options(parser)
     arguments = parser.parse_args()
     if arguments.seeds < 2:

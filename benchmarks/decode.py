@@ -1,4 +1,4 @@
-"""Greedy decoding of Small-Small size beside keras-hub's T5Gemma and `transformers`: milliseconds a step.
+"""Greedy decoding at Small-Small size, compared with keras-hub's T5Gemma and `transformers`: milliseconds per step.
 
     python benchmarks/decode.py                                     # every backend, batch 1, 256 input tokens
     python benchmarks/decode.py --batch 4 --inputs 1024             # and 16
@@ -6,17 +6,17 @@
     python benchmarks/decode.py --dtype bfloat16
     python benchmarks/decode.py --dtype int8                        # or int4, int8_from_bfloat16: quantized weights
 
-Vocabulary 256,000, random weights and ids, no stop ids. Each program runs in a process of its own. The first token's
-time is that of an answer of `--short` tokens, `<bos>` included: by default 2, so one is generated. A step costs the
-difference of two answers of `--long` and of `--middle` tokens, divided by the difference of their tokens, each after as
-many answers as make `--warm-up` tokens: what is compiled or recorded on the way is ready then. "Compile" is what the
-first call took besides. A step costs the same however many layers the encoder has; the first token does not.
-`transformers` quantizes nothing here and has no row then.
+Vocabulary 256,000, random weights and ids, no stop ids. Each program runs in its own process. The time of the first
+token is that of an answer of `--short` tokens, including `<bos>`. The default is 2, so one token is generated. A step
+is the time difference of two answers of `--long` and of `--middle` tokens, divided by the difference of their tokens.
+Each is measured after answers with `--warm-up` tokens in total, so that compilation and recording are finished.
+"Compile" is the additional time of the first call. The number of the encoder's layers changes the first token's time,
+but not a step's. `transformers` has no row for quantized weights, because it does not quantize them here.
 
-The floor is the time that the bytes that a step must read take: the decoder's weights but for those that make
+The floor is the time to read the bytes that a step must read. These are the decoder's weights except those that compute
 cross-attention's keys and values, its table once, and the keys and values of the input and of the tokens so far. The
-speed of memory is the best at which PyTorch reads half a gigabyte of float32 on all cores in the same run: in products
-of matrices of several widths with one vector or two, and in a dot product. With one vector the table can be slow.
+memory bandwidth is the best at which PyTorch reads half a gigabyte of float32 on all cores in the same run: in products
+of matrices of several widths with one or two vectors, and in a dot product. With one vector the table can be slow.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from rich.table import Table
 
 
 def measure(program, backend, arguments):
-    """[ms a step, ms to the first token, s to compile], or the text with which the process failed."""
+    """[ms per step, ms to the first token, s to compile], or the error text if the process failed."""
     options = [arguments.batch, arguments.inputs, arguments.dtype, arguments.short, arguments.middle, arguments.long]
     options += [arguments.repeats, arguments.warm_up, arguments.encoder_layers]
     result = own_process.run(backend, "decode_step", program, *options)
@@ -39,14 +39,14 @@ def measure(program, backend, arguments):
 
 
 def measure_floor(arguments):
-    """[bytes a second, those of a product with the table, and a step's bytes of weights and of keys and values]."""
+    """[bytes per second, the same in a product with the table, bytes of a step's weights and of keys and values]."""
     options = [arguments.batch, arguments.inputs, arguments.dtype, arguments.middle, arguments.long, arguments.repeats]
     result = own_process.run("torch", "memory_floor", *options, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def recorded(arguments, backend, measured, floor):
-    """Rows of what programs took on a backend: this package's with the others and the floor as peers, or theirs."""
+    """Rows of one backend: this package's, with the other programs and the floor as peers; or only the others'."""
     numbers = {
         name: {"step_ms": step, "first_token_ms": first, "compile_s": compiling}
         for name, (step, first, compiling) in measured.items()
@@ -73,7 +73,7 @@ def recorded(arguments, backend, measured, floor):
 
 
 def aims_of(arguments):
-    """One row is to take little more than the floor and no more than a peer, several rows little of a peer's time."""
+    """The aims: one row takes little more than the floor and no more than a peer, several rows 0.6 of a peer."""
     batch, inputs = arguments.batch, arguments.inputs
     if arguments.dtype == "float32" and (batch, inputs) == (1, 256):
         return [{"field": "step_ms", "at_most": bound, "of": of} for bound, of in ((1.15, "floor"), (1.0, "best peer"))]
@@ -89,11 +89,15 @@ def main():
     parser.add_argument(
         "--dtype", default="float32", help="float32, bfloat16, int8, int4 or, e.g., int8_from_bfloat16."
     )
-    parser.add_argument("--short", type=int, default=2, help="Tokens of the shorter answer, <bos> included; 2 or more.")
-    parser.add_argument("--middle", type=int, default=18, help="Of a longer one.")
-    parser.add_argument("--long", type=int, default=50, help="Of the longest.")
+    parser.add_argument(
+        "--short", type=int, default=2, help="Tokens of the shortest answer, including <bos>; 2 or more."
+    )
+    parser.add_argument("--middle", type=int, default=18, help="Tokens of a longer answer.")
+    parser.add_argument("--long", type=int, default=50, help="Tokens of the longest answer.")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warm-up", type=int, default=80, help="Tokens before what is measured, for each length.")
+    parser.add_argument(
+        "--warm-up", type=int, default=80, help="Tokens to generate before the measurement of each length."
+    )
     parser.add_argument("--encoder-layers", type=int, default=8)
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--programs", nargs="*", default=["keras-hub", "keras-t5gemma", "transformers"])

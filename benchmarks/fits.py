@@ -1,4 +1,4 @@
-"""What fits an accelerator: memory of a training step by XLA's own account, compiled for one without having it.
+"""Which training steps fit an accelerator: memory by XLA's own account, compiled without having the accelerator.
 
     pip install "jax[cuda12]"                                                          # or jax[tpu]
     python benchmarks/fits.py --length 1024 --batches 2 4                              # 2B-2B on an H100 of 80 GB
@@ -7,9 +7,9 @@
     python benchmarks/fits.py --recipe 2b_2b_prefixlm                                  # as it stands, teacher included
     python benchmarks/fits.py --recipe 9b_2b_ul2 --topology v5p:2x2x2
 
-On JAX, with AdamW and the chunked loss. No weight is made. The bytes are those of `utilisation.py`, which has the step
-compiled on the device itself; seconds are those of compiling on this machine. Autotuning, which needs a device, is left
-out. With a mesh, bytes are a device's.
+Runs on JAX, with AdamW and the chunked loss. No weights are allocated. The bytes are counted as in `utilisation.py`,
+which compiles the step on the device itself. Seconds are compilation times on this machine. Autotuning is disabled,
+because it needs a device. With a mesh, bytes are per device.
 """
 
 import argparse
@@ -55,7 +55,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def topology(name, count):
-    """Accelerators of that name, so many of one host where they are GPUs; none of which need exist."""
+    """The devices of a topology, which need not exist; GPUs are those of one host."""
     from jax.experimental import topologies
 
     if name == "h100":
@@ -127,7 +127,7 @@ def placed(devices, mesh):
 
 
 def of_arguments(arguments):
-    """A model of the pair asked for, compiled."""
+    """A compiled model of the requested pair."""
     import keras_t5gemma as kt
     from keras_t5gemma import presets
     from keras_t5gemma.training.optimizers.adamw import AdamW
@@ -140,7 +140,7 @@ def of_arguments(arguments):
 
 
 def of_recipe(recipe, layers):
-    """What a recipe trains, compiled as it says, its teacher included; of Gemma 2 only the sizes."""
+    """The model of a recipe, compiled, with its teacher; only the sizes of Gemma 2 are read."""
     import keras_hub
 
     import keras_t5gemma as kt
@@ -167,16 +167,16 @@ def of_recipe(recipe, layers):
 
 
 def with_layers(stack, layers):
-    """A stack with so many, or with its own if None."""
+    """A stack with this many layers, or with its own number if None."""
     return dataclasses.replace(stack, num_layers=layers) if layers else stack
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--topology", default="h100", help='"h100", or a TPU\'s such as "v5p:2x2x1".')
-    parser.add_argument("--layers", type=int, help="So many a stack, in place of the size's.")
-    parser.add_argument("--recipe", help="A recipe's file or name, in place of all that follows.")
-    parser.add_argument("--mesh", nargs="*", type=int, default=[], help="Devices along the batch, and the model.")
+    parser.add_argument("--topology", default="h100", help='"h100", or a TPU topology such as "v5p:2x2x1".')
+    parser.add_argument("--layers", type=int, help="Layers per stack, instead of the size's.")
+    parser.add_argument("--recipe", help="File or name of a recipe, instead of all following options.")
+    parser.add_argument("--mesh", nargs="*", type=int, default=[], help="Devices along the batch, and along the model.")
     parser.add_argument("--pair", nargs=2, default=["2b", "2b"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--length", type=int, default=1024)

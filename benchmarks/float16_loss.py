@@ -1,9 +1,9 @@
-"""Gradients of the chunked loss in float16 beside float32's, at the size of Gemma's vocabulary.
+"""Gradients of the chunked loss in float16 compared with float32, at the size of Gemma's vocabulary.
 
     KERAS_BACKEND=jax python benchmarks/float16_loss.py [--pieces 256000] [--tokens 4096] [--width 64]
 
-An error is the norm of the difference to the norm of float32's gradient. The loss is scaled as `LossScaleOptimizer`
-scales it at first. tests/training/losses/test_float16_loss.py asserts the same of a vocabulary of 32,000.
+An error is the norm of the difference, relative to the norm of float32's gradient. The loss has the initial scale of
+`LossScaleOptimizer`. tests/training/losses/test_float16_loss.py asserts the same for a vocabulary of 32,000.
 """
 
 import argparse

@@ -1,22 +1,22 @@
-"""Latency of an encoder-decoder beside Gemma 2 of its decoder's size, which is what T5Gemma was announced with.
+"""Latency of an encoder-decoder compared with Gemma 2 of its decoder's size, as in the announcement of T5Gemma.
 
     python benchmarks/latency.py                                      # full size, bfloat16: an accelerator of 80 GB
     python benchmarks/latency.py --scale 8 --dtype float32            # an eighth of each width: minutes on two cores
-    python benchmarks/latency.py --only 9b_2b >> lines.jsonl          # one program alone, a line of JSON
-    python benchmarks/latency.py --table lines.jsonl                  # the table of such lines
+    python benchmarks/latency.py --only 9b_2b >> lines.jsonl          # one program, as a line of JSON
+    python benchmarks/latency.py --table lines.jsonl                  # the table of these lines
 
-Gemma 2 is keras-hub's `GemmaCausalLM` with Gemma 2's settings. Random weights, greedy, batch 1, no stop ids; 150 tokens
-in and 200 out, about GSM8K's lengths; the encoder reads the input in one model, the decoder in the other. `--scale`
-divides what has a width: hidden and feed-forward, the size of the heads, the vocabulary. The numbers of layers and of
-heads stay.
+Gemma 2 is keras-hub's `GemmaCausalLM` with Gemma 2's settings. Weights are random, decoding is greedy, the batch is 1,
+and there are no stop ids. 150 tokens in and 200 out are about GSM8K's lengths. The input is read by the encoder in one
+model and by the decoder in the other. `--scale` divides the widths: hidden and feed-forward, the head size, and the
+vocabulary. The numbers of layers and heads stay the same.
 
-Each program runs in a process of its own. "Total" is the fastest of `--repeats` calls of `generate()` after a first
-one, and "compile" what the first took besides. A step is the difference of two totals, of 200 tokens and of `--short`,
-divided by the difference of their tokens; the first token is the shorter one's total less its steps. "Used" is model
-bandwidth utilisation: the bytes that a step must read (the decoder's weights but for those that make
-cross-attention's keys and values, its table once; the keys and values of the input and of the tokens so far), divided
-by the step's time and the bandwidth of the device. That is measured just before: bytes read plus bytes written where
-each number of a large array is increased in place.
+Each program runs in its own process. "Total" is the fastest of `--repeats` calls of `generate()` after a first one.
+"Compile" is the additional time of the first call. A step is the difference of two totals, of 200 and of `--short`
+tokens, divided by the difference of their tokens. The first token is the shorter total minus its steps. "Used" is model
+bandwidth utilization: the bytes that a step must read, divided by the step's time and the device's bandwidth. These
+bytes are the decoder's weights except those that compute cross-attention's keys and values, its table once, and the
+keys and values of the input and of the tokens so far. The bandwidth is measured immediately before: bytes read plus
+bytes written while each number of a large array is increased in place.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def fastest(run, repeats):
 
 
 def device():
-    """`(kind, name)` of what the backend computes on, e.g. ("gpu", "NVIDIA H100")."""
+    """`(kind, name)` of the backend's device, e.g. ("gpu", "NVIDIA H100")."""
     import keras
 
     if keras.config.backend() == "jax":
@@ -71,7 +71,7 @@ def device():
 
 
 def bandwidth(megabytes):
-    """Bytes a second, read and written, of the device."""
+    """The device's bandwidth: bytes read and written per second."""
     import keras
 
     count = megabytes * 2**20 // 4
@@ -161,7 +161,7 @@ def build_t5gemma(encoder, decoder, arguments):
 
 
 def measure(program, arguments):
-    """One program, in this process: what its line of JSON says."""
+    """Measures one program in this process; returns the content of its line of JSON."""
     import keras
 
     keras.config.set_dtype_policy(arguments.dtype)
@@ -204,7 +204,7 @@ def measure(program, arguments):
 
 
 def print_table(lines):
-    """A row a program; ratios are to the Gemma 2 of the decoder's size on the same backend and device."""
+    """One row per program; ratios are to the Gemma 2 of the decoder's size on the same backend and device."""
     from rich.console import Console
     from rich.table import Table
 
@@ -239,7 +239,7 @@ def print_table(lines):
 
 
 def recorded(lines):
-    """A row per encoder-decoder, beside the Gemma 2 of its decoder's size."""
+    """One row per encoder-decoder, with the Gemma 2 of its decoder's size as its peer."""
     fields = ("total_s", "step_ms", "first_token_ms", "bandwidth_gb_s", "compile_s")
     numbers = {
         line["program"]: {**{field: line[field] for field in fields}, "bandwidth_share": line["utilisation"]}
@@ -259,7 +259,7 @@ def recorded(lines):
 
 
 def run_all(arguments):
-    """The lines of all programs, each from a process of its own; a failed one has none."""
+    """The lines of all programs, each from its own process; a failed program has no line."""
     wanted = [name for pair in arguments.pairs for name in (f"gemma2_{PROGRAMS[pair][1]}", pair)]
     lines = []
     for program in dict.fromkeys(wanted):
@@ -276,7 +276,13 @@ def run_all(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     pairs = [name for name, (encoder, _) in PROGRAMS.items() if encoder]
-    parser.add_argument("--pairs", nargs="*", default=["9b_2b", "9b_9b"], choices=pairs, help="Each after its Gemma 2.")
+    parser.add_argument(
+        "--pairs",
+        nargs="*",
+        default=["9b_2b", "9b_9b"],
+        choices=pairs,
+        help="Pairs to measure, each after its Gemma 2.",
+    )
     parser.add_argument("--only", choices=list(PROGRAMS), help="Measure one program and print its line.")
     parser.add_argument("--table", type=Path, metavar="FILE", help="Print the table of a file's lines.")
     parser.add_argument("--backend", default="jax", choices=["jax", "tensorflow", "torch"])

@@ -1,11 +1,12 @@
-"""Which learning rate learns most in a given number of steps, by optimizer, by width, for all weights and for LoRA.
+"""The best learning rate for a given number of steps, by optimizer and width, for all weights and for LoRA.
 
     python benchmarks/learning_rates.py
     python benchmarks/learning_rates.py --optimizers adafactor muon --widths 128
 
-A toy Gemma 2 of two layers is pretrained on lines such as "05-Mar-2024 is 2024-03-05" and adapted. From the same start
-each rate then learns to answer dates with ISO 8601, in the same order. Numbers are the loss on 200 dates never seen, in
-nats a token. One seed. Published models are wider than these: what counts is how the best rate goes with the width.
+A toy Gemma 2 of two layers is pretrained on lines such as "05-Mar-2024 is 2024-03-05" and adapted. Each rate then
+trains from the same weights, on the same data in the same order, to answer dates in ISO 8601. Numbers are the loss on
+200 unseen dates, in nats per token, for one seed. Published models are wider than these, so the result is how the best
+rate depends on the width.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def held_out_loss(lm, weights, what, name, rate, steps):
 
 
 def main():
-    """Prints a table an optimizer."""
+    """Prints one table per optimizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--optimizers", nargs="+", default=["adamw"])
     parser.add_argument("--widths", nargs="+", type=int, default=[64, 128, 256])

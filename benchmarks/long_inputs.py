@@ -4,12 +4,13 @@
     python benchmarks/long_inputs.py --lengths 32768 --backends jax --dtype bfloat16
     python benchmarks/long_inputs.py --ways-in predict evaluate fit embed score --layers 2 --lengths 16384
 
-Vocabulary 256,000, random weights and ids, one input without padding; compiled on JAX and TensorFlow, eager on PyTorch.
-Each length runs in a process of its own. Seconds are those of the second run; memory is the peak above the bare import,
-from building the model on, whose weights alone, of both stacks, take 1.25 GB in float32.
+Vocabulary 256,000, random weights and ids, one input without padding. The encoder is compiled on JAX and TensorFlow,
+and eager on PyTorch. Each length runs in its own process. Seconds are those of the second run. Memory is the peak above
+the bare import, and includes the model. The weights of both stacks take 1.25 GB in float32.
 
-With `--ways-in`, the model as its users call it, vocabulary 32,000 and 16 target tokens, after calls of 64, 96 and 128
-input tokens: memory is the peak above what they left. TensorFlow then runs what it traced for any length.
+With `--ways-in`, the model is called through its public methods, with a vocabulary of 32,000 and 16 target tokens. The
+measured call follows calls with 64, 96 and 128 input tokens, and memory is the peak above their level. TensorFlow then
+runs a function that it traced for any length.
 """
 
 import argparse
@@ -25,12 +26,14 @@ from rich.table import Table
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384], help="Tokens.")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384], help="Input tokens.")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
-    parser.add_argument("--ways-in", nargs="*", help="Of predict, evaluate, fit, embed and score; the encoder if none.")
-    parser.add_argument("--layers", type=int, default=8, help="Of each stack, for --ways-in.")
-    parser.add_argument("--rematerialize", action="store_true", help="For --ways-in.")
+    parser.add_argument(
+        "--ways-in", nargs="*", help="Methods: predict, evaluate, fit, embed, score. Default: the encoder."
+    )
+    parser.add_argument("--layers", type=int, default=8, help="Layers per stack, for --ways-in.")
+    parser.add_argument("--rematerialize", action="store_true", help="Rematerialize, for --ways-in.")
     record.add_options(parser)
     arguments = parser.parse_args()
     if arguments.ways_in:
@@ -67,7 +70,7 @@ def main():
 
 
 def measure_ways_in(arguments):
-    """Prints a row per backend, way and length as it comes."""
+    """Prints one row per backend, method and length as soon as it is measured."""
     print("backend, way in, tokens: seconds with tracing, peak GB above the short calls")
     for backend in (name for name in arguments.backends if importlib.util.find_spec(name)):
         for way_in in arguments.ways_in:
@@ -99,7 +102,7 @@ def measure_ways_in(arguments):
 
 
 def peak_aim(length):
-    """At most 3 GB at 16,384 tokens."""
+    """The aim: at most 3 GB at 16,384 tokens."""
     return [{"field": "peak_gib", "at_most": 3.0, "of": None}] if length == 16_384 else []
 
 

@@ -1,10 +1,10 @@
-"""How many raw ids a second an objective turns into batches on one core, without tokenization.
+"""Raw ids per second that an objective turns into batches on one core, without tokenization.
 
     python benchmarks/objectives.py [--length 512] [--seconds 2]
 
-A row is an objective; its columns are texts joined to windows, documents each padded, documents packed into rows, and
-what packing fills of the rows' fuller side. Ids are counted as they go in, and seconds are the process's own, so that
-what else the machine does is not measured.
+Each row is an objective. Its columns are texts joined to windows, documents padded one by one, documents packed into
+rows, and the share of the rows' fuller side that packing fills. Ids are counted as inputs. Seconds are the CPU time of
+the process, so other work on the machine is not measured.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def documents(count, seed=0):
 
 
 class Counted:
-    """An objective that counts the ids its parts are given."""
+    """An objective that counts the input ids of its parts."""
 
     def __init__(self, inner):
         self.encoder_length, self.decoder_length = inner.encoder_length, inner.decoder_length
@@ -53,7 +53,7 @@ class _CountedPart:
 
 
 def measure(inner, texts, seconds, **options):
-    """`(raw ids a second, share of the rows' fuller side that is filled)`."""
+    """`(raw ids per second, filled share of the rows' fuller side)`."""
     counted = Counted(inner)
     data = pretraining_dataset(texts, None, counted, batch_size=8, **options)
     # Threads would only take turns on one core.
@@ -72,8 +72,8 @@ def measure(inner, texts, seconds, **options):
 def main():
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--length", type=int, default=512, help="S and T")
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each number")
+    parser.add_argument("--length", type=int, default=512, help="Length of encoder and decoder, S and T.")
+    parser.add_argument("--seconds", type=float, default=2.0, help="Seconds per measurement.")
     record.add_options(parser)
     arguments = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):

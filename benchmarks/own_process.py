@@ -1,4 +1,4 @@
-"""Runs a file of `programs/` in a process of its own, on a backend."""
+"""Runs a file of `programs/` in a separate process, on a given backend."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ def command(name, *arguments):
 
 
 def environment(backend=None):
-    """This process's, with the folder it was started in first on the path, as `python -c` has it."""
+    """This process's environment, with the working directory first on the path, as for `python -c`."""
     path = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
     changed = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": os.pathsep.join(path)}
     return {**changed, "KERAS_BACKEND": backend} if backend else changed

@@ -1,21 +1,21 @@
-"""Quantized weights: held-out perplexity and answers beside float32, and the memory that they take.
+"""Quantized weights: held-out perplexity and answers compared with float32, and their memory.
 
     python benchmarks/quality.py FOLDER                        # perplexity and answers, on every backend
-    python benchmarks/quality.py FOLDER --memory               # bytes and milliseconds a token, at Small-Small size
+    python benchmarks/quality.py FOLDER --memory               # bytes and milliseconds per token, at Small-Small size
     python benchmarks/quality.py FOLDER --backends jax --weights float32 int8
 
-FOLDER keeps what is made once. Quality is that of the demo's toy, a Gemma 2 pretrained on the documentation of Python's
-standard library and adapted with PrefixLM, as in claims.py: loss per target token of held-out documents, in nats; and
-greedy answers to held-out prompts, of each of which "as float32" counts the share before the first token that differs
-from float32's on the same backend.
+FOLDER stores the models, which are created once. Quality is measured on the demo's toy, as in claims.py: a Gemma 2
+pretrained on the documentation of Python's standard library and adapted with PrefixLM. The loss is that of held-out
+documents per target token, in nats. Answers are greedy, to held-out prompts. "As float32" is the share of an answer
+before the first token that differs from float32's answer on the same backend.
 
-`--memory` has random weights and a vocabulary of 256,000, saved in bfloat16. "Promised" are the bytes of the weights as
-quantized, of scales and of norms; "loaded" what the process holds more than before the model, "load peak" and "generate
-peak" the most it held while loading and while generating from a prompt of 64 tokens after that.
+`--memory` uses random weights and a vocabulary of 256,000, saved in bfloat16. "Promised" is the size of the quantized
+weights, scales and norms. "Loaded" is the additional memory of the process after loading the model. "Load peak" is its
+peak while loading. "Generate peak" is its peak while generating from a prompt of 64 tokens afterwards.
 
-Each row is a process of its own. "int8" loads in float32 and quantizes then, "int8_from_float32" is `from_preset`'s
+Each row runs in its own process. "int8" loads in float32 and then quantizes. "int8_from_float32" is `from_preset`'s
 dtype of that name. "int4" is Keras's default: a scale and a zero for each 128 inputs of an output. "Tables" are the
-embeddings, of which the decoder's is the output projection too.
+embeddings; the decoder's table is also the output projection.
 """
 
 import argparse
@@ -51,7 +51,7 @@ PROMPTS, ANSWER = 32, 32
 
 
 def train(folder, pretraining_steps, steps):
-    """Saves the toy that quality is measured on as a Keras preset, with its tokenizer beside it; once."""
+    """Saves the toy model of the quality measurements as a Keras preset with its tokenizer, if it is missing."""
     if (folder / "toy").is_dir():
         return
     import keras
@@ -88,7 +88,7 @@ def train(folder, pretraining_steps, steps):
 
 
 def draw(folder):
-    """Saves random weights of Small-Small size; once."""
+    """Saves random weights of Small-Small size, if they are missing."""
     if (folder / "s_s").is_dir():
         return
     import keras_t5gemma as kt
@@ -97,7 +97,7 @@ def draw(folder):
 
 
 def load(preset, name):
-    """The model of a preset with the weights of a name."""
+    """The model of a preset, with weights in the named form."""
     import keras
 
     import keras_t5gemma as kt
@@ -148,7 +148,7 @@ def measure_quality(folder, name):
 
 
 def nbytes(backbone):
-    """Bytes of all weights as they are held."""
+    """Bytes of all weights in memory."""
     import keras
 
     sizes = {"float32": 4, "int32": 4, "bfloat16": 2, "int8": 1, "uint8": 1}
@@ -197,7 +197,7 @@ def measure_memory(folder, name):
 
 
 def run(backend, name, arguments):
-    """A row's measurements, from a process of its own; None where it failed."""
+    """A row's measurements, from its own process; None if it failed."""
     command = [sys.executable, __file__, str(arguments.folder), "--only", name, *["--memory"] * arguments.memory]
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     result = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
@@ -270,14 +270,18 @@ def print_table(arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="Where the models are made, or were.")
-    parser.add_argument("--memory", action="store_true", help="Measure memory and speed in place of quality.")
+    parser.add_argument("folder", type=Path, help="Folder of the models, which are created if they are missing.")
+    parser.add_argument("--memory", action="store_true", help="Measure memory and speed instead of quality.")
     parser.add_argument(
-        "--weights", nargs="*", default=list(WEIGHTS), choices=list(WEIGHTS), help="The first: reference."
+        "--weights",
+        nargs="*",
+        default=list(WEIGHTS),
+        choices=list(WEIGHTS),
+        help="Forms of the weights; the first is the reference.",
     )
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
-    parser.add_argument("--pretraining-steps", type=int, default=1000, help="Of the Gemma 2.")
-    parser.add_argument("--steps", type=int, default=300, help="Of the T5Gemma.")
+    parser.add_argument("--pretraining-steps", type=int, default=1000, help="Training steps of the Gemma 2.")
+    parser.add_argument("--steps", type=int, default=300, help="Training steps of the T5Gemma.")
     parser.add_argument("--only", choices=list(WEIGHTS), help=argparse.SUPPRESS)
     record.add_options(parser)
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
     python benchmarks/train.py --record --idle yes
     python benchmarks/report.py
 
-A program with `--record` appends its rows to the file of its name. `report.py` then writes README.md's tables anew.
+A program with `--record` appends its rows to the file of its name. `report.py` then updates README.md's tables.
 """
 
 import datetime
@@ -53,7 +53,7 @@ def record(arguments, rows):
 
 
 def circumstances(arguments):
-    """The fields that all rows of a run share."""
+    """The fields that are equal in all rows of a run."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
@@ -80,7 +80,7 @@ def commit():
 
 
 def machine():
-    """CPU's model, cores and GPU's name."""
+    """The CPU's model and cores, and the GPU's name."""
     names = [
         line.partition(":")[2].strip()
         for line in (Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else [])
@@ -96,7 +96,7 @@ def machine():
 
 
 def versions():
-    """Of Python and of the installed libraries."""
+    """The versions of Python and of the installed libraries."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

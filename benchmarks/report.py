@@ -1,9 +1,9 @@
-"""Writes README.md's tables from `results/*.jsonl`, of each configuration the newest row, and its list of `log/`.
+"""Writes README.md's tables from the newest row per configuration of `results/*.jsonl`, and its list of `log/`.
 
     python benchmarks/report.py             # rewrites the part between the markers
-    python benchmarks/report.py --check     # exits with 1 if README.md is stale
+    python benchmarks/report.py --check     # exits with 1 if README.md is outdated
 
-Needs the standard library only.
+Needs only the standard library.
 """
 
 import argparse
@@ -172,7 +172,7 @@ def report():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 if README.md is stale.")
+    parser.add_argument("--check", action="store_true", help="Write nothing; exit with 1 if README.md is outdated.")
     arguments = parser.parse_args()
     text = report()
     if not arguments.check:

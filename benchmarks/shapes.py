@@ -1,12 +1,12 @@
-"""Prompts of random shape, one after the other: how many programs are compiled, and what that costs.
+"""Prompts of random shape, one after another: the number of compiled programs, and their cost.
 
     python benchmarks/shapes.py
 
-100 requests of 1 to 5 prompts of up to 200 tokens, for up to 60 tokens, in an order drawn once; greedy, no stop ids.
-keras-hub pads its prompts to one length, as its preprocessor does. Each program has `--seconds` for as many requests as
-it can, in a process of its own. The model is small, two layers of width 128 a stack, so that a request takes
-milliseconds and a compilation seconds; both grow with the model. What keras-hub compiled is counted by the shapes that
-it was given, each of which it compiles.
+100 requests of 1 to 5 prompts of up to 200 tokens, for up to 60 tokens, in a random order drawn once; greedy, no stop
+ids. keras-hub's prompts are padded to one length, as its preprocessor does. Each program runs in its own process, and
+answers as many requests as it can in `--seconds`. The model is small, with two layers of width 128 per stack. So a
+request takes milliseconds and a compilation takes seconds; both grow with the model. keras-hub's programs are counted
+by the shapes of its inputs, because it compiles each of them.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from rich.table import Table
 
 
 def measure(program, backend, arguments):
-    """[requests, programs, seconds], or the text with which the process failed."""
+    """[requests, programs, seconds], or the error text if the process failed."""
     result = own_process.run(backend, "random_requests", program, arguments.prompts, arguments.seconds)
     return json.loads(result.stdout.splitlines()[-1]) if result.returncode == 0 else result.stderr[-2000:]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=100, help="Requests, at most.")
-    parser.add_argument("--seconds", type=float, default=40, help="For each program; the request begun is the last.")
+    parser.add_argument("--prompts", type=int, default=100, help="The most requests.")
+    parser.add_argument("--seconds", type=float, default=40, help="Time per program; the current request is finished.")
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--programs", nargs="*", default=["keras-hub", "keras-t5gemma"])
     record.add_options(parser)

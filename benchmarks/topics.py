@@ -1,4 +1,4 @@
-"""Topics of `results/`: which fields a row has, and how README.md shows them."""
+"""Topics of `results/`: the fields of a row, and their form in README.md."""
 
 import dataclasses
 import datetime
@@ -388,7 +388,7 @@ OPTIONAL = {"note": _TEXT}
 
 
 def problems(row, file):
-    """What is wrong with a row of a file, as a list of texts."""
+    """The errors in a row of a file, as a list of texts."""
     found = [f"`{name}` is missing or of the wrong type" for name, kind in REQUIRED.items() if not _is(row, name, kind)]
     found += [
         f"`{name}` is of the wrong type" for name, kind in OPTIONAL.items() if name in row and not _is(row, name, kind)

@@ -1,13 +1,13 @@
-"""A training step of Small-Small size beside keras-hub's T5Gemma and `transformers`: seconds and peak memory.
+"""A training step at Small-Small size, compared with keras-hub's T5Gemma and `transformers`: seconds and peak memory.
 
     python benchmarks/train.py                                  # every backend, batch 2 x 128 + 128
     python benchmarks/train.py --batch 4 --length 512           # 4 x 512 + 512
     python benchmarks/train.py --dtype mixed_bfloat16
 
-Vocabulary 256,000, random weights and ids, all of a batch's tokens in use; AdamW, keras-hub with Keras's, this package
-with its own, which `kt.optimizer("adamw")` is, transformers with PyTorch's. Each program runs in a process of its
-own; seconds are the median of the steps after those to warm up, memory is the peak above the bare import in GB of
-1e9 bytes. To take a long table in pieces, name a program with `--programs`; ratios are to the first that is named.
+Vocabulary 256,000, random weights and ids, no padding. The optimizer is AdamW: keras-hub uses Keras's, this package its
+own (`kt.optimizer("adamw")`), and transformers PyTorch's. Each program runs in its own process. Seconds are the median
+of the steps after the warm-up. Memory is the peak above the bare import, in GB of 1e9 bytes. To measure a long table in
+parts, select programs with `--programs`. Ratios are relative to the first program.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from rich.table import Table
 
 
 def recorded(arguments, backend, measured):
-    """Rows of what programs took on a backend: this package's with the others as peers, or theirs alone."""
+    """Rows of one backend: this package's, with the other programs as peers; or only the others'."""
     ours = {name: numbers for name, numbers in measured.items() if name == "keras-t5gemma"}
     configuration = {
         "topic": "A training step",
@@ -45,7 +45,7 @@ def recorded(arguments, backend, measured):
 
 
 def aims_of(arguments, backend):
-    """What a step is to take, at the two sizes that have an aim."""
+    """The aims of a step, at the two sizes that have an aim."""
     size = (arguments.batch, arguments.length)
     if arguments.dtype == "mixed_bfloat16" and size == (2, 128):
         return [{"field": "seconds", "at_most": 0.4, "of": "transformers"}]
@@ -66,9 +66,9 @@ def aims_of(arguments, backend):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=128, help="Of encoder and decoder each.")
+    parser.add_argument("--length", type=int, default=128, help="Tokens of the encoder, and of the decoder.")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--steps", type=int, default=3, help="Measured, after those to warm up.")
+    parser.add_argument("--steps", type=int, default=3, help="Measured steps, after the warm-up.")
     parser.add_argument("--warm-up", type=int, default=2, help="Steps before the measured ones.")
     parser.add_argument("--backends", nargs="*", default=["jax", "tensorflow", "torch"])
     parser.add_argument("--programs", nargs="*", default=["keras-hub", "keras-t5gemma", "transformers"])

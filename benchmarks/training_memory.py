@@ -1,9 +1,10 @@
-"""What training keeps for each parameter, and which sizes that leaves room for: the tables of docs/training.md.
+"""Memory of training per parameter, and the sizes that fit a card: the tables of docs/training.md.
 
     python benchmarks/training_memory.py
 
-Computed from configurations, not measured. Weights, gradients and the optimizer's state must take no more than 80% of a
-card; the rest is for activations, which `rematerialize` and `accumulation_steps` make small, and for the program.
+The tables are computed from configurations, not measured. Weights, gradients and the optimizer's state must take at
+most 80% of a card. The rest is for the program, and for activations, which `rematerialize` and `accumulation_steps`
+make small.
 """
 
 from keras_t5gemma.checkpoints.tensor_table import parameter_count
@@ -37,7 +38,7 @@ def bytes_per_parameter(setting):
 
 
 def optimizer_table():
-    """A row a dtype and optimizer."""
+    """The table of bytes per parameter: one row per dtype and optimizer."""
     lines = [
         "| weights | optimizer | weights | gradients | moments | float32 copies | bytes per parameter |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
@@ -51,7 +52,7 @@ def optimizer_table():
 
 
 def size_table():
-    """A row a published pair: what trains on each card with weights in bfloat16, and the memory of the state in GiB."""
+    """The table of sizes: one row per published pair, with the state in GiB and the optimizers that fit each card."""
     lines = [
         "| pair | AdamW | Adafactor | LoRA | " + " | ".join(f"{card} GB" for card in CARDS) + " |",
         "| --- | ---: | ---: | ---: |" + " --- |" * len(CARDS),

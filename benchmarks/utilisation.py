@@ -1,16 +1,18 @@
-"""Model FLOP utilisation of a training step on an accelerator, and the largest batch that fits.
+"""Model FLOP utilization of a training step on an accelerator, and the largest batch that fits.
 
     python benchmarks/utilisation.py                                  # 2B-2B, 1,024 + 1,024 and 4,096 + 4,096 tokens
     python benchmarks/utilisation.py --backend torch
     python benchmarks/utilisation.py --pair s s --lengths 64 --tokens-kept 64 --tokens-again 64
 
-bfloat16 weights, gradients and AdamW moments, the chunked loss, each with rematerialization and without. The batch
-is the largest tried that fits: on JAX by XLA's own account of the compiled step, on PyTorch by two steps that did not
-run out of memory. Seconds are the median of the steps after one to warm up. FLOPs are those the model asks for: two a
-weight of a matrix and token, two a visible pair of positions, head and size for each of attention's products, three
-times that with the backward pass, nothing for what is computed again. Utilisation is their share of `--peak`, the
-chip's dense bfloat16 rate by its data sheet, and of the rate that a product of two 8,192 x 8,192 matrices reaches in
-the same run.
+Weights, gradients and AdamW moments are bfloat16, and the loss is chunked. Each row is measured with and without
+rematerialization. The batch is the largest of those tried that fits. On JAX this is XLA's own account of the compiled
+step; on PyTorch it is two steps that did not run out of memory. Seconds are the median of the steps after one warm-up
+step.
+
+FLOPs are those of the model: two per weight of a matrix and token. Each of attention's two products adds two per
+visible pair of positions, head and element of the head. The backward pass makes that three times as much.
+Recomputation is not counted. Utilization is relative to `--peak`, the chip's dense bfloat16 rate by its data sheet, and
+to the rate of a product of two 8,192 x 8,192 matrices in the same run.
 """
 
 import argparse
@@ -73,7 +75,7 @@ def matmul_rate(backend):
 
 
 def seconds(run, repeats):
-    """Of each run after a first."""
+    """Seconds of each run after a first one."""
     times = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
@@ -83,7 +85,7 @@ def seconds(run, repeats):
 
 
 def wait_for_torch(*_):
-    """Until the GPU, if there is one, is done."""
+    """Waits until the GPU, if there is one, has finished."""
     import torch
 
     if torch.cuda.is_available():
@@ -100,7 +102,7 @@ def random_batch(vocabulary_size, length, batch):
 
 
 def print_tried(step, start):
-    """A line for a batch that was compiled or tried."""
+    """Prints a line for a batch that was compiled or tried."""
     took = step.compile_seconds = time.perf_counter() - start
     print(f"{step.batch} x {step.length} + {step.length}: {step.bytes / 1e9:.1f} GB, {took:.0f} s", flush=True)
 
@@ -148,7 +150,7 @@ class JaxStep:
 
 
 class TorchStep:
-    """The same on PyTorch, as it is."""
+    """A training step on PyTorch, eager."""
 
     def __init__(self, lm, length, batch):
         self._lm, self.length, self.batch = lm, length, batch
@@ -205,11 +207,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", nargs=2, default=["2b", "2b"])
     parser.add_argument("--lengths", nargs="*", type=int, default=[1024, 4096])
-    parser.add_argument("--tokens-kept", nargs="*", type=int, help="A side of the batches that are tried.")
-    parser.add_argument("--tokens-again", nargs="*", type=int, help="Likewise.")
+    parser.add_argument(
+        "--tokens-kept", nargs="*", type=int, help="Tokens per side of the batches to try, activations kept."
+    )
+    parser.add_argument("--tokens-again", nargs="*", type=int, help="The same for recomputed activations.")
     parser.add_argument("--activations", nargs="*", default=["kept", "again"], choices=["kept", "again"])
-    parser.add_argument("--memory", type=float, default=0.92 * 79.6e9, help="Bytes that may be used.")
-    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s by the data sheet: of an H100 or H200.")
+    parser.add_argument("--memory", type=float, default=0.92 * 79.6e9, help="Usable bytes.")
+    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s by the data sheet; default: H100 or H200.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--backend", default="jax", choices=["jax", "torch"])
     record.add_options(parser)

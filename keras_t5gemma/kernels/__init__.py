@@ -1,17 +1,17 @@
-"""Whatever differs by backend or device, one folder per operation and one file per backend.
+"""Code that differs by backend or device: one folder per operation, one file per backend.
 
-Each operation has a plain implementation in `keras.ops`, which is the oracle of all others.
+Each operation has a plain implementation in `keras.ops`. It is the oracle of all others.
 
-    choose            which implementation of an operation runs, and how a test asks for another one
+    choose            which implementation of an operation runs, and how a test selects another one
     attention/        softmax attention: plain, in blocks of queries, by kernels of accelerators
-    cross_entropy/    the loss over a large vocabulary, without its logits
+    cross_entropy/    the loss over a large vocabulary, without storing its logits
     embedding/        lookups, and products with tables in int8 and int4
     matmul/           products in half precision
-    barriers          what a compiler must not recompute, fuse or transpose
-    cache_update      writing into the keys and values that decoding keeps
-    device            where tensors are computed
-    float16           values clipped to float16's range
+    barriers          keep a compiler from recomputing, fusing or transposing tensors
+    cache_update      writes into the key and value cache of decoding
+    device            the device that computes a tensor
+    float16           clips values to the range of float16
     gradients         whether gradients are recorded
-    rematerialization activations that are computed again in the backward pass
+    rematerialization recomputes activations in the backward pass
     soft_cap          `cap * tanh(x / cap)`
 """

@@ -6,14 +6,17 @@ import keras
 
 
 def materialized(structure):
-    """The same tensors, each computed once and kept in memory as it is, whatever reads it.
+    """Identity. Each tensor is computed once and stored with its own layout, however many operations read it.
 
-    Without it, XLA carries the untransposed keys through a decoding loop and transposes them in every step, or computes
-    the exponentials of logits once for their sum and once more for their gradients. PyTorch copies a transposed view
-    for each product.
+    Without this barrier, XLA carries the untransposed keys through a decoding loop and transposes them in every step.
+    It also computes the exponentials of logits twice: once for their sum, and once for their gradients. PyTorch copies
+    a transposed view for each product.
 
     Args:
-        structure: tensors, nested.
+        structure: a nested structure of tensors.
+
+    Returns:
+        The same structure with the same values.
     """
     if keras.config.backend() == "torch":
         return keras.tree.map_structure(lambda x: x.contiguous(), structure)
@@ -25,27 +28,28 @@ def materialized(structure):
 
 
 def with_gradients_summed_early(x):
-    """The same tensor, for one more reader, whose gradient is added to the running sum as soon as it exists.
+    """Identity. In the backward pass, this reader's gradient is added to the running sum at once.
 
-    Without it, XLA keeps one gradient of the encoder's output per decoder layer, and sums them at the end. TensorFlow
+    Without it, XLA keeps one gradient of the encoder's output per decoder layer and sums them at the end. TensorFlow
     (for large tensors) and PyTorch sum early by themselves.
     """
     return materialized(x) if keras.config.backend() == "jax" else x
 
 
 def with_gradients_materialized(tensors):
-    """The same tensors. All of their gradients are in memory before the backward pass goes on.
+    """Identity. All gradients of the tensors are in memory before the backward pass continues.
 
-    Without it, XLA on TPUs goes on to the next layer and leaves the gradients of the weights for later, and keeps all
-    the activations that they need.
+    Without it, XLA on TPUs continues with the next layer and computes the gradients of the weights later. Until then it
+    keeps all the activations that they need.
     """
     return _with_backward_barrier()(tensors) if keras.config.backend() == "jax" else tensors
 
 
 @functools.cache
 def _with_backward_barrier():
+    """An identity function for JAX whose gradients pass an optimization barrier."""
     import jax
 
-    same = jax.custom_vjp(lambda tensors: tensors)
-    same.defvjp(lambda tensors: (tensors, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
-    return same
+    identity = jax.custom_vjp(lambda tensors: tensors)
+    identity.defvjp(lambda tensors: (tensors, None), lambda _, gradients: (jax.lax.optimization_barrier(gradients),))
+    return identity

@@ -1,21 +1,23 @@
-"""Which implementation of an operation runs: the backend's own, or the plain one in `keras.ops`."""
+"""Selects the implementation of an operation: the backend's own, or the plain one in `keras.ops`."""
 
 import contextlib
 import functools
 import importlib
 import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
 
 import keras
 
-_overrides = {}
+_overrides: dict[str, str | None] = {}
 
 
-def implementation(package):
-    """The module of an operation for the backend that runs.
+def implementation(package: str) -> ModuleType:
+    """The module that implements an operation on the current backend.
 
     Args:
-        package: the operation's, e.g. "keras_t5gemma.kernels.attention": it has a module `reference`, and one named
-            after each backend ("jax", "tensorflow", "torch") that has an implementation of its own.
+        package: the operation's package, e.g. "keras_t5gemma.kernels.attention". It has a module `reference`, and one
+            module for each backend ("jax", "tensorflow", "torch") with its own implementation.
 
     Returns:
         The module.
@@ -24,25 +26,25 @@ def implementation(package):
 
 
 @contextlib.contextmanager
-def using(package, name):
-    """Within it, an operation runs by the module of this name, whatever the backend. For tests and benchmarks.
+def using(package: str, name: str) -> Iterator[None]:
+    """A context in which an operation runs by the named module on any backend. For tests and benchmarks.
 
-    What was compiled before keeps what it was compiled with.
+    Functions that were compiled earlier keep their implementation.
 
     Args:
-        package: as for `implementation`.
+        package: the operation's package, as for `implementation`.
         name: "reference", "jax", "tensorflow" or "torch".
     """
-    before = _overrides.get(package)
+    previous = _overrides.get(package)
     _overrides[package] = name
     try:
         yield
     finally:
-        _overrides[package] = before
+        _overrides[package] = previous
 
 
 @functools.cache
-def _module(package, name):
+def _module(package: str, name: str) -> ModuleType:
     if importlib.util.find_spec(f"{package}.{name}") is None:
         name = "reference"
     return importlib.import_module(f"{package}.{name}")

@@ -1,9 +1,9 @@
-"""Where arrays are computed, for what has a faster form there."""
+"""The device that computes a tensor, for operations that have a faster form on some devices."""
 
 import keras
 
 
-def on_cpu(x):
+def on_cpu(x) -> bool:
     """Whether tensor x is computed on the CPU."""
     backend = keras.config.backend()
     if backend == "torch":
@@ -17,15 +17,19 @@ def on_cpu(x):
     return jax.default_backend() == "cpu"
 
 
-def jax_on_gpu():
+def jax_on_gpu() -> bool:
     """Whether JAX computes on a GPU."""
     import jax
 
     return jax.default_backend() == "gpu"
 
 
-def devices_of_a_batch():
-    """`(axis, count)`: the mesh's axis along which batches are divided, and the devices along it; or None and 1."""
+def devices_of_a_batch() -> tuple[str | None, int]:
+    """The mesh axis along which batches are divided, and the number of devices along it.
+
+    Returns:
+        `(axis, count)`, or `(None, 1)` without a `keras.distribution`.
+    """
     distribution = keras.distribution.distribution()
     if distribution is None:
         return None, 1
@@ -33,8 +37,11 @@ def devices_of_a_batch():
     return axis, dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(axis, 1)
 
 
-def replicas():
-    """Among how many devices TensorFlow adds gradients up: for Keras, the loss of each is a part of the mean."""
+def replicas() -> int:
+    """The number of TensorFlow replicas whose gradients are summed; 1 on other backends.
+
+    Keras takes the loss of each replica as a part of the mean.
+    """
     if keras.config.backend() != "tensorflow":
         return 1
     import tensorflow as tf

@@ -1,12 +1,12 @@
-"""Whether gradients are recorded, which only PyTorch does for each operation."""
+"""Whether gradients are recorded. Only PyTorch decides this for each operation."""
 
 import contextlib
 
 import keras
 
 
-def without_gradients():
-    """A context in which nothing is kept for a backward pass."""
+def without_gradients() -> contextlib.AbstractContextManager:
+    """A context in which nothing is stored for a backward pass."""
     if keras.config.backend() != "torch":
         return contextlib.nullcontext()
     import torch
@@ -14,10 +14,10 @@ def without_gradients():
     return torch.no_grad()
 
 
-def may_overwrite():
-    """Whether tensors may be changed in place: on PyTorch without gradients.
+def may_overwrite() -> bool:
+    """Whether tensors may be changed in place: on PyTorch if gradients are not recorded.
 
-    There each step would else make a tensor of the logits' size, which the system has to find and clear.
+    Otherwise each step there allocates a tensor of the logits' size, which the system has to find and clear.
     """
     if keras.config.backend() != "torch":
         return False

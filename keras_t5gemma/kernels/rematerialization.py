@@ -1,4 +1,4 @@
-"""Activations computed again in the backward pass rather than kept: time for memory."""
+"""Rematerialization: recomputes activations in the backward pass instead of storing them."""
 
 import keras
 from keras import ops
@@ -7,24 +7,23 @@ from keras_t5gemma.kernels.barriers import with_gradients_materialized
 
 
 def rematerialized(call, layer, *tensors):
-    """Calls a function of a layer, of which nothing is kept for the backward pass but what goes in.
+    """Calls a layer's function and stores only its inputs for the backward pass, which calls it again.
 
-    The backward pass calls it again. Values of the layer's variables go in, too, and the states of its random draws
-    come out, so that the second time draws what the first drew, and neither writes a variable from within what JAX
-    traces on its own.
+    The values of the layer's variables are inputs too, and the new states of its random generators are outputs. So the
+    second call draws the same random numbers as the first. Neither call writes a variable from inside a JAX trace.
 
     Args:
-        call: tensors to one tensor, with no other variables than the layer's.
+        call: a function of tensors that returns one tensor. It uses no variables except the layer's.
         layer: a `keras.Layer`.
-        *tensors: floating-point; gradients flow to them and to the layer's trainable variables.
+        *tensors: floating-point tensors. Gradients flow to them and to the layer's trainable variables.
 
     Returns:
-        What `call` returns.
+        The result of `call`.
     """
     weights = {id(variable) for variable in layer.weights}
     trained, frozen = layer.trainable_weights, layer.non_trainable_weights
     states = [variable for variable in layer.variables if id(variable) not in weights]
-    # Copies: TensorFlow hands out variables as tensors, and these are about to change.
+    # Copies: TensorFlow's tensors share memory with their variables, and these are about to change.
     fixed = [*map(ops.convert_to_tensor, frozen), *map(ops.copy, states)]
 
     @keras.remat
@@ -34,24 +33,24 @@ def rematerialized(call, layer, *tensors):
             result = call(*args[: len(tensors)])
         return result, *(scope.get_current_value(state) for state in states)
 
-    result, *after = run(*with_gradients_materialized([*tensors, *map(ops.convert_to_tensor, trained)]))
-    for state, value in zip(states, after, strict=True):
+    result, *new_states = run(*with_gradients_materialized([*tensors, *map(ops.convert_to_tensor, trained)]))
+    for state, value in zip(states, new_states, strict=True):
         state.assign(value)
     return result
 
 
 def recomputed(call, *tensors):
-    """Calls a function of elementwise steps and sums, such as a norm, of which only what goes in is worth keeping.
+    """Calls a function of elementwise steps and sums, such as a norm, and stores only its inputs.
 
-    XLA makes one pass of it by itself. TensorFlow would keep each step's result for the backward pass; there they are
-    made again.
+    XLA fuses such a function into one pass by itself. TensorFlow would store the result of each step for the backward
+    pass; here the backward pass recomputes them.
 
     Args:
-        call: tensors to one tensor, without variables.
-        *tensors: floating-point.
+        call: a function of tensors that returns one tensor and uses no variables.
+        *tensors: floating-point tensors.
 
     Returns:
-        What `call` returns.
+        The result of `call`.
     """
     if keras.config.backend() != "tensorflow":
         return call(*tensors)

@@ -1,7 +1,8 @@
-"""One block of a stack: attention to itself, in a decoder to the encoder's output, and a feed-forward."""
+"""One block of a stack: self-attention, a decoder's cross-attention to the encoder's output, and a feed-forward."""
 
 import keras
 
+from keras_t5gemma.config import StackConfig
 from keras_t5gemma.layers.attention import Attention
 from keras_t5gemma.layers.cache import is_start, write
 from keras_t5gemma.layers.feed_forward import FeedForward
@@ -9,17 +10,17 @@ from keras_t5gemma.layers.norm import RMSNorm
 
 
 class Block(keras.layers.Layer):
-    """Gemma 2's block, with cross-attention in between where it belongs to a decoder.
+    """Gemma 2's block. A decoder block has cross-attention between self-attention and feed-forward.
 
-    Every sub-layer stands between a norm of its input and a norm of its output:
-    `x + dropout(post_norm(sub_layer(pre_norm(x))))`.
+    Every sub-layer has a norm before it and another after it: `x + dropout(post_norm(sub_layer(pre_norm(x))))`.
 
     Args:
         config: the stack's `StackConfig`.
-        encoder_dim: the encoder's width where the block has cross-attention, else None.
+        encoder_dim: E, the encoder's width, for a block with cross-attention; otherwise None.
+        **kwargs: `dtype` and `name`.
     """
 
-    def __init__(self, config, encoder_dim=None, **kwargs):
+    def __init__(self, config: StackConfig, encoder_dim: int | None = None, **kwargs):
         # No autocast: RoPE's angles stay in float32.
         super().__init__(autocast=False, **kwargs)
         self.config = config
@@ -60,28 +61,28 @@ class Block(keras.layers.Layer):
     def call(
         self, x, visible, angles, encoder_output=None, encoder_visible=None, cache=None, index=None, training=None
     ):
-        """Runs the block, and with a cache writes this call's keys and values into it.
+        """Runs the block. If there is a cache, writes the new keys and values into it.
 
         Args:
             x: [B, T, D].
-            visible: who sees whom in self-attention, bool [B, T, S] or a `BlockMask`; S is T, or the cache's places,
-                where it is not empty.
+            visible: self-attention's mask, bool [B, T, S] or a `BlockMask`. S is T, or the number of the cache's slots
+                if the cache is not empty.
             angles: `rotary_angles` of x's positions.
-            encoder_output: [B, S, D] of the encoder; None with a cache, or if there is no encoder.
-            encoder_visible: who sees whom in cross-attention; None if there is no encoder.
+            encoder_output: [B, S, E]; None with a cache, or if there is no encoder.
+            encoder_visible: cross-attention's mask; None if there is no encoder.
             cache: `{"self": {"key", "value"}, "cross": {"key", "value"}}`, or None.
-            index: position of x's first token, or of a single one its place in the cache.
+            index: position of x's first token. For a single token: its slot in the cache.
             training: whether dropout is on.
 
         Returns:
-            `(x, cache)`: [B, T, D] and the updated cache, or None.
+            `(x, cache)`: [B, T, D], and the updated cache or None.
         """
         normed = self.pre_self_attention_norm(x)
         keys_values = self.self_attention.keys_values(normed, angles)
         if cache is not None:
             written = {name: write(cache["self"][name], keys_values[name], index) for name in keys_values}
             cache = {"self": written, "cross": cache["cross"]}
-            # The first tokens see each other alone, whatever room there is for others.
+            # The first tokens see only each other, however many slots the cache has.
             keys_values = keys_values if is_start(index) else written
         attended = self.self_attention(normed, keys_values, visible=visible, angles=angles)
         x = x + self.dropout(self.post_self_attention_norm(attended), training=training)

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.config import StackConfig
 from keras_t5gemma.kernels.float16 import clip_to_range
 from keras_t5gemma.kernels.rematerialization import recomputed
 from keras_t5gemma.layers.initialization import as_rows, dense
@@ -12,10 +13,11 @@ class FeedForward(keras.layers.Layer):
     """`down(gelu_tanh(gate(x)) * up(x))`, without biases.
 
     Args:
-        config: the stack's `StackConfig`; `hidden_dim` D and `intermediate_dim` F give the kernels.
+        config: the stack's `StackConfig`; `hidden_dim` D and `intermediate_dim` F are the kernels' sizes.
+        **kwargs: `dtype` and `name`.
     """
 
-    def __init__(self, config, **kwargs):
+    def __init__(self, config: StackConfig, **kwargs):
         super().__init__(autocast=False, **kwargs)
         self.gate_dense = dense(config.intermediate_dim, "gate", config, self.dtype_policy)
         self.up_dense = dense(config.intermediate_dim, "up", config, self.dtype_policy)

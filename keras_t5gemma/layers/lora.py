@@ -1,6 +1,7 @@
 """LoRA (arXiv 2106.09685): chooses layers and ranks, and merges LoRA into the weights."""
 
 import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
 from keras import ops
@@ -9,20 +10,21 @@ from keras_t5gemma._keras_internals import flatten_layers, remove_variable
 from keras_t5gemma.checks import integer
 
 
-def lora_layers(backbone):
+def lora_layers(backbone: keras.Model) -> dict[str, keras.layers.Layer]:
     """The layers with LoRA by path, in the model's order."""
     layers = _candidates(backbone)
     return {path: layer for path, layer in layers.items() if layer.lora_enabled}
 
 
-def select(backbone, rank, targets):
-    """The layers that LoRA is asked for.
+def select(backbone: keras.Model, rank: int | Mapping[str, int], targets: str | Sequence[str] | None) -> dict[str, int]:
+    """Selects the layers that match targets, each with its rank.
 
     Args:
         backbone: a `T5GemmaBackbone`.
-        rank: a positive integer for all targets, or `{target: rank}`, of which the first that matches a layer counts.
-        targets: a sequence of targets, or None with a dict of ranks. A target is a layer's name ("query"), its path, or
-            a pattern of paths as in `fnmatch` ("decoder/*/cross_attention/*"), which matches no embedding.
+        rank: a positive integer for all targets, or `{target: rank}`. The first target that matches a layer gives its
+            rank.
+        targets: one target or several; None with a dict of ranks. A target is a layer's name ("query"), its path, or a
+            pattern of paths as in `fnmatch` ("decoder/*/cross_attention/*"), which matches no embedding.
 
     Returns:
         `{path: rank}`, in the model's order.
@@ -40,55 +42,55 @@ def select(backbone, rank, targets):
     else:
         targets = [targets] if isinstance(targets, str) else list(targets)
         ranks = dict.fromkeys(targets, integer(rank, "rank"))
-    layers, chosen = _candidates(backbone), {}
+    layers, selected = _candidates(backbone), {}
     for target, value in ranks.items():
         matched = [path for path, layer in layers.items() if _matches(target, path, layer)]
         if not matched:
             raise ValueError(f"`enable_lora`: {target!r} matches no layer. {_describe(layers)}")
-        if not (left := [path for path in matched if path not in chosen]):
+        if not (remaining := [path for path in matched if path not in selected]):
             raise ValueError(
                 f"`enable_lora`: each layer that {target!r} matches was matched by an earlier target of {list(ranks)}, "
                 f"which counts. Put {target!r} before it."
             )
-        chosen |= dict.fromkeys(left, value)
-    if not chosen:
+        selected |= dict.fromkeys(remaining, value)
+    if not selected:
         raise ValueError(f"`enable_lora`: no targets were given. {_describe(layers)}")
-    return {path: chosen[path] for path in layers if path in chosen}
+    return {path: selected[path] for path in layers if path in selected}
 
 
-def enable(backbone, layers):
+def enable(backbone: keras.Model, layers: Mapping[str, tuple[int, float | None]]) -> list[str]:
     """Adds LoRA to layers and freezes everything else.
 
     Args:
         backbone: a `T5GemmaBackbone` without LoRA.
-        layers: `{path: (rank, alpha)}`; alpha None for the rank.
+        layers: `{path: (rank, alpha)}`. If alpha is None, it equals the rank.
 
     Returns:
         The paths of the weights that were trainable before.
 
     Raises:
-        ValueError: if the model has LoRA already.
+        ValueError: if the model already has LoRA.
     """
     if present := lora_layers(backbone):
         raise ValueError(
             f"The model has LoRA already, on {next(iter(present))} and {len(present) - 1} more layers. Call "
-            f"`merge_lora()` first, to add what it has learned to the weights."
+            f"`merge_lora()` first, which adds LoRA's products to the weights."
         )
-    before = trainable_paths(backbone)
+    trainable_before = trainable_paths(backbone)
     candidates = _candidates(backbone)
     for path, (rank, alpha) in layers.items():
-        candidates[path].trainable = True  # or its new matrices would be frozen
+        candidates[path].trainable = True  # otherwise its new matrices would be frozen
         candidates[path].enable_lora(rank, lora_alpha=alpha)
     matrices = [getattr(candidates[path], name).path for path in layers for name in candidates[path].lora_names]
     set_trainable(backbone, matrices)
-    return before
+    return trainable_before
 
 
-def merge(backbone):
-    """Adds LoRA's products to the weights they belong to, and removes LoRA; what is frozen stays frozen.
+def merge(backbone: keras.Model) -> None:
+    """Adds LoRA's products to their weights, and removes LoRA. Frozen weights stay frozen.
 
     Raises:
-        ValueError: if there is no LoRA, or it lies on quantized weights, which cannot hold the sum.
+        ValueError: if the model has no LoRA, or has it on quantized weights, which cannot store the sum.
     """
     layers = lora_layers(backbone)
     if not layers:
@@ -103,7 +105,7 @@ def merge(backbone):
     for layer in layers.values():
         name = "kernel" if isinstance(layer, keras.layers.Dense) else "embeddings"
         variable = getattr(layer, f"_{name}")
-        # In the variable's dtype: in mixed precision the layer's own sum is in the compute dtype.
+        # The sum is in the variable's dtype. In mixed precision the layer's own sum would be in the compute dtype.
         a, b = (getattr(layer, lora) for lora in layer.lora_names)
         product = ops.matmul(a.value, b.value) * (layer.lora_alpha / layer.lora_rank)
         variable.assign(ops.cast(ops.cast(variable.value, "float32") + product, variable.dtype))
@@ -112,34 +114,36 @@ def merge(backbone):
             remove_variable(layer, lora)
 
 
-def trainable_paths(backbone):
+def trainable_paths(backbone: keras.Model) -> list[str]:
     """The paths of the weights that a training step changes."""
     return [variable.path for variable in backbone.trainable_weights]
 
 
-def set_trainable(backbone, paths):
-    """Makes these weights trainable, and no others, with what that means for the layers they are in."""
+def set_trainable(backbone: keras.Model, paths: Iterable[str]) -> None:
+    """Makes exactly these weights trainable, and sets `trainable` of their layers accordingly."""
     paths = set(paths)
-    # Layer by layer, and each variable: on TensorFlow, setting a layer to what it is already reaches nothing inside it.
+    # Each layer and each variable: on TensorFlow, a layer passes on only a changed `trainable` to its parts.
     for layer in flatten_layers(backbone):
         layer.trainable = not layer.weights or any(variable.path in paths for variable in layer.weights)
     for variable in backbone.weights:
         variable.trainable = variable.path in paths
 
 
-def _candidates(backbone):
-    """The layers that LoRA may be on, by path."""
+def _candidates(backbone: keras.Model) -> dict[str, keras.layers.Layer]:
+    """The layers that support LoRA, by path."""
     return {layer.path: layer for layer in flatten_layers(backbone) if getattr(layer, "lora_names", ())}
 
 
-def _matches(target, path, layer):
+def _matches(target: str, path: str, layer: keras.layers.Layer) -> bool:
+    """Whether a target of `select` names a layer."""
     if target in (layer.name, path):
         return True
-    # A table of embeddings counts only by its name: no adapter of PEFT's holds LoRA on it.
+    # Patterns match no embedding table: PEFT's adapters never have LoRA on one.
     return isinstance(layer, keras.layers.Dense) and fnmatch.fnmatchcase(path, target)
 
 
-def _describe(layers):
+def _describe(layers: Mapping[str, keras.layers.Layer]) -> str:
+    """The end of an error message: which layers there are."""
     names = sorted({layer.name for layer in layers.values()})
     return (
         f"Layers are named {', '.join(names)}, and have paths such as {_last(layers, 'decoder')!r} and "
@@ -147,5 +151,6 @@ def _describe(layers):
     )
 
 
-def _last(layers, stack):
+def _last(layers: Mapping[str, keras.layers.Layer], stack: str) -> str:
+    """The path of a stack's last layer inside a block, as an example."""
     return [path for path in layers if path.startswith(f"{stack}/") and "layer_" in path][-1]

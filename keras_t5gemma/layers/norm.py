@@ -13,15 +13,16 @@ class RMSNorm(keras.layers.Layer):
 
     Args:
         epsilon: added to the mean square.
+        **kwargs: `dtype` and `name`.
     """
 
-    def __init__(self, epsilon=1e-6, **kwargs):
-        # No autocast: the scale is used in float32 whatever the compute dtype.
+    def __init__(self, epsilon: float = 1e-6, **kwargs):
+        # No autocast: the scale is used in float32 for every compute dtype.
         super().__init__(autocast=False, **kwargs)
         self.epsilon = epsilon
 
     def build(self, input_shape):
-        """Creates `scale` [D], zero at the start, so that the norm starts with weight one."""
+        """Creates `scale` [D], initially zero, so that the norm starts with weight one."""
         first = FirstValue(keras.initializers.Zeros(), "scale", layer=self)
         self.scale = self.add_weight(name="scale", shape=(input_shape[-1],), initializer=first)
 

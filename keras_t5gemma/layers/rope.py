@@ -4,7 +4,7 @@ import numpy as np
 from keras import ops
 
 
-def rotary_angles(length, start, head_dim, wavelength):
+def rotary_angles(length, start, head_dim: int, wavelength: float):
     """Cosines and sines of RoPE for consecutive positions.
 
     Args:

@@ -1,6 +1,6 @@
 """The two stacks, the backbone, and the task model that joins training and inference.
 
-adapted        `adapt_gemma2`: a T5Gemma made of one Gemma 2 or of two
+adapted        `adapt_gemma2`: a T5Gemma from one Gemma 2 or from two
 backbone       The backbone: both stacks as one Keras model from token ids to hidden states
 guarded        Keras's methods of a model, made safe for callbacks and threads
 quantization   `quantize`, and dtypes such as "int8_from_bfloat16"
@@ -8,6 +8,5 @@ recompilation  Recompiles a model after LoRA, `quantize` or `trainable` changed 
 saved_state    The part of a backbone's config beside its architecture: quantization, LoRA, and frozen weights
 seq2seq_lm     The task model: logits for training, text for a prompt
 sharding       Layouts for `keras.distribution`: which device holds which part of a weight or activation
-stacks         The two stacks: the package's only forward pass, the same in training
-teaching       Gives a model's training steps access to a teacher that is not part of the model
+stacks         The two stacks: the package's only forward pass, for training, prefill and cached steps
 """

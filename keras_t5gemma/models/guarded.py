@@ -1,6 +1,7 @@
 """Keras's methods of a model, made safe for callbacks and threads."""
 
 import functools
+from collections.abc import Callable
 
 import keras
 
@@ -11,28 +12,27 @@ _READ = ("save", "save_weights", "load_weights", "export", "get_weights", "set_w
 
 
 class Guarded:
-    """Mixed into a `keras.Model`, whose methods then work in callbacks and beside other threads, see `concurrency`.
+    """Mixin for a `keras.Model`: its methods work in callbacks and next to other threads; see `concurrency`.
 
-    Raises:
-        RuntimeError: by each method if another thread is in `fit`.
+    Each method raises a `RuntimeError` if another thread is in `fit`.
     """
 
     def save_to_preset(self, preset_dir, **kwargs):
-        """Saves as a preset in Keras's format, as keras-hub does."""
+        """Saves the model as a preset in Keras's format, as keras-hub does."""
         with reading(self, "save_to_preset"):
             return super().save_to_preset(preset_dir, **kwargs)
 
 
-def _guard(name, turn):
-    """Overrides one of Keras's methods with itself, in its turn among threads and callbacks."""
+def _guard(name: str, access: Callable) -> None:
+    """Overrides one of Keras's methods by itself, run under `access`: `reading` or `changing` of `concurrency`."""
     method = getattr(keras.Model, name)
 
     @functools.wraps(method)
     def guarded(self, *args, **kwargs):
         if isinstance(kwargs.get("callbacks"), keras.callbacks.Callback):
-            # Not in a list, Keras would run it in threads of its own, while training goes on.
+            # Keras runs a callback that is not in a list in separate threads, while training continues.
             kwargs["callbacks"] = [kwargs["callbacks"]]
-        with turn(self, name):
+        with access(self, name):
             return getattr(super(Guarded, self), name)(*args, **kwargs)
 
     setattr(Guarded, name, guarded)

@@ -1,11 +1,12 @@
 """The part of a backbone's config beside its architecture: quantization, LoRA, and frozen weights.
 
-keras-hub's config keeps the layers' dtype policies alone. Its loader drops them for a backbone without its task, and
-they say neither by which quantizers a layer was quantized nor what LoRA it has.
+keras-hub's config stores only the dtype policies of the layers. Its loader drops them for a backbone without its task.
+They name neither a layer's quantizers nor its LoRA.
 """
 
 import contextlib
 import json
+from collections.abc import Callable, Mapping
 
 import keras
 
@@ -16,16 +17,16 @@ from keras_t5gemma.layers.saved_variables import quantized_layers
 KEYS = ("quantization", "lora", "trainable_weights")
 
 
-def state_config(backbone):
-    """The part of a backbone's config that says how its weights lie and which are trained.
+def state_config(backbone: keras.Model) -> dict:
+    """The part of a backbone's config that describes how its weights are stored and which are trained.
 
     Args:
         backbone: a `T5GemmaBackbone`.
 
     Returns:
-        A dict, JSON-ready: `dtype` as keras-hub has it; and, if the model differs from a new one in it, `quantization`
-        with the dtype it was quantized from and the layers of each mode; `lora` with rank and alpha per layer, and the
-        weights that were trainable without it; `trainable_weights` by path.
+        A JSON-ready dict with `dtype` in keras-hub's form. If the model differs from a new one, also `quantization`
+        with the dtype before quantization and the layers of each mode; `lora` with rank and alpha per layer, and the
+        weights that were trainable before LoRA; `trainable_weights` by path.
     """
     config = {"dtype": keras.dtype_policies.serialize(backbone.dtype_policy)}
     quantized = {layer.path: layer for layer in flatten_layers(backbone) if layer.quantization_mode is not None}
@@ -34,7 +35,7 @@ def state_config(backbone):
         groups, policies = {}, {}
         for path, layer in quantized.items():
             mode = _mode(layer.dtype_policy)
-            # A policy of its own: Keras forgets the names of those that it writes into a map.
+            # A new policy: Keras loses the names of policies that it writes into a map.
             policies[path] = keras.dtype_policies.get(f"{mode}_from_{source}")
             options = keras.saving.serialize_keras_object(layer.quantization_config)
             group = groups.setdefault(json.dumps((mode, options), sort_keys=True, default=str), (mode, options, []))
@@ -58,18 +59,18 @@ def state_config(backbone):
     return config
 
 
-def backbone_from_config(config, make):
-    """A backbone as `state_config` described it, with new weights for a file to fill.
+def backbone_from_config(config: Mapping, make: Callable[[dict], keras.Model]) -> keras.Model:
+    """Creates a backbone as `state_config` described it, with new weights for a file to fill.
 
     Args:
-        config: the whole config. `dtype` may have been replaced by another one, or None, by keras-hub's loaders.
-        make: what makes the backbone of the config without `KEYS`.
+        config: the whole config. keras-hub's loaders may have replaced its `dtype` by another one or by None.
+        make: creates the backbone from the config without `KEYS`.
 
     Returns:
         A `T5GemmaBackbone`.
 
     Raises:
-        ValueError: if the config is quantized, and its `dtype` was replaced by a policy that is quantized otherwise.
+        ValueError: if the config is quantized and its `dtype` was replaced by a policy with another quantization.
     """
     config, state = dict(config), {name: config[name] for name in KEYS if name in config}
     for name in state:
@@ -88,19 +89,19 @@ def backbone_from_config(config, make):
         lora.enable(backbone, {path: tuple(values) for path, values in saved["layers"].items()})
         backbone.trainable_before_lora = saved["trainable_before"]
     if not config.get("trainable", True):
-        lora.set_trainable(backbone, [])  # again, and whatever was saved: enabling LoRA has set it
+        lora.set_trainable(backbone, [])  # again, whatever was saved: enabling LoRA has changed it
     elif "trainable_weights" in state:
         lora.set_trainable(backbone, state["trainable_weights"])
     return backbone
 
 
-def _mode(policy):
-    """A quantized policy's mode with its size of blocks, e.g. "int4/128", as its name begins."""
+def _mode(policy: keras.DTypePolicy) -> str:
+    """The mode of a quantized policy with its block size, e.g. "int4/128"; its name begins with it."""
     return policy.get_config()["mode"]
 
 
-def _source(dtype, quantization):
-    """The policy to build in, of what a config holds now and what it was quantized from."""
+def _source(dtype: str | keras.DTypePolicy | None, quantization: Mapping) -> str | keras.DTypePolicy:
+    """The policy to build in, from the config's `dtype` and its `quantization` entry."""
     policy = None if dtype is None else keras.dtype_policies.get(dtype)
     if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
         return policy.default_policy
@@ -116,7 +117,7 @@ def _source(dtype, quantization):
     return policy.name.partition("_from_")[2]
 
 
-def _policies(quantization, source):
+def _policies(quantization: Mapping, source: str) -> dict[str, tuple]:
     """`{path: (policy, config)}` of the quantized layers."""
     return {
         path: (
@@ -128,8 +129,8 @@ def _policies(quantization, source):
     }
 
 
-def _usually_trainable(backbone, quantized, adapted):
-    """The paths of the weights that training changes if nothing was frozen or made trainable by hand."""
+def _usually_trainable(backbone: keras.Model, quantized: Mapping, adapted: Mapping) -> list[str]:
+    """The paths of the weights that training changes if the user has not changed `trainable`."""
     if adapted:
         return [v.path for v in backbone.weights if v.path.rpartition("/")[2].startswith("lora_")]
     return [v.path for v in backbone.weights if v.path.rpartition("/")[0] not in quantized]

@@ -1,13 +1,15 @@
 """The task model: logits for training, text for a prompt."""
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import keras
 import keras_hub
 
 from keras_t5gemma._keras_internals import track_loss_in_float32
 from keras_t5gemma.checkpoints.sources import open_t5gemma
-from keras_t5gemma.hub import PREPROCESSOR_OPTIONS
+from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, PresetFolder
 from keras_t5gemma.inference.buckets import Buckets
 from keras_t5gemma.inference.decoding.loop import resolve_sampler
 from keras_t5gemma.inference.embed import embed
@@ -19,8 +21,8 @@ from keras_t5gemma.inference.stream import stream
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.quantization import Quantizes, quantize
-from keras_t5gemma.models.recompilation import Recompiles
+from keras_t5gemma.models.quantization import QuantizationMixin, quantize
+from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
@@ -35,17 +37,18 @@ from keras_t5gemma.training.steps.model import OwnSteps
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
-class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub.models.Seq2SeqLM):
+class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, QuantizationMixin, keras_hub.models.Seq2SeqLM):
     """T5Gemma with its language-modelling head: `fit()` on pairs of texts, `generate()` from a prompt.
 
     Args:
         backbone: a `T5GemmaBackbone`.
         preprocessor: a `T5GemmaSeq2SeqLMPreprocessor`, or None for token ids in and out.
-        buckets: a `Buckets`, the shapes that `generate` and the like are compiled for; the attribute may be changed.
+        buckets: a `Buckets`: the shapes for which `generate`, `stream`, `score` and `embed` are compiled. The attribute
+            may be changed later.
         **kwargs: `name`, `trainable`, and `compile=False` to leave the model uncompiled.
 
     Raises:
-        TypeError: for another keyword.
+        TypeError: if a keyword is unknown.
         ValueError: if the tokenizer's vocabulary is larger than the backbone's.
 
     Example:
@@ -59,7 +62,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub
     preprocessor_cls = T5GemmaSeq2SeqLMPreprocessor
     presets = PRESETS
 
-    # What a trained model is asked. As functions they read from top to bottom, see `inference`.
+    # The methods of a trained model. They are plain functions in `inference`, so that each reads from top to bottom.
     generate = generate
     generate_step = generate_step
     decoding_step = decoding_step
@@ -68,14 +71,21 @@ class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub
     score_step = score_step
     embed = embed
 
-    def __init__(self, backbone, preprocessor=None, *, buckets=None, **kwargs):
+    def __init__(
+        self,
+        backbone: T5GemmaBackbone,
+        preprocessor: T5GemmaSeq2SeqLMPreprocessor | None = None,
+        *,
+        buckets: Buckets | None = None,
+        **kwargs,
+    ):
         _check_keywords(kwargs)
         self.backbone = backbone
         self.buckets = Buckets() if buckets is None else buckets
         self.preprocessor = preprocessor
         config = backbone.config
         self._chunked = None
-        # A saved model's tokenizer reads its vocabulary only after this.
+        # The tokenizer of a saved model reads its vocabulary only later.
         has_vocabulary = preprocessor is not None and preprocessor.tokenizer.proto is not None
         if has_vocabulary and preprocessor.tokenizer.vocabulary_size() > config.vocabulary_size:
             raise ValueError(
@@ -89,33 +99,34 @@ class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub
         inputs = backbone.input
         super().__init__(inputs=inputs, outputs=head(backbone(inputs)["decoder_sequence_output"]), **kwargs)
         self.head = head
-        self.backbone = backbone  # again: PyTorch's module did not exist yet above, and would miss its parameters
+        self.backbone = backbone  # again: above, PyTorch's module did not exist yet and would miss its parameters
 
     @property
-    def buckets(self):
+    def buckets(self) -> Buckets:
         """The `Buckets` of `generate`, `stream`, `score` and `embed`; others may be assigned at any time."""
         return self._buckets
 
     @buckets.setter
-    def buckets(self, value):
+    def buckets(self, value: Buckets):
         if not isinstance(value, Buckets):
             raise ValueError(f"`buckets` must be a kt.Buckets. Received: {value!r}.")
         self._buckets = value
 
     @classmethod
-    def from_preset(cls, preset, load_weights=True, **kwargs):
-        """The model of a preset, with its preprocessor.
+    def from_preset(cls, preset: str | Path | PresetFolder, load_weights: bool = True, **kwargs) -> "T5GemmaSeq2SeqLM":
+        """Loads the model of a preset, with its preprocessor.
 
         Args:
             preset: a built-in name (`keras-t5gemma presets` lists them), "hf://owner/name", "kaggle://...", or a folder
                 in Keras or Hugging Face format.
             load_weights: False for the architecture with random weights.
-            **kwargs: `dtype`, Keras's policy (`keras.config.dtype_policy()`) if left out, whatever the weights are
-                stored in; `preprocessor`, None to do without; or what the class takes, such as `buckets`.
+            **kwargs: arguments of the class, such as `buckets`; `preprocessor`, None for a model without one; and
+                `dtype`. If `dtype` is left out, it is Keras's policy (`keras.config.dtype_policy()`), whatever the
+                dtype of the stored weights.
 
         Raises:
-            TypeError: for an unknown keyword.
-            ValueError: if the preset is unknown, or is no T5Gemma.
+            TypeError: if a keyword is unknown.
+            ValueError: if the preset is unknown, or is not a T5Gemma.
             ConnectionError: if a download failed.
             CheckpointError: if the folder's tensors are not those of its config.
         """
@@ -124,53 +135,55 @@ class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub
         backbone_kwargs = {name: kwargs.pop(name) for name in ("dtype",) if name in kwargs}
         backbone = cls.backbone_cls.from_preset(folder, load_weights=load_weights, **backbone_kwargs)
         if "preprocessor" not in kwargs:
-            # A Keras preset of a model without preprocessor has none; Flax's checkpoints hold parameters only.
+            # The Keras preset of a model without preprocessor has no such file. Flax checkpoints contain only weights.
             has_one = folder.config is not None and (folder.is_hugging_face or (folder / PREPROCESSOR_FILE).is_file())
             kwargs["preprocessor"] = cls.preprocessor_cls.from_preset(folder) if has_one else None
         return cls(backbone, **kwargs)
 
     def compile(
         self,
-        optimizer="auto",
-        loss="auto",
+        optimizer: str | keras.optimizers.Optimizer = "auto",
+        loss: str | keras.losses.Loss = "auto",
         *,
-        weighted_metrics="auto",
-        accumulation_steps=1,
-        sampler="greedy",
+        weighted_metrics: str | Sequence | None = "auto",
+        accumulation_steps: int = 1,
+        sampler: str | keras_hub.samplers.Sampler = "greedy",
         **kwargs,
-    ):
+    ) -> None:
         """Configures training and generation.
 
         Args:
-            optimizer: "auto" for this package's AdamW, with gradients clipped and a learning rate for what is trained,
-                see `keras_t5gemma.optimizer`; a name or a `keras.optimizers.Optimizer`. Weights in bfloat16 take one
-                of this package's; another one that would not move them is an error when training begins.
-            loss: "auto" for `VocabularyCrossEntropy()`, the mean over target tokens; one with options of your own; or
-                any `keras.losses.Loss` on logits; or a `Distillation`.
-            weighted_metrics: "auto" for the accuracy of tokens, or a list. Metrics of your own and losses on logits
-                need the logits [B, T, V], which are not made otherwise.
-            accumulation_steps: parts that a training step runs its batch in, one after the other, with memory for the
-                activations of one; the step is that of the whole batch, its mean over all target tokens included. On
-                several devices a part needs a row or more for each.
+            optimizer: "auto" for this package's AdamW, with clipped gradients and a learning rate that depends on which
+                weights are trained, see `keras_t5gemma.optimizer`; or a name or a `keras.optimizers.Optimizer`. Weights
+                in bfloat16 need an optimizer of this package. Training raises an error if another optimizer would not
+                change them.
+            loss: "auto" for `VocabularyCrossEntropy()`, the mean over target tokens; a `VocabularyCrossEntropy` with
+                other options; any `keras.losses.Loss` on logits; or a `Distillation`.
+            weighted_metrics: "auto" for the accuracy of tokens, or a list. Custom metrics and losses on logits need the
+                logits [B, T, V], which are not computed otherwise.
+            accumulation_steps: number of parts in which a training step runs its batch, one after the other, with
+                memory for the activations of one part. The step is that of the whole batch, including its mean over all
+                target tokens. On several devices each part needs at least one row per device.
             sampler: "greedy", "beam", "top_k", "top_p", "random", "contrastive" or a `keras_hub.samplers.Sampler`. Beam
                 search is this package's `BeamSampler`.
-            **kwargs: what `keras.Model.compile` takes besides. With `jit_compile="auto"`, its default, TensorFlow has
-                XLA compile the decoding loops of models of ten million weights and more, on CPUs too.
+            **kwargs: further arguments of `keras.Model.compile`. With `jit_compile="auto"`, the default, TensorFlow
+                compiles the decoding loops of models with ten million weights or more by XLA, on CPUs too.
 
         Raises:
-            ValueError: if `sampler` is invalid, `accumulation_steps` is not a positive integer or not available
-                with the loss, or a teacher's vocabulary not the model's.
+            ValueError: if `sampler` is invalid, if `accumulation_steps` is not a positive integer or not available
+                with the loss, or if a teacher's vocabulary is not the model's.
         """
         sampler = resolve_sampler(sampler)
-        self._replaced = None
+        self._replaced_counts = None
         if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = default_optimizer(warmup_steps=0)
         loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
-        own_metrics = weighted_metrics != "auto" or kwargs.get("metrics")
+        has_custom_metrics = weighted_metrics != "auto" or kwargs.get("metrics")
         self.accumulation = Accumulation(accumulation_steps, loss)
         self._chunked = None
-        is_mean = getattr(loss, "reduction", None) == "mean_with_sample_weight"  # the chunked loss knows no other
-        if isinstance(loss, VocabularyCrossEntropy) and is_mean and not own_metrics:
+        # The chunked loss supports only this reduction.
+        is_mean = getattr(loss, "reduction", None) == "mean_with_sample_weight"
+        if isinstance(loss, VocabularyCrossEntropy) and is_mean and not has_custom_metrics:
             weighted_metrics = None
             self._chunked = ChunkedLoss(loss)
         if isinstance(loss, Distillation):
@@ -182,74 +195,96 @@ class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub
             tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
             loss.check_student(self.backbone.config.vocabulary_size, tokenizer)
         if self.dtype_policy.name == "float16" and optimizer is not None and kwargs.get("auto_scale_loss", True):
-            # LoRA on float16 weights: the way back is float16's. Keras scales the loss of "mixed_float16" alone.
+            # LoRA on float16 weights: gradients are float16 too. Keras scales the loss only for "mixed_float16".
             optimizer = keras.optimizers.get(optimizer)
             if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         self.jit_compile_is_auto = kwargs.get("jit_compile", "auto") == "auto"
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
-        # What was compiled for another sampler, or other options, goes.
+        # Discards programs that were compiled for another sampler or other options.
         self.programs = Programs()
         self.recorded_step = recorded(partial(decoding_step, self), self)
         track_loss_in_float32(self)
 
-    def make_train_function(self, force=False):
-        """Keras's own, once it is certain that the optimizer can train the weights.
+    def make_train_function(self, force: bool = False):
+        """Builds Keras's training function, after a check that the optimizer can train the weights.
 
-        Not in `compile`, after which LoRA may still freeze the weights in question.
+        `compile` does not check this, because LoRA may freeze the weights in question afterwards.
 
         Raises:
-            ValueError: if it can not, see `check_optimizer`.
+            ValueError: if the optimizer cannot train the weights, see `check_optimizer`.
         """
         if self.train_function is None or force:
             check_optimizer(self.optimizer, self.trainable_variables)
         return super().make_train_function(force)
 
-    def quantize(self, mode=None, config=None, filters=None, **kwargs):
-        """As `T5GemmaBackbone.quantize`."""
+    def quantize(
+        self,
+        mode: str | None = None,
+        config: keras.quantizers.QuantizationConfig | None = None,
+        filters: str | Sequence[str] | Callable | None = None,
+        **kwargs,
+    ) -> None:
+        """Quantizes the backbone's dense layers and embedding tables.
+
+        Args:
+            mode: as in `T5GemmaBackbone.quantize`, like the other arguments.
+            config: a `keras.quantizers.QuantizationConfig`.
+            filters: selects the layers.
+            **kwargs: further arguments of `keras.Model.quantize`.
+
+        Raises:
+            ValueError: if the mode is unknown, or if `filters` matches no layer that can be quantized.
+        """
         quantize(self, super().quantize, mode, config, filters, **kwargs)
 
     @property
-    def metrics(self):
-        """The metrics `fit` and `evaluate` report."""
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """The metrics that `fit` and `evaluate` report."""
         if self._chunked is None:
             return super().metrics
-        # In place of Keras's own mean of the losses, which weighs batches by their rows.
+        # They replace Keras's mean of the losses, which weights batches by their rows.
         return self._chunked.metrics + [metric for metric in super().metrics if metric.name != "loss"]
 
     @property
-    def keeps_own_loss(self):
-        """Whether loss and accuracy are means over tokens, kept as the loss is computed."""
+    def keeps_own_loss(self) -> bool:
+        """Whether loss and accuracy are means over tokens that the chunked loss itself updates."""
         return self._chunked is not None
 
     @property
-    def trains_without_logits(self):
-        """Whether steps make no logits [B, T, V]: the loss projects hidden states a chunk at a time."""
+    def trains_without_logits(self) -> bool:
+        """Whether steps never compute the logits [B, T, V]: the loss projects one chunk of hidden states at a time."""
         return self._chunked is not None and not self.head.is_quantized
 
     def hidden_states(self, inputs, training=None):
-        """The decoder's last hidden states [B, T, D], which `head` projects to logits.
+        """The decoder's last hidden states, which `head` projects to logits.
 
         Args:
-            inputs: the model's four.
+            inputs: the four inputs of `T5GemmaBackbone`, a dict.
             training: whether dropout is on.
+
+        Returns:
+            [B, T, D].
         """
         return self.backbone(inputs, training=training)["decoder_sequence_output"]
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss of a step. The chunked one updates its means of loss and accuracy, which only it knows.
+        """The loss of a step. The chunked loss also updates its own means of loss and accuracy.
 
         Args:
-            x: the model's four inputs.
-            y: labels [B, T], or what else the loss takes.
-            y_pred: logits [B, T, V]; or None if the model `trains_without_logits`.
+            x: the model's four inputs, a dict.
+            y: labels [B, T], or other targets of the loss.
+            y_pred: logits [B, T, V]; None if the model `trains_without_logits`.
             sample_weight: [B] or [B, T], or None.
-            training: whether gradients will be asked for.
+            training: whether gradients will be computed.
+
+        Returns:
+            A float32 scalar.
         """
         if y_pred is None:
             hidden = self.hidden_states(x, training=training)
             return self._chunked(self.head, hidden, y, sample_weight, training, more=sum(self.losses))
-        # Of a quantized embedding; and before the first step Keras comes here once, symbolically.
+        # Reached with a quantized embedding. Keras also calls this once symbolically before the first step.
         y = self._chunked.loss.labels_of(y, y_pred.shape[-1]) if self._chunked else y
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if self._chunked:
@@ -257,38 +292,49 @@ class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """The metrics' results; those of a step without logits are up to date."""
+        """The results of the metrics as a dict. After a step without logits they are up to date already.
+
+        Args:
+            x: the model's four inputs, a dict.
+            y: labels [B, T], or other targets of the loss.
+            y_pred: logits [B, T, V]; None if the model `trains_without_logits`.
+            sample_weight: [B] or [B, T], or None.
+
+        Returns:
+            `{name: value}`.
+        """
         if y_pred is None:
             return self.get_metrics_result()
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
-    def get_config(self):
-        """The constructor's arguments."""
+    def get_config(self) -> dict:
+        """The constructor's arguments, JSON-ready."""
         config = {**super().get_config(), "buckets": keras.saving.serialize_keras_object(self.buckets)}
         return config if self.compiled else {**config, "compile": False}
 
     @classmethod
-    def from_config(cls, config):
-        """The inverse of `get_config`."""
+    def from_config(cls, config: Mapping) -> "T5GemmaSeq2SeqLM":
+        """Creates a model from the result of `get_config`, with new weights."""
         buckets = keras.saving.deserialize_keras_object(config.get("buckets"))
         return super().from_config({**config, "buckets": buckets})
 
-    def get_compile_config(self):
-        """What `compile` was called with, the sampler included, JSON-ready; None if it was not called."""
+    def get_compile_config(self) -> dict | None:
+        """The arguments of `compile`, including the sampler, JSON-ready; None if the model is not compiled."""
         if not self.compiled:
             return None
         return {
             **super().get_compile_config(),
-            # Given as None to Keras, which has nothing to do with it.
+            # Keras received None for it, because the chunked loss has its own metrics.
             **({"weighted_metrics": "auto"} if self._chunked else {}),
-            # Keras keeps what it made of "auto" on this machine, and decoding loops ask whether it was, see `by_xla`.
+            # Keras stores the value it chose for "auto" on this machine. Decoding loops need "auto" itself; see
+            # `by_xla`.
             **({"jit_compile": "auto"} if self.jit_compile_is_auto else {}),
             "accumulation_steps": self.accumulation.steps,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
         }
 
-    def compile_from_config(self, config):
-        """Compiles as `get_compile_config` says, and makes the optimizer's variables for a saved state, if any."""
+    def compile_from_config(self, config: Mapping) -> None:
+        """Compiles the model from `get_compile_config`, and builds the optimizer if its state was saved."""
         config = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
         is_built = config.pop("optimizer_is_built", True)
         self.compile(**config)
@@ -296,15 +342,15 @@ class T5GemmaSeq2SeqLM(OwnSteps, Recompiles, Fits, Guarded, Quantizes, keras_hub
             self.optimizer.build(self.trainable_variables)
 
 
-def _check_keywords(kwargs, more=()):
-    """Refuses keywords that Keras would take without a word.
+def _check_keywords(kwargs: Mapping, more: Sequence[str] = ()) -> None:
+    """Raises an error for keywords that Keras would silently accept.
 
     Args:
-        kwargs: a dict.
-        more: names that are known besides the constructor's.
+        kwargs: the keyword arguments.
+        more: valid names in addition to the constructor's.
 
     Raises:
-        TypeError: if one is unknown; the message says where a preprocessor's belong.
+        TypeError: if a keyword is unknown. For an option of the preprocessor, the message says where it belongs.
     """
     unknown = sorted(set(kwargs) - {"name", "trainable", "compile", *more})
     if not unknown:
@@ -315,6 +361,7 @@ def _check_keywords(kwargs, more=()):
     raise TypeError(f"T5GemmaSeq2SeqLM got an unexpected keyword argument {unknown[0]!r}.{hint}")
 
 
-# keras-hub finds a backbone's tokenizer and preprocessor by this; their modules rank below and cannot name it.
+# keras-hub finds the tokenizer and preprocessor of a backbone by this attribute. Their modules have a lower rank and
+# cannot import the backbone.
 T5GemmaTokenizer.backbone_cls = T5GemmaBackbone
 T5GemmaSeq2SeqLMPreprocessor.backbone_cls = T5GemmaBackbone

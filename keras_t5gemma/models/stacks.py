@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.config import StackConfig
 from keras_t5gemma.kernels.attention.dispatch import has_kernel
 from keras_t5gemma.kernels.attention.masks import attention_mask, visible_keys
 from keras_t5gemma.kernels.barriers import materialized, with_gradients_summed_early
@@ -18,23 +19,33 @@ from keras_t5gemma.layers.rope import rotary_angles
 
 
 class Stack(keras.layers.Layer):
-    """Token ids through an embedding, the blocks and a final norm; what encoder and decoder have in common.
+    """The base class of encoder and decoder: embeds token ids, runs the blocks, and applies a final norm.
 
     Args:
         config: the stack's `StackConfig`.
         vocabulary_size: V, rows of the embedding table.
-        causal: whether self-attention sees no later position.
-        encoder_dim: the encoder's width where the blocks have cross-attention, else None.
-        tie_embeddings: whether the table serves as output projection too; `False` adds a projection of its own.
+        causal: whether self-attention hides later positions.
+        encoder_dim: E, the encoder's width, if the blocks have cross-attention; otherwise None.
+        tie_embeddings: whether the table is the output projection too. False adds a separate projection.
+        **kwargs: `dtype` and `name`.
     """
 
-    def __init__(self, config, vocabulary_size, *, causal, encoder_dim=None, tie_embeddings=True, **kwargs):
+    def __init__(
+        self,
+        config: StackConfig,
+        vocabulary_size: int,
+        *,
+        causal: bool,
+        encoder_dim: int | None = None,
+        tie_embeddings: bool = True,
+        **kwargs,
+    ):
         # No autocast: RoPE's angles stay in float32.
         super().__init__(autocast=False, **kwargs)
         self.config = config
         self.causal = causal
         self.rematerialize = False  # see `T5GemmaBackbone.rematerialize`
-        self.projects = tie_embeddings and encoder_dim is not None  # an encoder has nothing to project
+        self.projects = tie_embeddings and encoder_dim is not None  # an encoder has no output projection
         self.token_embedding = embedding(
             vocabulary_size, "token_embedding", config, self.dtype_policy, tied=tie_embeddings
         )
@@ -45,7 +56,7 @@ class Stack(keras.layers.Layer):
         self.final_norm = RMSNorm(config.norm_epsilon, dtype=self.dtype_policy, name="final_norm")
 
     def get_config(self):
-        """Refused: the model's config has that of its stacks."""
+        """Raises an error: the model's config contains the configs of its stacks."""
         raise part_of_a_model(self)
 
     def build(self, input_shape=None):
@@ -64,11 +75,11 @@ class Stack(keras.layers.Layer):
 
         Args:
             token_ids: int [B, T].
-            key_segments: int [B, S], segment ids of the positions attended to: the tokens' own, or a cache's.
+            key_segments: int [B, S], segment ids of the keys' positions: those of the tokens, or of a cache.
             query_segments: int [B, T], segment ids of the tokens.
             start: position of the first token among the keys.
-            encoder: a decoder's `(encoder_output, encoder_visible)`, see `Block.call`.
-            caches: a cache a block, or None.
+            encoder: for a decoder, `(encoder_output, encoder_visible)` of `Block.call`.
+            caches: one cache per block, or None.
             training: whether dropout is on.
 
         Returns:
@@ -76,13 +87,13 @@ class Stack(keras.layers.Layer):
         """
         config = self.config
         if caches is not None and is_start(start):
-            key_segments = query_segments  # see `Block.call`
+            key_segments = query_segments  # the first tokens see only each other, see `Block.call`
         masks, indices = {}, {}
         for i, kind in enumerate(config.layer_kinds):
             if kind not in masks:
-                room = None if caches is None or is_start(start) else caches[i]["self"]["key"].shape[2]
-                masks[kind] = self._visible(kind, query_segments, key_segments, start, room)
-                indices[kind] = start if room is None or query_segments.shape[1] > 1 else slot_of(start, room)
+                slots = None if caches is None or is_start(start) else caches[i]["self"]["key"].shape[2]
+                masks[kind] = self._visible(kind, query_segments, key_segments, start, slots)
+                indices[kind] = start if slots is None or query_segments.shape[1] > 1 else slot_of(start, slots)
         angles = rotary_angles(ops.shape(token_ids)[1], start, config.head_dim, config.rope_wavelength)
         x = ops.cast(look_up(self.token_embedding, token_ids, only_gradient=not self.projects), self.compute_dtype)
         # Gemma rounds the factor to the compute dtype: sqrt(3584) is 59.867 in float32, 59.75 in bfloat16.
@@ -109,23 +120,35 @@ class Stack(keras.layers.Layer):
             updated.append(cache)
         return self.final_norm(x), updated
 
-    def _visible(self, kind, query_segments, key_segments, start, room):
-        """Who sees whom in layers of a kind, whose cache has so many places, or is None."""
+    def _visible(self, kind, query_segments, key_segments, start, slots):
+        """Self-attention's mask for one kind of layer.
+
+        Args:
+            kind: "sliding" or "global".
+            query_segments: int [B, T].
+            key_segments: int [B, S].
+            start: position of the first query.
+            slots: the number of slots of the layers' caches, or None without a cache.
+
+        Returns:
+            bool [B, T, S] or [B, T, slots], or a `BlockMask`.
+        """
         config = self.config
         options = {"query_start": start, "causal": self.causal, "window": self._window(kind)}
-        if room is None or room == key_segments.shape[1]:
+        if slots is None or slots == key_segments.shape[1]:
             fused = has_kernel(self.compute_dtype)
             return visible_keys(config.num_query_heads, query_segments, key_segments, fused=fused, **options)
-        held = positions(room, start + query_segments.shape[1] - 1)
-        segments = ops.where(held < 0, 0, ops.take(key_segments, ops.maximum(held, 0), axis=1))
-        return attention_mask(query_segments, segments, key_positions=held, **options)
+        slot_positions = positions(slots, start + query_segments.shape[1] - 1)
+        segments = ops.take(key_segments, ops.maximum(slot_positions, 0), axis=1)
+        segments = ops.where(slot_positions < 0, 0, segments)
+        return attention_mask(query_segments, segments, key_positions=slot_positions, **options)
 
-    def _window(self, kind):
+    def _window(self, kind: str) -> int | None:
         return self.config.sliding_window if kind == "sliding" else None
 
 
 def _rematerialized(block, x, visible, angles, encoder):
-    """[B, T, D]: a block in training, its activations not kept. Arguments as in `Block.call`."""
+    """Runs a block in training without storing its activations. Arguments as in `Block.call`; returns [B, T, D]."""
 
     def call(x, output=None):
         return block(
@@ -139,11 +162,11 @@ class Encoder(Stack):
     """The encoder: self-attention over the whole input, in both directions unless `causal`."""
 
     def call(self, token_ids, padding_mask, training=None):
-        """Encodes.
+        """Encodes token ids.
 
         Args:
             token_ids: int [B, S].
-            padding_mask: int [B, S], 0 at padding, else the segment id (1 where there is one example a row).
+            padding_mask: int [B, S], 0 at padding, otherwise the segment id (1 if there is one example per row).
             training: whether dropout is on.
 
         Returns:
@@ -166,9 +189,9 @@ class Decoder(Stack):
 
         Args:
             token_ids: int [B, T].
-            padding_mask: int [B, T], 0 at padding, else the segment id.
-            encoder_output: [B, S, D of the encoder].
-            encoder_padding_mask: int [B, S]; a decoder position sees the encoder's positions of its own segment.
+            padding_mask: int [B, T], 0 at padding, otherwise the segment id.
+            encoder_output: [B, S, E].
+            encoder_padding_mask: int [B, S]; a decoder position sees the encoder positions of its own segment.
             training: whether dropout is on.
 
         Returns:
@@ -184,26 +207,26 @@ class Decoder(Stack):
         """[B, T, D]."""
         return (*token_ids_shape, self.config.hidden_dim)
 
-    def start_cache(self, encoder_output, encoder_padding_mask, length, ahead=None):
-        """An empty cache, cross-attention's keys and values in it once and for all.
+    def start_cache(self, encoder_output, encoder_padding_mask, length: int, ahead: int | None = None):
+        """Creates a cache that is empty except for the keys and values of cross-attention, which never change.
 
         Args:
-            encoder_output: [B, S, D of the encoder].
+            encoder_output: [B, S, E].
             encoder_padding_mask: int [B, S].
-            length: L, the longest sequence it is to hold.
-            ahead: the most tokens that a step will take; any number if None. Sliding layers then keep R = window +
-                ahead positions, where these are fewer than L.
+            length: L, the longest sequence that the cache can hold.
+            ahead: the most tokens per step; None for any number. If it is given, sliding layers keep R = window + ahead
+                positions, or L if that is smaller.
 
         Returns:
-            A nested structure of tensors, the batch first in each, so that beam search can reorder it:
-            `layers`, a `{"self": {"key", "value"}, "cross": {"key", "value"}}` a block ([B, K, R, H] and [B, K, S, H]);
-            `segments` [B, L] of what is in it so far; `encoder_segments` [B, S].
+            A nested structure of tensors. The batch is the first axis of each, so that beam search can reorder them:
+            `layers`, one `{"self": {"key", "value"}, "cross": {"key", "value"}}` per block ([B, K, R, H] and
+            [B, K, S, H]); `segments` [B, L], segment ids of the positions so far; `encoder_segments` [B, S].
         """
         config, batch = self.config, ops.shape(encoder_output)[0]
 
         def empty(kind):
-            room = cache_slots(length, self._window(kind), length if ahead is None else max(1, ahead))
-            shape = (batch, config.num_key_value_heads, room, config.head_dim)
+            slots = cache_slots(length, self._window(kind), length if ahead is None else max(1, ahead))
+            shape = (batch, config.num_key_value_heads, slots, config.head_dim)
             return {name: ops.zeros(shape, dtype=self.compute_dtype) for name in ("key", "value")}
 
         return {
@@ -216,7 +239,7 @@ class Decoder(Stack):
         }
 
     def step(self, token_ids, padding_mask, cache, index):
-        """Decodes the next tokens, one or a whole prompt, after those in the cache.
+        """Decodes the next tokens, one or a whole prompt, after the tokens in the cache.
 
         Args:
             token_ids: int [B, T].
@@ -225,7 +248,7 @@ class Decoder(Stack):
             index: position of the first token; an int or a scalar tensor.
 
         Returns:
-            `(x, cache)`: [B, T, D], equal to what `call` gives at these positions, and the updated cache.
+            `(x, cache)`: [B, T, D], equal to the output of `call` at these positions, and the updated cache.
         """
         segments = ops.cast(padding_mask, "int32")
         key_segments = write_at(cache["segments"], segments, index)
@@ -236,5 +259,6 @@ class Decoder(Stack):
         return x, {**cache, "layers": layers, "segments": key_segments}
 
     def _visible_encoder(self, segments, encoder_segments):
+        """Cross-attention's mask for segment ids [B, T] and [B, S]."""
         heads, fused = self.config.num_query_heads, has_kernel(self.compute_dtype)
         return visible_keys(heads, segments, encoder_segments, fused=fused)

@@ -211,7 +211,7 @@ def test_new_optimizer_excludes_the_same_weights_from_decay():
     lm.optimizer.build(lm.trainable_variables)
     lm.backbone.encoder.trainable = False
     with pytest.warns(UserWarning, match="new optimizer"):
-        lm._keep_up(trains=True)
+        lm._refresh(trains=True)
     lm.optimizer.build(lm.trainable_variables)
     decays = {v.path for v in lm.trainable_variables if lm.optimizer._use_weight_decay(v)}
     assert decays == {"decoder/token_embedding/embeddings"}

@@ -1,11 +1,12 @@
 """Softmax attention with soft caps, windows and segments.
 
-masks          who may attend to whom
+masks          the keys that each query may see
 reference      plain attention, which every other implementation must equal
-query_blocks   queries cut into blocks, and the keys that a block sees
-jax            with a gradient of its own, which keeps one number per query and head
-tensorflow     in blocks by a loop, with the loop's gradient
-torch          in place without gradients; in blocks that are computed again in the backward pass
-splash, flex   kernels of JAX on TPUs, of PyTorch on NVIDIA's GPUs
-dispatch       which of these runs
+query_blocks   cuts queries into blocks, and selects the keys that a block sees
+jax            a custom gradient that stores one number per query and head
+tensorflow     a loop over blocks, with a custom gradient
+torch          in place without gradients; in blocks that the backward pass recomputes
+flex           PyTorch's `flex_attention`, a kernel for NVIDIA GPUs
+splash         JAX's splash attention, a kernel for TPUs
+dispatch       selects one of these implementations
 """

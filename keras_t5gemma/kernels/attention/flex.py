@@ -1,13 +1,24 @@
-"""Attention by PyTorch's `flex_attention`, which PyTorch compiles for the mask and the cap. For NVIDIA's GPUs."""
+"""Attention by PyTorch's `flex_attention`, which PyTorch compiles for the mask and the cap. For NVIDIA GPUs."""
 
 import functools
 
-# Further than any sequence is long.
+# A distance longer than any sequence.
 _FAR = 2**30
 
 
 def attend(query, key, value, mask, cap):
-    """Values weighted by their keys, for a `BlockMask`: compiled on a GPU; uncompiled elsewhere, for tests."""
+    """Attention by `flex_attention`: compiled on a GPU, and uncompiled elsewhere for tests.
+
+    Args:
+        query: [B, T, K, G, H], scaled.
+        key: [B, K, S, H].
+        value: [B, K, S, H].
+        mask: a `BlockMask`.
+        cap: soft cap on the logits, or None.
+
+    Returns:
+        [B, T, K, G, H].
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
     batch, queries, kv_heads, groups, size = query.shape
@@ -26,8 +37,8 @@ def _compiled(function):
     return torch.compile(function)
 
 
-@functools.cache  # one function a cap: of a new one PyTorch would make a new program
-def _capped(cap):
+@functools.cache  # one function per cap: PyTorch compiles a new program for each new function
+def _capped(cap: float):
     import torch
 
     def score(logit, *_):
@@ -37,34 +48,34 @@ def _capped(cap):
 
 
 def flex_mask(mask):
-    """Which blocks of keys each block of queries sees; made once for all layers that share a mask."""
+    """The `flex_attention` form of a `BlockMask`, built once for all layers that share the mask."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if "flex" not in mask.made:
+    if "flex" not in mask.kernel_masks:
         query_segments, key_segments = mask.query_segments, mask.key_segments
         device = key_segments.device
         (batch, queries), keys = query_segments.shape, key_segments.shape[1]
-        places, behind, ahead = _reach(mask, batch, queries, device)
+        positions, behind, ahead = _reach(mask, batch, queries, device)
 
         def sees(b, _, q, k):
-            distance = places[q] - k
+            distance = positions[q] - k
             near = (distance <= behind[b]) & (distance >= ahead[b])
             return near & (query_segments[b, q] == key_segments[b, k]) & (key_segments[b, k] != 0)
 
         create = _compiled(create_block_mask) if key_segments.is_cuda else create_block_mask
-        mask.made["flex"] = create(sees, batch, None, queries, keys, device=device)
-    return mask.made["flex"]
+        mask.kernel_masks["flex"] = create(sees, batch, None, queries, keys, device=device)
+    return mask.kernel_masks["flex"]
 
 
 def _reach(mask, batch, queries, device):
-    """Places of the queries [T], and how far behind and ahead of its own one sees, each [B].
+    """Positions of the queries [T], and how far behind and ahead of itself a query sees, each [B].
 
-    Tensors, so that one program serves all kinds of masks: of a number PyTorch would make a new one, and after eight it
-    compiles no more.
+    These are tensors so that one program serves all kinds of masks. PyTorch would compile a new program for each new
+    number, and stops compiling after eight.
     """
     import torch
 
     far = _FAR if mask.window is None else mask.window - 1
-    places = torch.arange(queries, device=device) + mask.query_start
+    positions = torch.arange(queries, device=device) + mask.query_start
     ahead = 0 if mask.causal else -far
-    return places, *(torch.full((batch,), limit, device=device) for limit in (far, ahead))
+    return positions, *(torch.full((batch,), limit, device=device) for limit in (far, ahead))

@@ -1,4 +1,7 @@
-"""Who may attend to whom: boolean masks from distances and segment ids, whole or a block of queries at a time."""
+"""Attention masks: the keys that each query may see, from distances and segment ids.
+
+A mask is a boolean tensor, or a `BlockMask` that gives the mask of one block of queries at a time.
+"""
 
 import dataclasses
 import typing
@@ -8,20 +11,20 @@ from keras import ops
 
 from keras_t5gemma.kernels.device import on_cpu
 
-# Attention logits in memory at once, in bytes of float32: some three times as much is in use at a time. With the eight
-# heads of Small-Small, up to 2,048 positions of one example are within it. Memory for more grows with the length, not
-# with its square. On a CPU, what its caches hold from one step to the next takes half the time.
+# Attention logits in memory at once, in bytes of float32. About three times as much is in use at a time. With the eight
+# heads of Small-Small, up to 2,048 positions of one example are within the limit. Beyond it, memory grows with the
+# length, not with its square. On a CPU, logits that stay in the caches between steps take half the time.
 BLOCK_BYTES = 2**27
 BLOCK_BYTES_ON_CPU = 2**23
-# Queries that are attended for at once, at least: with fewer, reading the keys would take longer than computing.
+# The fewest queries per block. With fewer, reading the keys would take longer than computing.
 SHORTEST_BLOCK = 128
 
 
 def attention_mask(query_segments, key_segments, *, query_start=0, causal=False, window=None, key_positions=None):
-    """Which keys each query may see.
+    """The mask of the keys that each query may see.
 
     A padding mask is a segment id: 0 is padding, and a query sees the keys of its own non-zero segment. An ordinary
-    mask of ones and zeros is one segment; a row packed from several examples numbers them 1, 2, 3, ... to keep them
+    mask of ones and zeros is one segment. A row packed from several examples numbers them 1, 2, 3, ... to keep them
     apart.
 
     Six positions, the last one padding, window 3. Rows are queries, columns keys, `x` is visible:
@@ -35,12 +38,12 @@ def attention_mask(query_segments, key_segments, *, query_start=0, causal=False,
                  . . . . . .     . . . . . .       . . . . . .         . . . . . .
 
     Args:
-        query_segments: int [B, T], the queries' segment ids.
-        key_segments: int [B, S], the keys'.
-        query_start: the first query's position, where the first key's is 0: not 0 only when decoding from a cache.
-        causal: a query sees no later key.
-        window: a query at `q` sees keys with `|q - k| < window`; `None` for any distance.
-        key_positions: int [S], where they are not 0, 1, 2, ...
+        query_segments: int [B, T], segment ids of the queries.
+        key_segments: int [B, S], segment ids of the keys.
+        query_start: position of the first query, counted from the first key. It is 0 except in cached decoding.
+        causal: whether later keys are hidden.
+        window: a query at `q` sees keys with `|q - k| < window`; None for any distance.
+        key_positions: int [S], if they are not 0, 1, 2, ...
 
     Returns:
         bool [B, T, S].
@@ -62,17 +65,17 @@ def attention_mask(query_segments, key_segments, *, query_start=0, causal=False,
 
 @dataclasses.dataclass(frozen=True)
 class BlockMask:
-    """The mask of sequences so long that neither it nor the logits are to exist as a whole.
+    """The mask of long sequences, of which neither the mask nor the logits are ever stored as a whole.
 
     Attributes:
-        block: t, the length of the blocks in which queries are attended for, where no kernel serves them; a scalar
-            tensor if lengths are known only when the program runs.
-        query_segments: int [B, T].
-        key_segments: int [B, S].
-        query_start: as in `attention_mask`, like those that follow.
-        causal: whether a query sees no later key.
-        window: how far a query sees, or None.
-        made: what a kernel makes of it, once for all layers.
+        block: t, queries per block if no kernel serves the mask. A scalar tensor if lengths are known only when the
+            program runs.
+        query_segments: int [B, T], segment ids of the queries.
+        key_segments: int [B, S], segment ids of the keys.
+        query_start: position of the first query, counted from the first key.
+        causal: whether later keys are hidden.
+        window: the distance from which on keys are hidden, or None.
+        kernel_masks: the kernels' own forms of this mask, each built once for all layers.
     """
 
     block: int
@@ -81,12 +84,14 @@ class BlockMask:
     query_start: typing.Any = 0
     causal: bool = False
     window: int | None = None
-    made: dict = dataclasses.field(default_factory=dict, compare=False, repr=False)
+    kernel_masks: dict[str, typing.Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
-    def run_of_keys(self, index):
-        """`(first, length)` of the keys among which are all that block `index` of the queries sees.
+    def key_range(self, index):
+        """The range of keys that contains every key that block `index` of the queries sees.
 
-        The length is the same for every block: with a window its own and the block's, else S.
+        Returns:
+            `(first, length)`. The length is the same for every block. With a window it is the window's length plus the
+            block's; otherwise it is S.
         """
         keys = ops.shape(self.key_segments)[1]
         if self.window is None:
@@ -97,14 +102,14 @@ class BlockMask:
         first = index * self.block + self.query_start - (self.window - 1)
         return smallest(largest(first, 0), keys - length), length
 
-    def of_block(self, index, segments, first, length):
-        """Which of `length` keys from `first` on each query of a block may see.
+    def block_visible(self, index, segments, first, length):
+        """The mask of one block of queries and a range of keys.
 
         Args:
-            index: which block, an int or a scalar tensor.
-            segments: int [B, t], the block's.
+            index: the block's index, an int or a scalar tensor.
+            segments: int [B, t], segment ids of the block's queries.
             first: the first key.
-            length: s.
+            length: s, the number of keys.
 
         Returns:
             bool [B, t, s].
@@ -118,27 +123,26 @@ class BlockMask:
         )
 
 
-def visible_keys(heads, query_segments, key_segments, *, fused=False, **kind):
-    """Which keys each query may see, in the form that attention of this size takes.
+def visible_keys(heads: int, query_segments, key_segments, *, fused: bool = False, **kind):
+    """The mask of the keys that each query may see, in the form that suits the lengths.
 
     Args:
-        heads: N, of which each has logits of its own.
-        query_segments: int [B, T], the queries' segment ids.
-        key_segments: int [B, S], the keys'.
-        fused: whether there is a kernel, for which sequences are long earlier.
+        heads: N, the number of query heads. Each has its own logits.
+        query_segments: int [B, T], segment ids of the queries.
+        key_segments: int [B, S], segment ids of the keys.
+        fused: whether the machine has a kernel. Shorter sequences then count as long.
         **kind: `query_start`, `causal` and `window` of `attention_mask`.
 
     Returns:
-        bool [B, T, S], or a `BlockMask` for long sequences, and for those that may be: if TensorFlow traces for any
-        length, the program itself finds the length of its blocks, of which short sequences have one.
+        bool [B, T, S], or a `BlockMask` for long sequences. If TensorFlow traces for any length, it is a `BlockMask`
+        too: the program itself computes the length of its blocks, and short sequences have one block.
     """
     (batch, queries), keys = query_segments.shape, key_segments.shape[1]
     size = (BLOCK_BYTES_ON_CPU if on_cpu(query_segments) else BLOCK_BYTES) * _devices()
     if queries is None or keys is None:
-        return BlockMask(
-            _block_of_any(size // (4 * heads), query_segments, key_segments), query_segments, key_segments, **kind
-        )
-    # An unknown batch counts as one example: its activations, too, need memory per example.
+        block = _dynamic_block_length(size // (4 * heads), query_segments, key_segments)
+        return BlockMask(block, query_segments, key_segments, **kind)
+    # An unknown batch counts as one example: its activations need memory per example too.
     longest = max(SHORTEST_BLOCK, size // (4 * (batch or 1) * heads * keys))
     if longest < queries or (fused and queries >= SHORTEST_BLOCK):
         blocks = -(-queries // longest)
@@ -146,26 +150,26 @@ def visible_keys(heads, query_segments, key_segments, *, fused=False, **kind):
     return attention_mask(query_segments, key_segments, **kind)
 
 
-def _block_of_any(logits, query_segments, key_segments):
-    """The length of blocks of so many logits at most, a scalar tensor: for lengths that only the program will know."""
+def _dynamic_block_length(logits: int, query_segments, key_segments):
+    """The length of blocks with at most `logits` logits per head, a scalar tensor, for lengths known at run time."""
     (batch, queries), keys = ops.shape(query_segments), ops.shape(key_segments)[1]
-    # Divided one by one: in int32 the product of the sizes could overflow.
+    # Two divisions: in int32 the product of the sizes could overflow.
     longest = ops.maximum(SHORTEST_BLOCK, logits // largest(keys, 1) // largest(batch, 1))
     blocks = ops.maximum(-(-queries // longest), 1)
     return ops.maximum(-(-queries // blocks), 1)
 
 
 def smallest(left, right):
-    """The smaller of two sizes, each an int or, if it is not known before the program runs, a scalar tensor."""
+    """The smaller of two sizes. Each is an int, or a scalar tensor if it is known only when the program runs."""
     return ops.minimum(left, right) if ops.is_tensor(left) or ops.is_tensor(right) else min(left, right)
 
 
 def largest(left, right):
-    """The larger of two sizes, likewise."""
+    """The larger of two sizes. Each is an int, or a scalar tensor if it is known only when the program runs."""
     return ops.maximum(left, right) if ops.is_tensor(left) or ops.is_tensor(right) else max(left, right)
 
 
-def _devices():
-    """How many devices share the work: on JAX, shapes are those of all of them together."""
+def _devices() -> int:
+    """The number of devices that share the work: on JAX, shapes are those of all devices together."""
     distribution = keras.distribution.distribution()
     return 1 if distribution is None else distribution.device_mesh.devices.size

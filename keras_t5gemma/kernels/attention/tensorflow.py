@@ -1,4 +1,4 @@
-"""Attention on TensorFlow: in blocks by a loop, whose gradient is a loop, too."""
+"""Attention on TensorFlow: a loop over blocks of queries, whose gradient is a loop too."""
 
 import functools
 
@@ -10,7 +10,19 @@ from keras_t5gemma.kernels.float16 import clip_to_range
 
 
 def attend(query, key, value, visible, *, cap, dtype):
-    """As `reference.attend`."""
+    """`reference.attend`, with another form of the first product in float16.
+
+    Args:
+        query: [B, T, K, G, H], scaled.
+        key: [B, K, S, H].
+        value: [B, K, S, H].
+        visible: bool [B, T, S], True if the query may see the key.
+        cap: soft cap on the logits, or None.
+        dtype: dtype of the weights in their product with the values.
+
+    Returns:
+        [B, T, K, G, H]; zeros for a query that sees no key.
+    """
     if keras.backend.standardize_dtype(key.dtype) != "float16":
         return reference.attend(query, key, value, visible, cap=cap, dtype=dtype)
     # With keys laid out for `reference.matmul`, TensorFlow's CPU kernel sums in float16, where infinities of both signs
@@ -21,16 +33,19 @@ def attend(query, key, value, visible, *, cap, dtype):
 
 
 def _loop(block, count, query, segments, key, value):
-    """A gradient of its own: TensorFlow's would keep every block, and unrolled blocks would run side by side."""
+    """Runs `block` for each block of queries, as `attend_by_blocks` asks, with a gradient written by hand.
+
+    TensorFlow's own gradient would store every block, and unrolled blocks would run side by side.
+    """
     import tensorflow as tf
 
     def loop(body, *sums):
         def step(i, blocks, *sums):
-            of_block, *parts = body(i)
+            output, *parts = body(i)
             added = [total + part for total, part in zip(sums, parts, strict=True)]
             for total, new in zip(sums, added, strict=True):
-                new.set_shape(total.shape)  # not known of a slice's gradient: with K = 1 the loop would be refused
-            return i + 1, blocks.write(i, of_block), *added
+                new.set_shape(total.shape)  # a slice's gradient has no static shape: with K = 1 the loop would fail
+            return i + 1, blocks.write(i, output), *added
 
         blocks = tf.TensorArray(query.dtype, size=count, element_shape=query.shape[1:])
         _, blocks, *sums = tf.while_loop(

@@ -1,10 +1,10 @@
-"""The cross-entropy of tokens over a large vocabulary, and its gradients, without all the logits.
+"""The cross-entropy of tokens over a large vocabulary, and its gradients, without storing all logits.
 
 token_loss     the loss of one token's logits, and its gradient
-chunks         tokens cut into chunks, a chunk's logits at a time
+chunks         cuts tokens into chunks, so that only one chunk's logits exist at a time
 reference      the loop over chunks in `keras.ops`
-jax            that loop on each of several devices
-tensorflow     between products, all by XLA
+jax            the same loop on each of several devices
+tensorflow     TensorFlow's products, and XLA for the operations between them
 torch          in place: a buffer of logits becomes their gradients
 """
 

@@ -1,6 +1,6 @@
-"""The chunked loss over several devices of JAX: each takes the tokens it holds, and the table's gradients meet once.
+"""The chunked loss on several JAX devices: each takes its own tokens, and the table's gradients are summed once.
 
-Left to itself, XLA sums the table's gradient over the devices after each chunk: gigabytes, a hundred times a step.
+Without this, XLA sums the table's gradient over the devices after each chunk: gigabytes, a hundred times per step.
 """
 
 import jax
@@ -15,14 +15,25 @@ from keras_t5gemma.kernels.device import devices_of_a_batch
 
 
 def sums_and_gradients(token_loss, targets, x, table, train_table):
-    """As `reference.sums_and_gradients`, the tokens of a chunk spread over the devices."""
+    """`reference.sums_and_gradients` with the tokens of a chunk spread over the devices.
+
+    Args:
+        token_loss: a `CrossEntropy`, or an object with its methods.
+        targets: `(by_token, shared)` as in `chunk_targets`.
+        x: hidden states [C, m, D], in the compute dtype.
+        table: the projection [V, D].
+        train_table: whether the table's gradient is needed.
+
+    Returns:
+        `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`.
+    """
     axis, count = devices_of_a_batch()
     if count == 1 or x.shape[1] % count:
         return reference.sums_and_gradients(token_loss, targets, x, table, train_table)
-    # Each device is left with its columns of the sum, which are those of the weight where it is fully sharded.
+    # Each device keeps its columns of the sum. If the weight is fully sharded, these are the weight's own columns.
     by_columns = table.shape[1] % count == 0
 
-    def of_device(by_token, shared, x, table):
+    def on_device(by_token, shared, x, table):
         sums, x_gradient, *gradient = reference.sums_and_gradients(
             token_loss, (by_token, shared), x, table, train_table
         )
@@ -32,14 +43,14 @@ def sums_and_gradients(token_loss, targets, x, table, train_table):
             gradient = [jax.lax.psum(part, axis) for part in gradient]
         return jax.lax.psum(sums, axis), x_gradient, *gradient
 
-    whole, tokens = PartitionSpec(), PartitionSpec(None, axis)
+    replicated, second_axis = PartitionSpec(), PartitionSpec(None, axis)
     mapped = jax.shard_map(
-        of_device,
+        on_device,
         mesh=keras.distribution.distribution().device_mesh.backend_mesh,
-        in_specs=(tokens, whole, tokens, whole),
-        out_specs=(whole, tokens, *([tokens if by_columns else whole] if train_table else [])),
+        in_specs=(second_axis, replicated, second_axis, replicated),
+        out_specs=(replicated, second_axis, *([second_axis if by_columns else replicated] if train_table else [])),
         axis_names={axis},
         check_vma=False,
     )
-    # Settled, or the backward pass might begin while each device still holds the table's whole gradient.
+    # Without the barrier, the backward pass might begin while each device still holds the table's whole gradient.
     return materialized(mapped(*targets, x, ops.cast(table, x.dtype)))

@@ -1,7 +1,7 @@
-"""The chunked loss on TensorFlow: its own products, which are oneDNN's on CPUs, and all that is between them by XLA.
+"""The chunked loss on TensorFlow: TensorFlow's products (oneDNN on CPUs), and XLA for the operations between them.
 
-One after the other, the steps between would make six tensors of the logits' size. With the products in it, a program of
-XLA's takes longer on CPUs: in bfloat16 several times.
+Run one by one, the operations between the products would allocate six tensors of the logits' size. An XLA program that
+includes the products is slower on CPUs: several times slower in bfloat16.
 """
 
 import functools
@@ -16,14 +16,25 @@ from keras_t5gemma.kernels.soft_cap import soft_cap
 
 
 def sums_and_gradients(token_loss, targets, x, table, train_table):
-    """As `reference.sums_and_gradients`."""
-    # An eager tape would look for gradients of the program itself.
+    """`reference.sums_and_gradients` in one TensorFlow function.
+
+    Args:
+        token_loss: a hashable `CrossEntropy`, or an object with its methods. Each has its own compiled function.
+        targets: `(by_token, shared)` as in `chunk_targets`.
+        x: hidden states [C, m, D], in the compute dtype.
+        table: the projection [V, D].
+        train_table: whether the table's gradient is needed.
+
+    Returns:
+        `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`.
+    """
+    # Without `stop_gradient`, an eager tape would record gradients of the program itself.
     return _program(token_loss, train_table)(targets, tf.stop_gradient(x), tf.stop_gradient(table))
 
 
 @functools.cache
 def _program(token_loss, train_table):
-    """The loop over chunks as one TensorFlow function, for one token loss."""
+    """The loop over chunks as one TensorFlow function, compiled once per token loss."""
     between = _between_products(token_loss)
 
     @tf.function
@@ -39,21 +50,21 @@ def _program(token_loss, train_table):
             return sums, x_gradient, tf.cast(tf.matmul(gradient, x[i], transpose_a=True), tf.float32)
 
         def body(i, sums, x_gradient, *table_gradient):
-            more, rows, *part = chunk(i)
+            added, rows, *part = chunk(i)
             return (
                 i + 1,
-                sums + more,
+                sums + added,
                 tf.tensor_scatter_nd_update(x_gradient, [[i]], rows[None]),
                 *(total + part for total, part in zip(table_gradient, part, strict=True)),
             )
 
-        # The first chunk outside of the loop: its table gradient needs no zeros to be added to.
+        # The first chunk is outside of the loop, so that its table gradient is not added to zeros.
         sums, first, *table_gradient = chunk(0)
         if x.shape[0] == 1:
             return sums, first[None], *table_gradient
         count = tf.shape(x)[0]
         x_gradient = tf.tensor_scatter_nd_update(tf.zeros(tf.shape(x)), [[0]], first[None])
-        # One chunk at a time, for the memory of one.
+        # One chunk at a time, so that only one chunk's logits are in memory.
         _, *results = tf.while_loop(
             lambda i, *_: i < count, body, (1, sums, x_gradient, *table_gradient), parallel_iterations=1
         )
@@ -63,6 +74,8 @@ def _program(token_loss, train_table):
 
 
 def _between_products(token_loss):
+    """An XLA program from raw logits to `([loss, accuracy], gradients)`, without the products around it."""
+
     @tf.function(jit_compile=True)
     def program(logits, *by_token):
         capped = soft_cap(tf.cast(clip_to_range(logits), tf.float32), token_loss.cap)
@@ -73,5 +86,5 @@ def _between_products(token_loss):
 
 
 def tensor_of(table):
-    """A variable's tensor: TensorFlow's custom gradients, run eagerly, take no variables."""
+    """A variable's tensor: TensorFlow's custom gradients do not take variables in eager mode."""
     return tf.convert_to_tensor(ops.convert_to_tensor(table))

@@ -1,4 +1,4 @@
-"""What one token costs: the loss of its logits, and the loss's gradient with respect to them."""
+"""The loss of one token's logits, and its gradient with respect to them."""
 
 import dataclasses
 import typing
@@ -10,27 +10,36 @@ from keras_t5gemma.kernels.barriers import materialized
 
 @dataclasses.dataclass(frozen=True)
 class CrossEntropy:
-    """The cross-entropy of tokens, of their logits: see `VocabularyCrossEntropy`. Equal ones share a program."""
+    """The cross-entropy of tokens, computed from their logits; see `VocabularyCrossEntropy`.
+
+    Equal instances share a compiled program.
+
+    Attributes:
+        cap: soft cap on the logits, or None.
+        z_loss: weight of the squared log-sum-exp.
+        label_smoothing: share of the probability that is spread over the vocabulary.
+    """
 
     cap: float | None
     z_loss: float
     label_smoothing: float
 
     def by_token(self, *targets):
-        """What of a chunk's targets is an array [m, ...], a row per token: here all of them."""
+        """The targets that have one row per token, [m, ...]. Here: all."""
         return targets
 
-    def of_logits(self, logits, labels, shares, gradients):
-        """What a chunk, or some of its tokens, add to the loss, and what the loss asks of their logits.
+    def of_logits(self, logits, labels, shares, gradients: bool):
+        """The weighted loss and accuracy of a chunk's tokens, and the gradients of their logits.
 
         Args:
-            logits: capped, [m, V].
-            labels: [m].
-            shares: [m].
-            gradients: whether they are wanted.
+            logits: capped logits, float32 [m, V].
+            labels: int [m].
+            shares: float32 [m], each token's weight in the mean.
+            gradients: whether to compute gradients.
 
         Returns:
-            `([loss, accuracy], gradients)`: float32 [2]; float32 [m, V], of logits before the cap, or None.
+            `([loss, accuracy], gradients)`: float32 [2], and float32 [m, V] with respect to the logits before the cap,
+            or None.
         """
         softmax = Softmax.of(logits)
         sums = _chunk_sums(self, logits, softmax, labels, shares)
@@ -42,8 +51,8 @@ class Softmax:
     """The parts of a softmax over logits [m, V].
 
     Attributes:
-        largest: of the logits, [m, 1].
-        exponentials: of the logits less the largest, [m, V].
+        largest: the largest logit, [m, 1].
+        exponentials: `exp(logits - largest)`, [m, V].
         log_sum: `log(sum(exp(logits)))`, [m, 1].
     """
 
@@ -52,20 +61,29 @@ class Softmax:
     log_sum: typing.Any
 
     @classmethod
-    def of(cls, logits):
-        """Takes them of logits [m, V]."""
+    def of(cls, logits) -> "Softmax":
+        """Computes the parts for logits [m, V]."""
         largest = ops.max(logits, axis=-1, keepdims=True)
-        # Settled, since XLA's sum of exponentials that it makes itself takes five times as long on CPUs.
+        # A barrier: if XLA fuses the exponentials into their sum, the sum takes five times as long on CPUs.
         exponentials = materialized(ops.exp(logits - largest))
         return cls(largest, exponentials, largest + ops.log(ops.sum(exponentials, axis=-1, keepdims=True)))
 
     def times(self, factors):
-        """The probabilities [m, V] times factors [m, 1]."""
+        """The probabilities [m, V], multiplied by factors [m, 1]."""
         return self.exponentials * (factors * ops.exp(self.largest - self.log_sum))
 
 
-def before_cap(gradient, logits, cap):
-    """A gradient with respect to capped logits as one with respect to the logits before."""
+def before_cap(gradient, logits, cap: float | None):
+    """Converts a gradient with respect to capped logits into one with respect to the logits before the cap.
+
+    Args:
+        gradient: [m, V].
+        logits: the capped logits [m, V].
+        cap: the soft cap, or None.
+
+    Returns:
+        [m, V].
+    """
     return gradient if cap is None else gradient * (1 - ops.square(logits / cap))
 
 

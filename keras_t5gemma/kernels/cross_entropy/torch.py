@@ -1,7 +1,7 @@
 """The chunked loss on PyTorch, in place: one buffer of logits becomes their gradients.
 
-Through `keras.ops` each of a dozen steps would make a tensor of the logits' size, up to half a gigabyte that the
-system has to find and clear; compiled backends make none.
+Through `keras.ops` each of a dozen steps would allocate a tensor of the logits' size: up to half a gigabyte that the
+system has to find and clear. Compiled backends allocate none.
 """
 
 import torch
@@ -13,14 +13,25 @@ from keras_t5gemma.kernels.device import on_cpu
 from keras_t5gemma.kernels.float16 import clip_to_range
 from keras_t5gemma.kernels.soft_cap import soft_cap
 
-# Bytes of logits handled at once on a CPU: what its cache holds from one step to the next.
+# Bytes of logits per block on a CPU, so that they stay in its cache between steps.
 _BLOCK_BYTES = 2**22
-# Rows of the table whose gradient is formed at once where it is not in float32 at first.
+# Rows of the table's gradient that are computed at a time if the compute dtype is not float32.
 _ROWS_AT_ONCE = 2**15
 
 
 def sums_and_gradients(token_loss, targets, x, table, train_table):
-    """As `reference.sums_and_gradients`."""
+    """`reference.sums_and_gradients` with one buffer of logits for all chunks.
+
+    Args:
+        token_loss: a `CrossEntropy`, or an object with its methods.
+        targets: `(by_token, shared)` as in `chunk_targets`.
+        x: hidden states [C, m, D], in the compute dtype.
+        table: the projection [V, D].
+        train_table: whether the table's gradient is needed.
+
+    Returns:
+        `(sums, x_gradient)` or `(sums, x_gradient, table_gradient)`.
+    """
     x = clip_to_range(x)
     compute, vocabulary_size = table.to(x.dtype), table.shape[0]
     count, tokens, width = x.shape
@@ -33,35 +44,35 @@ def sums_and_gradients(token_loss, targets, x, table, train_table):
         sums += _to_gradients_by_rows(token_loss, logits, token_loss.by_token(*chunk_targets(targets, i)))
         x_gradient[i] = clip_to_range(torch.mm(logits, compute))
         if train_table:
-            table_gradient = _added(table_gradient, logits, x[i])
+            table_gradient = _add_table_gradient(table_gradient, logits, x[i])
     return (sums, x_gradient, table_gradient) if train_table else (sums, x_gradient)
 
 
 def scaled(gradients, scale):
-    """As `reference.scaled`, once: a graph serves one backward pass, as PyTorch's do by default.
+    """`reference.scaled` for one backward pass, which empties the list. PyTorch's graphs also serve one by default.
 
-    Kept for another one, the table's gradient would outlast the optimizer's step.
+    If the gradients were kept for a second backward pass, the table's gradient would outlive the optimizer's step.
 
     Raises:
-        RuntimeError: the second time.
+        RuntimeError: on the second call.
     """
     if not gradients:
         raise RuntimeError(
             "This loss forms its gradients in the forward pass and gives them once: for a second `backward()`, run it "
             "again, or take the loss of logits."
         )
-    # A loss that nothing is added to or averaged with comes with 1; waiting for a GPU to say so would take longer.
+    # The scale is 1 unless the loss is added to or averaged with others. On a GPU the check would wait for the device.
     results = gradients[:] if on_cpu(scale) and scale == 1 else [gradient.mul_(scale) for gradient in gradients]
     gradients.clear()
     return results
 
 
 def _to_gradients_by_rows(token_loss, logits, by_token):
-    """Turns a chunk's logits [m, V] of any dtype into their gradients, in place; returns [loss, accuracy]."""
+    """Replaces a chunk's logits [m, V] of any dtype by their gradients, block by block; returns [loss, accuracy]."""
     tokens, vocabulary_size = logits.shape
     rows = max(1, _BLOCK_BYTES // (4 * vocabulary_size)) if logits.device.type == "cpu" else tokens
     sums = 0.0
-    # Two blocks in float32 for all rows: new ones each time the system would have to find and clear.
+    # The same two float32 blocks serve all rows: the system would have to find and clear new ones.
     blocks = torch.empty((2, min(rows, tokens), vocabulary_size), dtype=torch.float32, device=logits.device)
     for start in range(0, tokens, rows):
         part = logits[start : start + rows]
@@ -73,13 +84,16 @@ def _to_gradients_by_rows(token_loss, logits, by_token):
     return sums
 
 
-def _added(total, gradient, x):
-    """The table's gradient [V, D] in float32, with that of logits' gradients [m, V] and hidden states [m, D] added.
+def _add_table_gradient(total, gradient, x):
+    """Adds one chunk's part to the table's gradient.
 
     Args:
-        total: what is added to, in place; None for the first, so that there are no zeros to add it to.
-        gradient: in the compute dtype.
-        x: likewise.
+        total: float32 [V, D], updated in place; None for the first chunk, which then is not added to zeros.
+        gradient: the logits' gradients [m, V], in the compute dtype.
+        x: hidden states [m, D], in the compute dtype.
+
+    Returns:
+        The sum, float32 [V, D].
     """
     if gradient.dtype == torch.float32:
         return torch.mm(gradient.T, x) if total is None else total.addmm_(gradient.T, x)
@@ -93,13 +107,16 @@ def _added(total, gradient, x):
 
 
 def in_place(token_loss, logits, workspace, *targets):
-    """Turns raw logits [r, V] into their gradients, in place; returns [loss, accuracy].
+    """Replaces raw logits [r, V] by their gradients.
 
     Args:
-        token_loss: a `CrossEntropy`, or another one, whose gradients are then copied.
-        logits: float32.
-        workspace: what may be overwritten, of the logits' shape.
-        *targets: what the loss takes, [r, ...].
+        token_loss: a `CrossEntropy`; or another token loss, whose gradients are copied into `logits`.
+        logits: float32 [r, V], overwritten.
+        workspace: a tensor of the same shape, overwritten.
+        *targets: the targets of the loss, [r, ...].
+
+    Returns:
+        `[loss, accuracy]`, float32 [2].
     """
     if isinstance(token_loss, CrossEntropy):
         return _cross_entropy_in_place(token_loss, logits, workspace, *targets)
@@ -109,7 +126,7 @@ def in_place(token_loss, logits, workspace, *targets):
 
 
 def _cross_entropy_in_place(loss, logits, workspace, labels, shares):
-    """`in_place` of a `CrossEntropy`: every step overwrites the logits or the workspace."""
+    """`in_place` for a `CrossEntropy`: every step overwrites the logits or the workspace."""
     if loss.cap is not None:
         torch.div(logits, loss.cap, out=workspace).tanh_()
         torch.mul(workspace, loss.cap, out=logits)

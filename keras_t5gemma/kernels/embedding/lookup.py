@@ -1,17 +1,17 @@
-"""Rows of a table of embeddings, whatever it holds."""
+"""Looks up rows of an embedding table of any dtype."""
 
 from keras_t5gemma.kernels.choose import implementation
 from keras_t5gemma.kernels.embedding import PACKAGE
 from keras_t5gemma.kernels.embedding.quantized import int4_rows
 
 
-def look_up(embedding, token_ids, only_gradient=False):
-    """Rows of a table of embeddings.
+def look_up(embedding, token_ids, only_gradient: bool = False):
+    """Rows of an embedding table.
 
     Args:
-        embedding: a built `keras.layers.ReversibleEmbedding`, perhaps quantized or with LoRA.
+        embedding: a built `keras.layers.ReversibleEmbedding`, which may be quantized or have LoRA.
         token_ids: int [B, T].
-        only_gradient: whether nothing else, such as a projection, gives the table a gradient.
+        only_gradient: whether no other operation, such as a projection, gives the table a gradient.
 
     Returns:
         [B, T, D], which may have the table's dtype.

@@ -5,11 +5,11 @@ from keras import ops
 from keras_t5gemma.kernels.float16 import clip_to_range
 
 
-def dense(call, x, kernel):  # noqa: ARG001 other implementations multiply by it themselves
+def dense(call, x, kernel):  # noqa: ARG001 other implementations compute the product themselves
     """A layer's product.
 
     Args:
-        call: x to the product with the layer's kernel, as Keras computes it.
+        call: computes the product of x with the layer's kernel, as Keras does.
         x: [M, K], in the compute dtype.
         kernel: the layer's variable [K, N].
 
@@ -25,5 +25,14 @@ def table_product(x, table):
 
 
 def float32_product(equation, left, right):
-    """An einsum in float32 of two operands in the compute dtype."""
+    """An einsum of two operands in the compute dtype, converted to float32.
+
+    Args:
+        equation: the einsum's equation.
+        left: the first operand.
+        right: the second operand.
+
+    Returns:
+        The product in float32. In float16 it is clipped to the dtype's range first.
+    """
     return ops.cast(clip_to_range(ops.einsum(equation, left, right)), "float32")
