@@ -67,7 +67,7 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
                 "CrossAttentionWarmup cannot keep frozen variables' moving averages still. Train with `use_ema=False` "
                 "for the warm-up."
             )
-        model.freeze(frozen)
+        model.freeze_during_fit(frozen)
         self._batches_per_execution = model.steps_per_execution
         self._batches_per_update = optimizer.gradient_accumulation_steps or 1
         self._read_count()
@@ -86,4 +86,4 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
         # If loss scaling skipped a step, or some had been accumulated before, this is asked more than once.
         self._batches_to_go = left * self._batches_per_update if left > 0 else None
         if left <= 0:
-            self.model.freeze([])
+            self.model.freeze_during_fit([])

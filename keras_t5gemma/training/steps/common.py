@@ -54,7 +54,7 @@ def added(sums, gradients):
 
 def without_moving(model, apply):
     """Updates weights by `apply`, a function without arguments, after which the frozen ones are as they were."""
-    frozen = [variable for variable in model.trainable_variables if model.is_frozen(variable)]
+    frozen = [variable for variable in model.trainable_variables if model.is_frozen_during_fit(variable)]
     before = [ops.copy(variable) for variable in frozen]
     apply()
     for variable, value in zip(frozen, before, strict=True):

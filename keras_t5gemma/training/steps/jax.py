@@ -33,7 +33,7 @@ def train_step(model, state, data):
     before = trainable
     trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
     trainable = [
-        old if model.is_frozen(variable) else new
+        old if model.is_frozen_during_fit(variable) else new
         for variable, old, new in zip(model.trainable_variables, before, trainable, strict=True)
     ]
     logs, metrics = _logs(model, metrics, loss, batch)

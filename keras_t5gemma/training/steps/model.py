@@ -54,7 +54,7 @@ class OwnSteps:
         """One step of `evaluate`, likewise."""
         return implementation(PACKAGE).test_step(self, *args)
 
-    def freeze(self, variables):
+    def freeze_during_fit(self, variables):
         """Has the steps of this `fit` leave some trainable variables as they are, until the next call.
 
         The optimizer sees their gradients and keeps its state for them all the same.
@@ -65,7 +65,7 @@ class OwnSteps:
         self._frozen = frozenset(map(id, variables))
         self.make_train_function(force=True)
 
-    def is_frozen(self, variable):
+    def is_frozen_during_fit(self, variable):
         """Whether steps leave a variable as it is."""
         return id(variable) in self._frozen
 
