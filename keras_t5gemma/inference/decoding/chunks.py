@@ -30,8 +30,9 @@ def check_streamable(sampler: keras_hub.samplers.Sampler) -> None:
     """
     if not has_common_loop(sampler):
         raise ValueError(
-            f"`stream()` gives text that stands, and {type(sampler).__name__} knows its first token only with its "
-            f'last. Use `generate()`, or compile the model with "greedy", "top_k", "top_p" or "random".'
+            f"`stream()` needs a sampler that never revises a token, and {type(sampler).__name__} decides its first "
+            f'token only with its last. Use `generate()`, or compile the model with "greedy", "top_k", "top_p" or '
+            f'"random".'
         )
 
 
