@@ -9,7 +9,7 @@ import keras_hub
 from keras import ops, tree
 
 from keras_t5gemma.inference.decoding.stopping import is_stop, output_mask
-from keras_t5gemma.inference.logits_processors import Sequences, in_order
+from keras_t5gemma.inference.logits_processors import Sequences, application_order
 from keras_t5gemma.inference.samplers import SAMPLERS
 from keras_t5gemma.inference.samplers.beam import BeamSampler
 from keras_t5gemma.inference.samplers.top_k_top_p import with_own_loop
@@ -211,7 +211,7 @@ def _chained_processors(control, prompt_mask, limits):
     def process(logits, token_ids, index):
         lengths = _repeat((prompt_lengths, limits), token_ids.shape[0] // prompt_lengths.shape[0])
         sequences = Sequences(token_ids, index, *lengths, control.stop_token_ids)
-        for processor in in_order(control.processors):
+        for processor in application_order(control.processors):
             logits = processor(logits, sequences)
         return logits
 
