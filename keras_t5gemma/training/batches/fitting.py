@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 import keras
 import numpy as np
 
-from keras_t5gemma._keras_internals import RestoresTrainingState, begin_with_epoch, tensor_of
+from keras_t5gemma._keras_internals import RestoresTrainingState, tensor_of
 from keras_t5gemma.checks import check_token_ids
 from keras_t5gemma.concurrency import changing
 from keras_t5gemma.kernels.device import devices_of_a_batch
@@ -16,6 +16,7 @@ from keras_t5gemma.training.batches.arrays import FORM, INPUT_NAMES, TEXT_NAMES,
 from keras_t5gemma.training.batches.graph import in_graph
 from keras_t5gemma.training.batches.rows import split_rows
 from keras_t5gemma.training.batches.sources import BatchSource
+from keras_t5gemma.training.batches.stream_callback import StreamCallback, with_callback
 from keras_t5gemma.training.batches.streams import Stream
 from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
 
@@ -97,7 +98,7 @@ class Fits(RestoresTrainingState):
         source = BatchSource(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, steps_name="steps_per_epoch")
         to_arrays = self._to_arrays(for_devices=True)
         batches = source.batches(to_arrays, steps=steps_per_epoch, passes=epochs)
-        stream_callback = _StreamCallback(batches.stream, steps_per_epoch)
+        stream_callback = StreamCallback(batches.stream, steps_per_epoch)
         if validation_data is not None:
             columns = _with_nones(validation_data)
             if isinstance(columns[0], Mapping):
@@ -116,7 +117,7 @@ class Fits(RestoresTrainingState):
                 epochs=epochs,
                 steps_per_epoch=_steps_for_keras(steps_per_epoch, batches.steps, batches.stream),
                 validation_steps=validation_steps,
-                callbacks=_with(callbacks, stream_callback),
+                callbacks=with_callback(callbacks, stream_callback),
                 **kwargs,
             )
 
@@ -160,7 +161,7 @@ class Fits(RestoresTrainingState):
                 "evaluate",
                 batches.dataset,
                 steps=_steps_for_keras(steps, batches.steps, batches.stream),
-                callbacks=_with(callbacks, _StreamCallback(batches.stream)),
+                callbacks=with_callback(callbacks, StreamCallback(batches.stream)),
                 **kwargs,
             )
 
@@ -192,7 +193,7 @@ class Fits(RestoresTrainingState):
                 "predict",
                 batches.dataset,
                 steps=_steps_for_keras(steps, batches.steps, batches.stream),
-                callbacks=_with(callbacks, _StreamCallback(batches.stream)),
+                callbacks=with_callback(callbacks, StreamCallback(batches.stream)),
                 **kwargs,
             )
 
@@ -283,60 +284,11 @@ class Fits(RestoresTrainingState):
         return to_arrays
 
 
-class _StreamCallback(keras.callbacks.Callback):
-    """Tells streams when a run begins, and warns if an epoch was shorter than requested.
-
-    Args:
-        stream: the `Stream` of the data, or None.
-        steps: `steps_per_epoch`, or None.
-
-    Attributes:
-        validation_stream: the `Stream` of the validation data, or None.
-    """
-
-    def __init__(self, stream: Stream | None, steps: int | None = None):
-        super().__init__()
-        self.stream, self.validation_stream = stream, None
-        self._steps, self._done = steps, 0
-
-    def on_train_begin(self, logs=None):  # noqa: ARG002
-        _begin(self.stream)
-
-    def on_test_begin(self, logs=None):  # noqa: ARG002
-        _begin(self.stream)
-        _begin(self.validation_stream)
-
-    def on_predict_begin(self, logs=None):  # noqa: ARG002
-        _begin(self.stream)
-
-    def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002
-        self._done = 0
-        # `BackupAndRestore` sets the epoch with which this `fit` begins; Keras would begin each later `fit` with it too.
-        begin_with_epoch(self._model, None)
-
-    def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002
-        self._done = batch + 1
-
-    def on_epoch_end(self, epoch, logs=None):  # noqa: ARG002
-        if self._steps is not None and self._done < self._steps and not self.model.stop_training:
-            warnings.warn(
-                f"The data ended after {self._done} of {self._steps} steps of epoch {epoch + 1}, which ends there. Use "
-                f"more data, or `steps_per_epoch={self._done}` or less.",
-                stacklevel=2,
-            )
-            self._steps = None
-
-
 def _tensors(part):
     """A part of a batch as tensors: an array, a list of numbers, a mapping of these, or None."""
     if isinstance(part, Mapping):
         return {name: _tensors(value) for name, value in part.items()}
     return None if part is None else tensor_of(part)
-
-
-def _begin(stream: Stream | None) -> None:
-    if stream is not None:
-        stream.begin()
 
 
 @contextlib.contextmanager
@@ -353,15 +305,6 @@ def _warnings_suppressed() -> Iterator[None]:
         for entry in added:
             if entry in warnings.filters:
                 warnings.filters.remove(entry)
-
-
-def _with(callbacks, callback: keras.callbacks.Callback):
-    """Adds a callback to the argument of `fit`: a list, one callback, a `CallbackList` or None."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(callback)
-        return callbacks
-    callbacks = [] if callbacks is None else callbacks
-    return [*(callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]), callback]
 
 
 def _check_has_checkpoint(x, callbacks) -> None:

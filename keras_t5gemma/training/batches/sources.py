@@ -27,8 +27,8 @@ from keras_t5gemma.training.batches.rows import training_batches
 from keras_t5gemma.training.batches.streams import Stream, dataset_of_stream
 from keras_t5gemma.training.losses.labels import IGNORED_LABEL
 
-# The number of batches that are prepared ahead, in as many threads. Grain's default of 500 would preprocess whole passes
-# ahead.
+# The number of batches that are prepared ahead, in as many threads. Grain's default of 500 would preprocess whole
+# passes ahead.
 _READ_AHEAD = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
 # Grain visits all batches that are read ahead at each step: there are few of them for data without end.
 _READ_AHEAD_ENDLESS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
