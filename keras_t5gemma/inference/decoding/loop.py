@@ -254,11 +254,11 @@ def run_tokens(step, sampler, state, end, *, prompt_mask, control, limits=None, 
     process = _chained_processors(control, prompt_mask, limits)
     next_logits = _next_logits(step)
 
-    def cond(state):
-        return ops.any(state.running)
+    # `run_loop` passes the fields one by one.
+    def cond(*fields):
+        return ops.any(DecodingState(*fields).running)
 
-    def body(state):
-        token_ids, cache, index, running, log_probs = state
+    def body(token_ids, cache, index, running, log_probs):
         logits, _, cache = next_logits(token_ids, cache, index)
         processed = logits if process is None else process(logits, token_ids, index)
         chosen = _choose(sampler, processed)
@@ -272,11 +272,10 @@ def run_tokens(step, sampler, state, end, *, prompt_mask, control, limits=None, 
         if control.log_probs:
             log_probs = ops.slice_update(log_probs, [0, index], token_log_probs(logits, chosen))
         running = ops.logical_and(running, ops.logical_not(stops))
-        return (DecodingState(token_ids, cache, index + 1, running, log_probs),)
+        return DecodingState(token_ids, cache, index + 1, running, log_probs)
 
     run_loop = with_own_loop(sampler).run_loop
-    (state,) = run_loop(cond, body, model=model, loop_vars=(state,), maximum_iterations=end - state.index)
-    return state
+    return DecodingState(*run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=end - state.index))
 
 
 def _choose(sampler, logits):

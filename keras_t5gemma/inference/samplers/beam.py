@@ -134,14 +134,16 @@ class BeamSampler(keras_hub.samplers.Sampler):
         )
         prompt_lengths = ops.sum(ops.cast(mask, "int32"), axis=1)
 
-        def cond(state):
-            return ops.any(state.is_open)
+        # `run_loop` passes the fields one by one.
+        def cond(*fields):
+            return ops.any(BeamState(*fields).is_open)
 
-        def body(state):
-            return (self._step(state, next, mask, prompt_lengths, stop_token_ids, limits, process),)
+        def body(*fields):
+            state = BeamState(*fields)
+            return self._step(state, next, mask, prompt_lengths, stop_token_ids, limits, process)
 
-        (state,) = self.run_loop(cond, body, model=model, loop_vars=(state,), maximum_iterations=length - index)
-        return state.stored
+        fields = self.run_loop(cond, body, model=model, loop_vars=state, maximum_iterations=length - index)
+        return BeamState(*fields).stored
 
     def _step(self, state, next, mask, prompt_lengths, stop_token_ids, limits, process):
         """Extends the running beams by one token and stores those that stop.
