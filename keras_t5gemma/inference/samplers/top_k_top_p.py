@@ -77,7 +77,7 @@ _LOCK = threading.Lock()
 
 
 class Draws:
-    """The random state of one call: the sampler's generators, started anew for the call.
+    """The random state of one call: the sampler's generators, restarted for the call.
 
     A call without a seed takes the sampler's next start, which counts the calls. A call with a seed leaves the sampler
     unchanged. Calls share no state while they run, so several threads get the same results as one thread:
@@ -106,6 +106,7 @@ class Draws:
         self.values = []
 
     def __enter__(self):
+        """Sets `values`, and takes the sampler's next start if there is no seed."""
         if self._seed is not None:
             self.values = [self._start([int(self._seed), i], variable) for i, variable in enumerate(self._variables)]
             return self

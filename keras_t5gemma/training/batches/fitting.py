@@ -334,7 +334,7 @@ def _steps_for_keras(requested: int | None, available: int | None, stream: Strea
 
 
 def _with_nones(data) -> tuple:
-    """`(x, y, sample_weight)` of `validation_data`, with None for what it lacks."""
+    """`(x, y, sample_weight)` of `validation_data`, with None for missing items."""
     parts = data if isinstance(data, (tuple, list)) else (data,)
     return tuple(parts) + (None,) * (3 - len(parts))
 

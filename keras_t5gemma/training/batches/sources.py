@@ -243,7 +243,7 @@ def _check_none(data, **arguments) -> None:
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` must be left out: a {type(data).__name__} gives whole batches, with labels and weights if "
+                f"`{name}` must be left out: a {type(data).__name__} holds whole batches, with labels and weights if "
                 f"there are any. {FORM} Received: {name}={value if isinstance(value, int) else described(value)}."
             )
 

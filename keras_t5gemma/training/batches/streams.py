@@ -40,6 +40,7 @@ class Stream:
         return next(iter(self), None)
 
     def __iter__(self):
+        """Reads from the beginning of the pass, or after the batches that are used already; ends older iterators."""
         with self._lock:
             self._newest += 1
             number, position = self._newest, 0

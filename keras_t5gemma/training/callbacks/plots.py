@@ -13,7 +13,7 @@ def plot_runs(runs: Sequence[str | Path], path: str | Path) -> None:
     """Plots the logs of several runs: loss, held-out loss per denoiser, learning rate, tokens per second.
 
     Training loss is a line, held-out loss a dashed line with dots. Each run has the same color in all panels, and its
-    own line style in the panel of denoisers, where colors stand for denoisers.
+    own line style in the panel of denoisers, in which colors stand for denoisers.
 
     Args:
         runs: folders of runs, or CSV files that `TrainingLog` has written.

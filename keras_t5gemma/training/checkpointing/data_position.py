@@ -151,6 +151,7 @@ class _Iterator(grain.DatasetIterator):
         self._upcoming = self._read()
 
     def __next__(self):
+        """The next batch, which is recorded unless the dataset has been started again since."""
         if self._upcoming is None:
             if not self._batches.endless or self._number == self._begin:
                 raise StopIteration

@@ -23,7 +23,13 @@ _PART = re.compile(r"process_(\d+)_of_(\d+)")
 
 
 def part_folder(folder: str | Path, index: int, count: int) -> Path:
-    """The folder of a process's checkpoints; the run's folder itself if there is one process."""
+    """The folder of a process's checkpoints; the run's folder itself if there is one process.
+
+    Args:
+        folder: the run's folder.
+        index: the process's index, from 0.
+        count: the number of processes.
+    """
     return Path(folder) if count == 1 else Path(folder) / f"process_{index}_of_{count}"
 
 

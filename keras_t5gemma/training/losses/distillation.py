@@ -163,7 +163,14 @@ class TeacherLoss:
     teacher: object
 
     def by_token(self, labels, shares, soft, *arrays):
-        """The arrays of a chunk, one row per token; computes the teacher's logits if that is done per chunk."""
+        """The arrays of a chunk, one row per token; computes the teacher's logits if that is done per chunk.
+
+        Args:
+            labels: [m].
+            shares: [m].
+            soft: [m].
+            *arrays: the teacher's arrays, [m, ...], and those that every chunk reads whole.
+        """
         return labels, shares, soft, *self.teacher.by_token(*arrays)
 
     def of_logits(self, logits, labels, shares, soft, *arrays, gradients):

@@ -38,7 +38,13 @@ class Projection:
         return soft_cap(raw, self.cap)
 
     def divergence(self, log_p, temperature, raw):
-        """`Logits.divergence` of logits before the cap."""
+        """`Logits.divergence` of logits before the cap.
+
+        Args:
+            log_p: as for `Logits.divergence`.
+            temperature: as for `Logits.divergence`.
+            raw: the teacher's logits before the cap, [m, V].
+        """
         return Logits().divergence(log_p, temperature, self.logits(raw))
 
 
@@ -81,7 +87,13 @@ class TopLogits:
     """The largest K logits, with the rest of the vocabulary as one bucket: exact if K is the vocabulary's size."""
 
     def by_token(self, ids, logits, log_sums):
-        """The stored arrays, [m, K], [m, K] and [m], unchanged."""
+        """The stored arrays, unchanged.
+
+        Args:
+            ids: int [m, K].
+            logits: [m, K].
+            log_sums: [m].
+        """
         return ids, logits, log_sums
 
     def divergence(self, log_p, temperature, ids, logits, log_sums):

@@ -278,6 +278,7 @@ def _global_norm(grads):
 
 
 def _squared_norm(grad):
+    """The sum of the squares of a gradient, float32."""
     if keras.config.backend() == "torch":
         import torch
 
