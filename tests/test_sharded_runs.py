@@ -154,7 +154,7 @@ if on_jax:
         assert told[0]["damaged part"].startswith("Process 1 of 2 could not go on: CheckpointError: ")
         for messages in told:
             assert f"process_1_of_2/{LAST_STEP}/training.safetensors is damaged" in messages["damaged part"]
-            assert f"Remove {LAST_STEP}, and what is newer" in messages["damaged part"]
+            assert f"Remove {LAST_STEP}, and newer ones" in messages["damaged part"]
 
     def test_export_that_the_first_process_cannot_write_is_told_by_all(runs):
         _, told = runs

@@ -1,14 +1,14 @@
-"""What a trained model is asked: `generate`, `stream`, `score`, `embed`.
+"""Inference with a trained model: `generate`, `stream`, `score`, `embed`.
 
 decoding/          the loop
 programs/          compiled and recorded programs
 samplers/          beam search, top-k and top-p
-arrays             Prompts and targets as arrays, checked, and results as the user gets them
+arrays             Converts prompts and targets to arrays, checks them, and converts results back
 buckets            `Buckets`: rounds batch sizes and lengths up, so that few programs are compiled
 embed              `embed`: texts as vectors, the pooled output of the encoder
 generate           `generate`: texts or token ids from prompts
 logits_processors  Logits processors: change which token may come next. They compose, and work with every sampler
-memory             Requests that are too large for memory: recognized
+memory             Out-of-memory errors: recognized, and explained by an estimate of the request that would fit
 score              `score`: the log-probabilities of given targets
-stream             `stream`: generated text as it comes
+stream             `stream`: generated text, chunk by chunk
 """

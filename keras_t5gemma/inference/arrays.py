@@ -1,6 +1,6 @@
-"""Prompts and targets as arrays, checked, and results as the user gets them."""
+"""Converts prompts and targets to arrays, checks them, and converts results back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -8,8 +8,13 @@ from keras_t5gemma.checks import check_token_ids, integer
 from keras_t5gemma.config import BOS_ID
 
 
-def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
-    """The arrays one decoding run takes, from token ids.
+def prompt_arrays(
+    inputs: Mapping,
+    max_length: int | None,
+    vocabulary_size: int,
+    max_new_tokens: int | Sequence[int] | None = None,
+) -> dict[str, np.ndarray]:
+    """The arrays of one decoding run, from token ids.
 
     Args:
         inputs: `encoder_token_ids` [B, S] or [S], and optionally `encoder_padding_mask`, `decoder_token_ids` ([B, T] or
@@ -19,14 +24,14 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
         max_new_tokens: instead of `max_length`, how many tokens may follow the prompt: an integer, or one per row.
 
     Returns:
-        A dict of int32 arrays: `encoder_token_ids`, `encoder_padding_mask` [B, S], without what is padding in every row
-        on either side; `decoder_token_ids`, `decoder_padding_mask` [B, L], prompts moved to the left; `limits` [B], the
-        most tokens of each row; `prefill` [P], where P is 0 or a power of two that covers the positions that are prompt
-        in every row, so that few programs are compiled, and may be more than L.
+        A dict of int32 arrays: `encoder_token_ids`, `encoder_padding_mask` [B, S], without positions on either side
+        that are padding in every row; `decoder_token_ids`, `decoder_padding_mask` [B, L], prompts moved to the left;
+        `limits` [B], the maximum length of each row in tokens; `prefill` [P]. P is 0 or the power of two that covers
+        the prompt positions common to all rows, a power so that few programs are compiled; it may exceed L.
 
     Raises:
-        ValueError: for ids outside the vocabulary, shapes that do not fit, an empty prompt, a `max_length` shorter
-            than a prompt, or `max_new_tokens` that are not positive, not one per row or given beside `max_length`.
+        ValueError: if ids are outside the vocabulary, shapes do not match, a prompt is empty, `max_length` is shorter
+            than a prompt, or `max_new_tokens` is not positive, not one per row or passed together with `max_length`.
     """
     if not isinstance(inputs, Mapping) or "encoder_token_ids" not in inputs:
         keys = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
@@ -61,8 +66,8 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
     token_ids, mask = np.zeros((batch, length), "int32"), np.zeros((batch, length), "int32")
     for row, (ids, keep) in enumerate(zip(decoder_ids, decoder_mask, strict=True)):
         token_ids[row, : lengths[row]], mask[row, : lengths[row]] = ids[keep != 0], 1
-    shared = int(lengths.min()) - 1
-    prefill = 1 << (shared - 1).bit_length() if shared else 0
+    common_length = int(lengths.min()) - 1
+    prefill = 1 << (common_length - 1).bit_length() if common_length else 0
     return {
         **_without_padding(encoder_ids, encoder_mask),
         "decoder_token_ids": token_ids,
@@ -72,15 +77,17 @@ def prompt_arrays(inputs, max_length, vocabulary_size, max_new_tokens=None):
     }
 
 
-def result_arrays(outputs, prompts, samples, strip_prompt):
-    """The generated sequences as arrays: ids with padding zeroed, and their mask.
+def result_arrays(
+    outputs: dict[str, np.ndarray], prompts: dict[str, np.ndarray], samples: int, strip_prompt: bool
+) -> dict[str, np.ndarray]:
+    """The generated sequences as arrays: ids with zeros at padding, and their mask.
 
     Args:
-        outputs: `decoder_token_ids`, `decoder_padding_mask` as generated, and perhaps `log_probs`, all with B n rows
-            and L positions or more.
-        prompts: what `prompt_arrays` gave.
-        samples: n, sequences for each prompt.
-        strip_prompt: drop the prompts and move what follows to the left.
+        outputs: `decoder_token_ids`, `decoder_padding_mask` as generated, and perhaps `log_probs`, all with at least
+            B n rows and L positions.
+        prompts: the result of `prompt_arrays`.
+        samples: n, sequences per prompt.
+        strip_prompt: whether to drop the prompts and move the generated tokens to the left.
 
     Returns:
         A dict of `decoder_token_ids` int32, `decoder_padding_mask` bool, and perhaps `log_probs` float32, which are 0
@@ -95,23 +102,25 @@ def result_arrays(outputs, prompts, samples, strip_prompt):
     results["decoder_padding_mask"] = mask
     if "log_probs" in outputs:
         results["log_probs"] = np.where(generated, outputs["log_probs"], 0).astype("float32")
-    return {name: moved_to_the_left(x, generated) for name, x in results.items()} if strip_prompt else results
+    return {name: left_aligned(x, generated) for name, x in results.items()} if strip_prompt else results
 
 
-def moved_to_the_left(x, keep):
-    """Rows [B, L] with what `keep`, bool [B, L], shows moved to the left, and zeros after it."""
+def left_aligned(x: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """Rows [B, L] with the items where `keep`, bool [B, L], is True moved to the left, and zeros after them."""
     order = np.argsort(~keep, axis=1, kind="stable")
     return np.take_along_axis(np.where(keep, x, np.zeros_like(x)), order, 1)
 
 
-def scoring_arrays(prompts, targets, vocabulary_size):
-    """The arrays of one teacher-forced pass over prompts and what follows them.
+def scoring_arrays(
+    prompts: dict[str, np.ndarray], targets, vocabulary_size: int
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """The arrays of one teacher-forced pass over prompts and the targets that follow them.
 
     Args:
-        prompts: what `prompt_arrays` gave.
-        targets: rows of ids that follow the prompts: a list or array of B rows of any length, a single row where B is
-            1, or a dict of `decoder_token_ids` and `decoder_padding_mask` [B, M] as `generate(strip_prompt=True)`
-            gives.
+        prompts: the result of `prompt_arrays`.
+        targets: rows of ids that follow the prompts: a list or array of B rows of any length, a single row if B is 1,
+            or a dict of `decoder_token_ids` and `decoder_padding_mask` [B, M], as `generate(strip_prompt=True)` returns
+            it.
         vocabulary_size: V.
 
     Returns:
@@ -151,7 +160,7 @@ def scoring_arrays(prompts, targets, vocabulary_size):
         ids[row, :start], ids[row, start : start + len(target)] = prompts["decoder_token_ids"][row, :start], target
         mask[row, : start + len(target)] = 1
     label_mask = (mask == 1) & (np.arange(width + 1) >= starts[:, None])
-    # The last token of a row is a label only; as an input it would be seen by nothing, and is left out.
+    # The last token of a row is a label only: no later position would see it as an input.
     inputs = mask[:, :-1] * mask[:, 1:]
     return {
         **{name: prompts[name] for name in ("encoder_token_ids", "encoder_padding_mask")},
@@ -162,8 +171,8 @@ def scoring_arrays(prompts, targets, vocabulary_size):
     }, lengths
 
 
-def _limits(lengths, max_length, max_new_tokens):
-    """int32 [B]: the most tokens of rows whose prompts have these lengths."""
+def _limits(lengths: np.ndarray, max_length: int | None, max_new_tokens: int | Sequence[int]) -> np.ndarray:
+    """int32 [B]: the maximum length in tokens of rows whose prompts have these lengths."""
     if max_length is not None:
         raise ValueError(
             f"`max_new_tokens` and `max_length` both limit the result: pass one of them. Received: "
@@ -178,15 +187,27 @@ def _limits(lengths, max_length, max_new_tokens):
     return (lengths + new).astype("int32")
 
 
-def _without_padding(ids, mask):
-    """The encoder's ids and mask [B, S] without the positions before the first token of all rows and after the last."""
+def _without_padding(ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """The encoder's ids and mask [B, S] without leading and trailing positions that are padding in every row."""
     (used,) = np.nonzero(mask.any(axis=0))
-    kept = slice(used[0], used[-1] + 1)
-    return {"encoder_token_ids": ids[:, kept], "encoder_padding_mask": mask[:, kept]}
+    span = slice(used[0], used[-1] + 1)
+    return {"encoder_token_ids": ids[:, span], "encoder_padding_mask": mask[:, span]}
 
 
-def _ids_and_mask(inputs, side, default):
-    """One side's token ids and padding mask, as integer arrays [B, L]."""
+def _ids_and_mask(inputs: Mapping, side: str, default: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """The token ids and padding mask of one side, checked, as integer arrays [B, L].
+
+    Args:
+        inputs: as for `prompt_arrays`.
+        side: "encoder" or "decoder".
+        default: ids [B, L] if `inputs` has none for this side.
+
+    Returns:
+        `(ids, mask)`.
+
+    Raises:
+        ValueError: if the ids are not integers, are empty or have more than two axes, or the mask has another shape.
+    """
     ids = inputs.get(f"{side}_token_ids", default)
     ids = np.asarray(ids)
     ids = np.atleast_2d(ids) if ids.ndim < 2 else ids

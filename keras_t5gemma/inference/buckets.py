@@ -9,7 +9,7 @@ import numpy as np
 from keras_t5gemma._keras_internals import tensor_of
 from keras_t5gemma.checks import is_integer
 
-# The axes of what programs take. The decoder's is L, or T of a pass that is teacher-forced.
+# The axes of the programs' inputs. The decoder's length is L, or T in a teacher-forced pass.
 _AXES = {
     "encoder_token_ids": ("batch", "encoder"),
     "encoder_padding_mask": ("batch", "encoder"),
@@ -26,22 +26,23 @@ _AXES = {
 class Buckets:
     """The sizes that a request is rounded up to, so that few programs are compiled.
 
-    Each axis has a few sizes, and goes on by doubling the last:
+    Each axis has a few sizes; beyond the last, sizes are its doubles:
 
         Buckets(encoder=(64, 512), decoder=(128,), batch=None)
         encoder   1 .. 64 -> 64, 65 .. 512 -> 512, 513 .. 1024 -> 1024, ...
         decoder   1 .. 128 -> 128, 129 .. 256 -> 256, ...
-        batch     as it is: a program for each size
+        batch     not rounded: one program per size
 
     Args:
-        encoder: sizes of S, tokens of a prompt, ascending; None to leave it as it is. A preprocessor's
-            `encoder_sequence_length` is the most it is rounded up to. Also of T, the tokens that `score` reads.
-        decoder: sizes of L, tokens of the result with its decoder prompt; likewise, with `decoder_sequence_length`.
-            What is added is room in the cache, which costs next to nothing, so that they may be further apart.
-        batch: sizes of B, prompts at once. `embed` takes its `batch_size` for the most.
+        encoder: sizes of S, tokens of a prompt, ascending; None to round nothing. Sizes are capped at a preprocessor's
+            `encoder_sequence_length`. They also apply to T, the tokens that `score` reads.
+        decoder: sizes of L, tokens of the result with its decoder prompt, ascending; None to round nothing. Sizes are
+            capped at `decoder_sequence_length`. Rounding adds room in the cache only, which costs next to nothing, so
+            these sizes may be further apart.
+        batch: sizes of B, prompts per batch, ascending; None to round nothing. `embed` caps them at its `batch_size`.
 
     Raises:
-        ValueError: if a size is not a positive integer, or they do not ascend.
+        ValueError: if a size is not a positive integer, or the sizes do not ascend.
     """
 
     encoder: Sequence[int] | None = (16,)
@@ -52,15 +53,15 @@ class Buckets:
         for field in dataclasses.fields(self):
             sizes = getattr(self, field.name)
             if sizes is not None:
-                object.__setattr__(self, field.name, _ascending(sizes, field.name))
+                object.__setattr__(self, field.name, _validated_sizes(sizes, field.name))
 
-    def size(self, axis, needed, limit=None):
-        """The smallest size of an axis that holds what is needed.
+    def size(self, axis: str, needed: int, limit: int | None = None) -> int:
+        """The smallest size of an axis that is at least `needed`.
 
         Args:
             axis: "encoder", "decoder" or "batch".
             needed: a positive integer.
-            limit: the most to round up to; one that is below `needed` plays no part.
+            limit: the largest size to round up to; a limit below `needed` is ignored.
 
         Returns:
             An integer, `needed` or more.
@@ -73,12 +74,12 @@ class Buckets:
             size *= 2
         return size if limit is None or limit < needed else min(size, limit)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         """The constructor's arguments."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict) -> "Buckets":
         """The inverse of `get_config`."""
         return cls(**config)
 
@@ -86,13 +87,16 @@ class Buckets:
 _EXACT = Buckets(None, None, None)
 
 
-def rounded_for(lm, arrays, most_rows=None):
-    """A dict of arrays as a model's programs take them: see `rounded` and `distributed`.
+def rounded_for(lm, arrays: dict, most_rows: int | None = None) -> dict:
+    """Rounds and distributes arrays for a model's programs; see `rounded` and `distributed`.
 
     Args:
-        lm: a `T5GemmaSeq2SeqLM`, whose `buckets` and preprocessor say which sizes there are.
+        lm: a `T5GemmaSeq2SeqLM`, whose `buckets` and preprocessor determine the sizes.
         arrays: as for `rounded`.
-        most_rows: the most rows to round up to, or None.
+        most_rows: the largest number of rows to round up to, or None.
+
+    Returns:
+        A dict with the same names.
     """
     limits = {"batch": most_rows}
     if lm.preprocessor is not None:
@@ -102,49 +106,52 @@ def rounded_for(lm, arrays, most_rows=None):
     return distributed(rounded(arrays, buckets, limits, _devices_of_a_batch()))
 
 
-def rounded(arrays, buckets, limits, multiple=1):
-    """Arrays grown to sizes of which there are few.
+def rounded(
+    arrays: dict[str, np.ndarray], buckets: Buckets, limits: dict[str, int | None], multiple: int = 1
+) -> dict[str, np.ndarray]:
+    """Pads arrays to the sizes of `buckets`.
 
-    A row that is added is the last one again, so that nothing in it is out of the ordinary, with a limit of no tokens:
-    it never runs. Positions that are added are padding.
+    Added rows repeat the last row, so that they hold ordinary values, and have a limit of 0 tokens, so that they never
+    run. Added positions are padding.
 
     Args:
         arrays: a dict of arrays: some of the model's four inputs, `labels`, `label_mask`, `limits`, `prefill`.
         buckets: a `Buckets`.
-        limits: per axis, the most to round up to; see `Buckets.size`.
-        multiple: what the number of rows must be a multiple of.
+        limits: per axis, the largest size to round up to; see `Buckets.size`.
+        multiple: the number of rows becomes a multiple of it.
 
     Returns:
-        Such a dict; `prefill` is cut to the decoder's length.
+        A dict with the same names; `prefill` is cut to the decoder's length.
     """
     sizes = {}
     for name in _AXES.keys() & arrays.keys():
         sizes |= zip(_AXES[name], arrays[name].shape, strict=True)
-    # Scoring computes each position, as reading a prompt does: for decoding they are room.
-    like = {"decoder": "encoder"} if "labels" in arrays else {}
-    sizes = {axis: buckets.size(like.get(axis, axis), size, limits.get(axis)) for axis, size in sizes.items()}
+    # Scoring computes every decoder position, so added positions cost as much as in the encoder. In decoding they are
+    # room in the cache only.
+    rounded_like = {"decoder": "encoder"} if "labels" in arrays else {}
+    sizes = {axis: buckets.size(rounded_like.get(axis, axis), size, limits.get(axis)) for axis, size in sizes.items()}
     sizes["batch"] += -sizes["batch"] % multiple
-    grown = {name: _grown(x, [sizes[axis] for axis in _AXES[name]]) for name, x in arrays.items() if name in _AXES}
+    padded = {name: _padded(x, [sizes[axis] for axis in _AXES[name]]) for name, x in arrays.items() if name in _AXES}
     if "limits" in arrays:
-        grown["limits"][len(arrays["limits"]) :] = 0
+        padded["limits"][len(arrays["limits"]) :] = 0
     if "prefill" in arrays:
-        grown["prefill"] = arrays["prefill"][: sizes["decoder"]]
-    return grown
+        padded["prefill"] = arrays["prefill"][: sizes["decoder"]]
+    return padded
 
 
-def distributed(arrays):
-    """A dict of arrays put where the active `keras.distribution` wants the batch; as it is where there is none."""
+def distributed(arrays: dict) -> dict:
+    """Places arrays on devices as the active `keras.distribution` lays out a batch; unchanged if there is none."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return arrays
-    # `prefill` is no batch: its length is all there is to it.
+    # `prefill` has no batch axis: only its length matters.
     batch = {name: tensor_of(x) for name, x in arrays.items() if name != "prefill"}
     layouts = {name: distribution.get_data_layout(x.shape) for name, x in batch.items()}
     return {**arrays, **{name: keras.distribution.distribute_tensor(x, layouts[name]) for name, x in batch.items()}}
 
 
-def _devices_of_a_batch():
-    """How many devices the active `keras.distribution` divides a batch among: it must be a multiple of them."""
+def _devices_of_a_batch() -> int:
+    """The number of devices that share a batch under the active `keras.distribution`; B must be a multiple of it."""
     distribution = keras.distribution.distribution()
     if distribution is None:
         return 1
@@ -153,10 +160,11 @@ def _devices_of_a_batch():
     return dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(axis, 1)
 
 
-def _is_compiled(model):
-    """Whether a new shape costs a new program, which takes longer than what is padded.
+def _is_compiled(model: keras.Model) -> bool:
+    """Whether a new shape needs a new program, which costs more time than padding.
 
-    Not where a model runs eagerly, nor on PyTorch, but where it compiles by request, or records a CUDA graph a shape.
+    A model that runs eagerly needs none. On PyTorch a model needs one if it compiles on request, or on a GPU, where it
+    records one CUDA graph per shape.
     """
     if keras.config.backend() != "torch" or model.run_eagerly:
         return not model.run_eagerly
@@ -165,18 +173,18 @@ def _is_compiled(model):
     return bool(model.jit_compile) or torch.cuda.is_available()
 
 
-def _grown(x, shape):
-    """`x` with its last row again and again, and zeros on the right, up to `shape`."""
+def _padded(x: np.ndarray, shape: list[int]) -> np.ndarray:
+    """`x` padded to `shape`: with copies of its last row, and with zeros on the right."""
     added = [(0, size - n) for size, n in zip(shape, x.shape, strict=True)]
     x = np.pad(x, added[:1] + [(0, 0)] * (x.ndim - 1), mode="edge")
     return np.pad(x, [(0, 0), *added[1:]])
 
 
-def _ascending(sizes, name):
-    """Sizes as a tuple, once they are positive and ascend."""
+def _validated_sizes(sizes: Sequence[int], name: str) -> tuple[int, ...]:
+    """Sizes as a tuple, checked to be positive and ascending."""
     is_sequence = isinstance(sizes, (list, tuple))
-    good = is_sequence and all(is_integer(size) and size > 0 for size in sizes)
-    if not good or not sizes or list(sizes) != sorted(set(sizes)):
+    is_positive = is_sequence and all(is_integer(size) and size > 0 for size in sizes)
+    if not is_positive or not sizes or list(sizes) != sorted(set(sizes)):
         raise ValueError(
             f"`{name}` must be ascending positive integers such as (64, 512), or None to round nothing. Received: "
             f"{name}={sizes!r}."

@@ -19,27 +19,28 @@ from keras_t5gemma.text.encoding import Packer, pad_rows
 POOLINGS = ("mean", "last")
 
 
-def embed(lm, inputs, pooling="mean", *, batch_size=32, progress=False):
+def embed(lm, inputs, pooling: str = "mean", *, batch_size: int = 32, progress: bool = False) -> np.ndarray:
     """The encoder's representation of each text, in one vector.
 
-    Texts are sorted by length and padded, in batches, to the model's `buckets`, so that a short one does not pay
-    for a long one and few programs are compiled. Neither changes a text's vector.
+    Texts are sorted by length and padded, in batches, to the model's `buckets`, so that a short text does not pay for a
+    long one and few programs are compiled. Neither changes a text's vector.
 
     Args:
-        inputs: with a preprocessor a text or a list of them, which the encoder reads as in `generate` (in turns,
-            where the preprocessor is for chats). Without one a list of N rows of ids, of any length, an array
-            [N, S], or a dict of `encoder_token_ids` and `encoder_padding_mask` [N, S].
-        pooling: "mean" of all tokens, or "last" for that of the last one, which in arXiv 2504.06225 stands for the
-            whole text in classification. Padding has no part in either.
-        batch_size: texts that are encoded at once, at most.
+        lm: a `T5GemmaSeq2SeqLM`.
+        inputs: with a preprocessor a text or a list of texts, which the encoder reads as in `generate` (in turns, if
+            the preprocessor is for chats). Without one a list of N rows of ids, of any length, an array [N, S], or a
+            dict of `encoder_token_ids` and `encoder_padding_mask` [N, S].
+        pooling: "mean" of all tokens, or "last" for the last token, which represents the whole text in the
+            classification tasks of arXiv 2504.06225. Both ignore padding.
+        batch_size: the maximum number of texts per batch.
         progress: whether to show a progress bar.
 
     Returns:
         float32 [N, D of the encoder], in the order of the inputs; without N for a single text.
 
     Raises:
-        ValueError: if there is no text, one is empty or too long, ids are outside the vocabulary, or `pooling`
-            or `batch_size` is invalid.
+        ValueError: if there is no text, a text is empty or too long, ids are outside the vocabulary, or `pooling` or
+            `batch_size` is invalid.
         MemoryError, RuntimeError: as for `generate`.
     """
     check_choice(pooling, "pooling", POOLINGS)
@@ -47,7 +48,7 @@ def embed(lm, inputs, pooling="mean", *, batch_size=32, progress=False):
     rows, batched = _encoder_rows(lm, inputs)
     program = lm.programs.get(("embed", pooling), lambda: Program(partial(_pooled, lm, pooling=pooling), lm))
     vectors = np.zeros((len(rows), lm.backbone.config.encoder.hidden_dim), "float32")
-    # The longest first: memory that does not suffice is known at once.
+    # The longest first, so that a lack of memory shows at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     with text_progress("Embedding", len(rows)) if progress else contextlib.nullcontext() as advance:
         for start in range(0, len(order), batch_size):
@@ -63,7 +64,16 @@ def embed(lm, inputs, pooling="mean", *, batch_size=32, progress=False):
 
 
 def _pooled(lm, inputs, pooling):
-    """float32 [B, D] of the encoder's two inputs, int [B, S], padded on the right."""
+    """Encodes and pools one batch.
+
+    Args:
+        lm: a `T5GemmaSeq2SeqLM`.
+        inputs: a dict of `encoder_token_ids` and `encoder_padding_mask`, int [B, S], padded on the right.
+        pooling: as for `embed`.
+
+    Returns:
+        float32 [B, D].
+    """
     mask = inputs["encoder_padding_mask"]
     output = ops.cast(lm.backbone.encoder(inputs["encoder_token_ids"], mask, training=False), "float32")
     counts = ops.sum(mask, axis=1)
@@ -71,27 +81,27 @@ def _pooled(lm, inputs, pooling):
         weights = ops.cast(mask, "float32") / ops.cast(counts, "float32")[:, None]
     else:
         weights = ops.one_hot(counts - 1, mask.shape[1], dtype="float32")
-    # Not as a product with the mask: what stands at padding must not matter, were it NaN.
+    # Not a product with the mask: the output at padding must not matter even if it is NaN.
     output = ops.where(ops.expand_dims(mask, 2) != 0, output, 0.0)
     return ops.einsum("bs,bsd->bd", weights, output)
 
 
-def _encoder_rows(lm, inputs):
-    """`(rows of ids without padding, whether there may be several)`."""
+def _encoder_rows(lm, inputs) -> tuple[list, bool]:
+    """`(rows, batched)`: rows of ids without padding, and whether `inputs` has a batch axis."""
     if lm.preprocessor is not None:
         packer = Packer(lm.preprocessor.tokenizer, lm.preprocessor.chat, lm.preprocessor.truncate)
         return packer.prompts(inputs, lm.preprocessor.encoder_sequence_length)
     return _token_rows(inputs, lm.backbone.config.vocabulary_size)
 
 
-def _token_rows(inputs, vocabulary_size):
-    """`(rows, whether there may be several)` of token ids."""
+def _token_rows(inputs, vocabulary_size: int) -> tuple[list, bool]:
+    """`_encoder_rows` of token ids, which it checks."""
     masks = None
     if isinstance(inputs, Mapping):
         inputs, masks = inputs["encoder_token_ids"], inputs.get("encoder_padding_mask")
     if isinstance(inputs, str) or not len(inputs):
         raise ValueError(
-            f"Without a preprocessor `inputs` must be rows of token ids, at least one. Received: {inputs!r}."
+            f"Without a preprocessor `inputs` must be one or more rows of token ids. Received: {inputs!r}."
         )
     batched = np.ndim(inputs[0]) > 0
     rows = [np.asarray(row) for row in (inputs if batched else [inputs])]

@@ -1,5 +1,6 @@
 """`generate`: texts or token ids from prompts."""
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import keras_hub
@@ -20,40 +21,41 @@ from keras_t5gemma.inference.samplers.top_k_top_p import Draws
 def generate(
     lm,
     inputs,
-    max_length=None,
-    stop_token_ids="auto",
-    strip_prompt=False,
+    max_length: int | None = None,
+    stop_token_ids: Sequence[int] | str | None = "auto",
+    strip_prompt: bool = False,
     *,
-    max_new_tokens=None,
-    processors=(),
-    num_samples=None,
-    seed=None,
-    return_log_probs=False,
+    max_new_tokens: int | Sequence[int] | None = None,
+    processors: Sequence[Callable] = (),
+    num_samples: int | None = None,
+    seed: int | None = None,
+    return_log_probs: bool = False,
 ):
     """Generates from prompts.
 
     Args:
-        inputs: with a preprocessor a string, a list of strings, a conversation where the preprocessor is for chats,
-            or a dict of `encoder_text` and, to start the answer with, `decoder_text`. Without one a dict of
+        lm: a `T5GemmaSeq2SeqLM`.
+        inputs: with a preprocessor a string, a list of strings, a conversation if the preprocessor is for chats, or a
+            dict of `encoder_text` and, to start the answer with, `decoder_text`. Without a preprocessor a dict of
             `encoder_token_ids` [B, S] and optionally `encoder_padding_mask`, `decoder_token_ids` [B, T] (prompts;
             `<bos>` if left out) and `decoder_padding_mask`. Or a `tf.data.Dataset` of batches of either.
-        max_length: L, tokens of the result with its decoder prompt; the preprocessor's `decoder_sequence_length`
-            if left out, or the width of `decoder_token_ids` without a preprocessor.
+        max_length: L, the length of the result in tokens with its decoder prompt; the preprocessor's
+            `decoder_sequence_length` if left out, or the width of `decoder_token_ids` without a preprocessor.
         stop_token_ids: ids that end a sequence; "auto" for the tokenizer's `<eos>` and `<end_of_turn>`; None to
             always fill `max_length`.
-        strip_prompt: leave the decoder prompt out of the result.
-        max_new_tokens: instead of `max_length`, how many tokens may follow the decoder prompt: an integer, or one a
+        strip_prompt: whether to leave the decoder prompt out of the result.
+        max_new_tokens: instead of `max_length`, how many tokens may follow the decoder prompt: an integer, or one per
             prompt.
         processors: logits processors, applied in this order: `RepetitionPenalty`, `NoRepeatNgrams`,
             `ForbiddenTokens`, `MinimumLength`, `ForcedTokens`, or any callable `(logits, sequences) -> logits`.
-            Each new set is compiled; equal ones share a program.
-        num_samples: n, results for each prompt, which is read once: draws of a sampler that is random, or the n
-            best of a beam search, the best first.
-        seed: an integer that this call's random draws depend on and nothing else; later calls go on as if there
-            had been none. Without one a call takes the next of the sampler's random numbers. Either way threads
-            that call at once get what one would.
-        return_log_probs: whether to return each token's log-probability too, that of the model alone, before
-            processors and temperature, as `score` gives it.
+            Each new set is compiled; equal sets share a program.
+        num_samples: n, results per prompt, which is read once: n draws of a random sampler, or the n best sequences of
+            a beam search, the best first.
+        seed: an integer that alone determines this call's random draws; it does not affect later calls. Without a
+            seed, a call takes the next of the sampler's random numbers. Either way threads that call at the same time
+            get the same results as one thread.
+        return_log_probs: whether to return each token's log-probability too: the model's own, before processors and
+            temperature, as `score` returns it.
 
     Returns:
         A string or a list of strings; without a preprocessor a dict of `decoder_token_ids` and
@@ -62,28 +64,42 @@ def generate(
         array in nats, 0 where nothing was generated, and with a preprocessor the strings as `text`.
 
     Raises:
-        ValueError: for an empty or over-long prompt, ids outside the vocabulary, a `max_length` too short, or
-            options that are out of range, contradict each other or that the sampler cannot meet.
-        MemoryError: if memory does not suffice; the message says about how many rows would fit. The model can
-            be used on.
-        RuntimeError: if another thread is in `fit`. In a callback of a `fit` it works, as `stream`, `score` and
-            `embed` do, and leaves the training as if it had not been.
+        ValueError: if a prompt is empty or too long, ids are outside the vocabulary, `max_length` is too short, or
+            options are out of range, contradict each other or are not supported by the sampler.
+        MemoryError: if memory does not suffice; the message says about how many rows would fit. The model remains
+            usable.
+        RuntimeError: if another thread is in `fit`. In a callback of a `fit` it works, as do `stream`, `score` and
+            `embed`, and does not affect the training.
     """
     num_samples = integer(num_samples, "num_samples", optional=True)
     options = {"processors": processors, "num_samples": num_samples or 1, "log_probs": bool(return_log_probs)}
     options["stop_token_ids"] = stop_ids(lm, stop_token_ids)
     batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]
-    several = num_samples is not None
+    has_samples_axis = num_samples is not None
     with reading(lm, "generate"), Draws(lm.sampler, seed) as draws:
         results = [
-            _generate_batch(lm, batch, max_length, max_new_tokens, strip_prompt, several, options, draws)
+            _generate_batch(lm, batch, max_length, max_new_tokens, strip_prompt, has_samples_axis, options, draws)
             for batch in batches
         ]
-    return results[0] if len(results) == 1 else _joined(results)
+    return results[0] if len(results) == 1 else _concatenated(results)
 
 
-def _generate_batch(lm, batch, max_length, max_new_tokens, strip_prompt, several, options, draws):
-    """`generate` for one batch: arrays in, the program, and results as the user gets them."""
+def _generate_batch(lm, batch, max_length, max_new_tokens, strip_prompt, has_samples_axis, options, draws):
+    """`generate` for one batch: converts the prompts to arrays, runs the program, and converts the results back.
+
+    Args:
+        lm: as for `generate`.
+        batch: as the `inputs` of `generate`, not a dataset.
+        max_length: as for `generate`.
+        max_new_tokens: as for `generate`.
+        strip_prompt: as for `generate`.
+        has_samples_axis: whether the user set `num_samples`, so that results have an axis of n.
+        options: the arguments of `control_of`.
+        draws: the `Draws` of this call, which the program advances.
+
+    Returns:
+        As `generate` returns it.
+    """
     if lm.preprocessor is not None:
         batch = lm.preprocessor.generate_preprocess(batch, sequence_length=max_length)
     prompts = prompt_arrays(batch, max_length, lm.backbone.config.vocabulary_size, max_new_tokens)
@@ -96,7 +112,7 @@ def _generate_batch(lm, batch, max_length, max_new_tokens, strip_prompt, several
     if lm.preprocessor is not None:
         texts = lm.preprocessor.generate_postprocess(outputs)
         outputs = {"text": np.array(texts, object), **outputs}
-    if several:
+    if has_samples_axis:
         outputs = {name: x.reshape(-1, control.num_samples, *x.shape[1:]) for name, x in outputs.items()}
     if np.ndim(batch["encoder_token_ids"]) == 1:
         outputs = {name: x[0] for name, x in outputs.items()}
@@ -106,8 +122,26 @@ def _generate_batch(lm, batch, max_length, max_new_tokens, strip_prompt, several
     return outputs["text"] if lm.preprocessor is not None and not control.log_probs else outputs
 
 
-def control_of(lm, prompts, *, stop_token_ids, processors=(), **options):
-    """The `Control` of options that fit the prompts and the sampler."""
+def control_of(
+    lm,
+    prompts: dict[str, np.ndarray],
+    *,
+    stop_token_ids: tuple[int, ...] | None,
+    processors: Sequence[Callable] = (),
+    **options,
+) -> Control:
+    """The `Control` of a request, checked against the prompts and the sampler.
+
+    Args:
+        lm: a `T5GemmaSeq2SeqLM`.
+        prompts: the result of `prompt_arrays`.
+        stop_token_ids: the result of `stop_ids`.
+        processors: as for `generate`.
+        **options: further fields of `Control`.
+
+    Raises:
+        ValueError: if the options contradict each other, the prompts or the sampler.
+    """
     vocabulary_size = lm.backbone.config.vocabulary_size
     rooms = prompts["limits"] - prompts["decoder_padding_mask"].sum(axis=1)
     check_processors(processors, Request(vocabulary_size, rooms, stop_token_ids))
@@ -116,8 +150,12 @@ def control_of(lm, prompts, *, stop_token_ids, processors=(), **options):
     return control
 
 
-def stop_ids(lm, stop_token_ids):
-    """`stop_token_ids` of `generate`, checked: a tuple of ids, or None."""
+def stop_ids(lm, stop_token_ids: Sequence[int] | str | None) -> tuple[int, ...] | None:
+    """Checks and resolves the `stop_token_ids` of `generate`.
+
+    Raises:
+        ValueError: if they are not ids of the vocabulary, or are "auto" and the model has no preprocessor.
+    """
     if stop_token_ids is None:
         return None
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
@@ -137,28 +175,32 @@ def stop_ids(lm, stop_token_ids):
     return tuple(map(int, stop_token_ids))
 
 
-def generate_program(lm, control):
+def generate_program(lm, control: Control) -> Program:
     """The compiled `generate_step` for a `Control`."""
 
-    def make():
+    def new_program():
         return Program(partial(generate_step, lm, control=control), lm, seeds=lm.sampler.variables, decodes=True)
 
-    return lm.programs.get(("generate", control), make)
+    return lm.programs.get(("generate", control), new_program)
 
 
-def generate_step(lm, inputs, stop_token_ids=None, control=None):
-    """Generates for one batch of arrays; compiled as a whole where the backend compiles.
+def generate_step(
+    lm, inputs: dict, stop_token_ids: Sequence[int] | None = None, control: Control | None = None
+) -> dict:
+    """Generates for one batch of arrays; compiled as one program if the backend compiles.
 
     Args:
+        lm: a `T5GemmaSeq2SeqLM`.
         inputs: `encoder_token_ids` and `encoder_padding_mask` [B, S]; `decoder_token_ids` and
             `decoder_padding_mask` [B, L], prompts padded on the right; optionally `prefill` [P], whose length says
-            how many positions to run at once before the loop; optionally `limits` [B], the most tokens of each row.
+            how many positions to run at once before the loop; optionally `limits` [B], the maximum length of each row
+            in tokens.
         stop_token_ids: ids that end a row, or None.
-        control: a `Control`, to ask for more than `stop_token_ids`, and instead of them.
+        control: a `Control` with all options; it replaces `stop_token_ids`.
 
     Returns:
-        `{"decoder_token_ids", "decoder_padding_mask"}`, both [B n, L], n samples for each prompt, and `log_probs`
-        where the control asks for them.
+        `{"decoder_token_ids", "decoder_padding_mask"}`, both [B n, L], n samples per prompt, and `log_probs` if the
+        control requests them.
     """
     encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
     encoder, decoder = lm.backbone.encoder, lm.backbone.decoder
@@ -169,7 +211,7 @@ def generate_step(lm, inputs, stop_token_ids=None, control=None):
         lm.sampler,
         token_ids,
         inputs["decoder_padding_mask"],
-        decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1], _ahead(lm, prefill)),
+        decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1], _tokens_per_step(lm, prefill)),
         prefill=prefill,
         limits=inputs.get("limits"),
         control=control or Control(stop_token_ids),
@@ -180,27 +222,37 @@ def generate_step(lm, inputs, stop_token_ids=None, control=None):
 
 
 def decoding_step(lm, token_ids, cache, index):
-    """`(logits [B, T, V], hidden states [B, T, D], cache)` of the tokens [B, T] from position `index` on."""
+    """One decoding step.
+
+    Args:
+        lm: a `T5GemmaSeq2SeqLM`.
+        token_ids: int [B, T].
+        cache: nested structure of tensors; see `Decoder.start_cache`.
+        index: the position of the first token.
+
+    Returns:
+        `(logits [B, T, V], hidden states [B, T, D], cache)`.
+    """
     hidden, cache = lm.backbone.decoder.step(token_ids, ops.ones_like(token_ids), cache, index)
     return lm.head(hidden), hidden, cache
 
 
-def _ahead(lm, prefill):
-    """The most tokens of a decoding step; None where a sampler reads whole sequences at once."""
+def _tokens_per_step(lm, prefill: int) -> int | None:
+    """The maximum number of tokens per decoding step; None if the sampler reads whole sequences at once."""
     return None if isinstance(lm.sampler, keras_hub.samplers.ContrastiveSampler) else prefill
 
 
-def _joined(results):
-    """The results of several batches as one, arrays of different length filled up with zeros."""
+def _concatenated(results: list) -> list | dict:
+    """Concatenates the results of several batches; shorter arrays are padded with zeros."""
     if isinstance(results[0], list):
         return [text for texts in results for text in texts]
-    joined = {}
+    concatenated = {}
     for name in results[0]:
-        parts = [result[name] for result in results]
+        batches = [result[name] for result in results]
         if name == "text":
-            joined[name] = _joined(parts)
+            concatenated[name] = _concatenated(batches)
             continue
-        width = max(part.shape[-1] for part in parts)
-        parts = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in parts]
-        joined[name] = np.concatenate(parts)
-    return joined
+        width = max(batch.shape[-1] for batch in batches)
+        batches = [np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])]) for x in batches]
+        concatenated[name] = np.concatenate(batches)
+    return concatenated

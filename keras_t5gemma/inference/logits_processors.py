@@ -1,11 +1,12 @@
 """Logits processors: change which token may come next. They compose, and work with every sampler.
 
-A processor is any callable `(logits, sequences) -> logits`. Those here are frozen: equal ones share a compiled program.
-"Sequence" is the decoder's, its prompt included, as in `transformers`, whose numbers these give.
+A processor is any callable `(logits, sequences) -> logits`. The processors of this module are frozen dataclasses: equal
+ones share a compiled program. A "sequence" is the decoder's, its prompt included, as in `transformers`; the numbers
+equal those of `transformers`.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,13 @@ from keras_t5gemma.checks import check_integer_fields, integers, is_number
 
 @dataclasses.dataclass(frozen=True)
 class Sequences:
-    """What a processor may look at. R rows: B, or as many as a search keeps for B examples.
+    """The sequences that a processor sees: R rows, which are B, or in a beam search B times the beams.
 
     Attributes:
-        token_ids: int [R, L]; what stands at `index` and after it is not part of the sequences yet.
-        index: the position that the logits are for, a scalar.
-        prompt_lengths: int [R]; a row whose prompt is longer than `index` takes its next token from there anyway.
-        limits: int [R], the most tokens of a row, its prompt included.
+        token_ids: int [R, L]; the tokens from `index` on are not part of the sequences yet.
+        index: the position of the logits, a scalar.
+        prompt_lengths: int [R]; a row whose prompt is longer than `index` takes its next token from the prompt anyway.
+        limits: int [R], the maximum length of each row in tokens, its prompt included.
         stop_token_ids: a tuple of the ids that end a row, or None.
     """
 
@@ -35,11 +36,11 @@ class Sequences:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What one call of `generate` asks, for processors to check themselves against.
+    """The options of one `generate` call that processors check their arguments against.
 
     Attributes:
         vocabulary_size: V.
-        rooms: int [B], the most tokens each row may get.
+        rooms: int [B], the maximum number of new tokens of each row.
         stop_token_ids: a tuple of ids, or None.
     """
 
@@ -50,12 +51,12 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class RepetitionPenalty:
-    """Makes tokens that the sequence has less likely: their logits are divided where above 0, multiplied where below.
+    """Makes tokens that occur in the sequence less likely: divides their logits if positive, multiplies if negative.
 
     From CTRL (arXiv 1909.05858).
 
     Args:
-        penalty: above 1 discourages, below 1 encourages; 1.2 in the paper.
+        penalty: above 1 discourages repetition, below 1 encourages it; 1.2 in the paper.
 
     Raises:
         ValueError: if `penalty` is not positive.
@@ -68,19 +69,19 @@ class RepetitionPenalty:
             raise ValueError(f"`penalty` must be above 0; 1 changes nothing. Received: penalty={self.penalty!r}.")
 
     def __call__(self, logits, sequences):
-        """Logits [R, V] as [R, V]."""
+        """Penalizes: logits [R, V] to logits [R, V]."""
         ids = sequences.token_ids
-        there = ops.broadcast_to(ops.arange(ids.shape[1], dtype="int32") < sequences.index, ids.shape)
+        is_past = ops.broadcast_to(ops.arange(ids.shape[1], dtype="int32") < sequences.index, ids.shape)
         penalized = ops.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        return ops.where(_listed(ids, there, logits.shape[1]), penalized, logits)
+        return ops.where(_occurring(ids, is_past, logits.shape[1]), penalized, logits)
 
 
 @dataclasses.dataclass(frozen=True)
 class NoRepeatNgrams:
-    """Forbids each token that would complete an n-gram that the sequence has already.
+    """Forbids each token that would complete an n-gram that occurs in the sequence already.
 
     Args:
-        n: tokens of an n-gram; with 1 no token comes twice.
+        n: tokens per n-gram; with 1 no token occurs twice.
 
     Raises:
         ValueError: if `n` is not a positive integer.
@@ -92,17 +93,17 @@ class NoRepeatNgrams:
         check_integer_fields(self, n=1)
 
     def __call__(self, logits, sequences):
-        """Logits [R, V] as [R, V]."""
+        """Forbids repeated n-grams: logits [R, V] to logits [R, V]."""
         ids, index = sequences.token_ids, sequences.index
         windows = ids.shape[1] - self.n + 1
         if windows < 1:
             return logits
-        # A window is complete where its last token is there already. Where fewer than n tokens are, none is.
+        # A window is complete if its last token is before `index`. With fewer than n tokens there is no such window.
         matches = ops.broadcast_to(ops.arange(windows, dtype="int32") + self.n - 1 < index, (ids.shape[0], windows))
         for i in range(self.n - 1):
             last = ops.take(ids, ops.maximum(index - (self.n - 1) + i, 0), axis=1)
             matches = ops.logical_and(matches, ops.equal(ids[:, i : i + windows], ops.expand_dims(last, 1)))
-        return _without(logits, _listed(ids[:, self.n - 1 :], matches, logits.shape[1]))
+        return _forbid(logits, _occurring(ids[:, self.n - 1 :], matches, logits.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ class ForbiddenTokens:
         ids: a sequence of ids.
 
     Raises:
-        ValueError: if `ids` is empty or holds other than ids.
+        ValueError: if `ids` is empty or an item is not an id.
     """
 
     ids: tuple[int, ...]
@@ -124,23 +125,23 @@ class ForbiddenTokens:
             raise ValueError("`ids` must hold at least one id. Received: none.")
         object.__setattr__(self, "ids", ids)
 
-    def check(self, request):
-        """Raises a ValueError where ids are outside the vocabulary or leave none of it."""
+    def check(self, request: Request) -> None:
+        """Raises a ValueError if ids are outside the vocabulary or forbid all of it."""
         _check_ids(self.ids, "ForbiddenTokens", request)
         if len(self.ids) == request.vocabulary_size:
             raise ValueError("`ForbiddenTokens` must leave at least one id. Received: the whole vocabulary.")
 
     def __call__(self, logits, sequences):  # noqa: ARG002 a processor's arguments
-        """Logits [R, V] as [R, V]."""
-        return _without(logits, _one_of(self.ids, logits.shape[1]))
+        """Forbids the ids: logits [R, V] to logits [R, V]."""
+        return _forbid(logits, _vocabulary_mask(self.ids, logits.shape[1]))
 
 
 @dataclasses.dataclass(frozen=True)
 class MinimumLength:
-    """Forbids the ids at which `generate` stops until there are enough tokens.
+    """Forbids the stop ids of `generate` until there are enough tokens.
 
     Args:
-        tokens: the least number of new tokens, without the prompt and the one that ends it.
+        tokens: the minimum number of new tokens, without the prompt and the stop id.
 
     Raises:
         ValueError: if `tokens` is not a positive integer.
@@ -151,8 +152,8 @@ class MinimumLength:
     def __post_init__(self):
         check_integer_fields(self, tokens=1)
 
-    def check(self, request):
-        """Raises a ValueError where a row has no room for so many."""
+    def check(self, request: Request) -> None:
+        """Raises a ValueError if a row has room for fewer tokens."""
         if self.tokens > request.rooms.min():
             raise ValueError(
                 f"`MinimumLength` asks for {self.tokens} tokens, and `max_length` or `max_new_tokens` leaves room for "
@@ -160,23 +161,26 @@ class MinimumLength:
             )
 
     def __call__(self, logits, sequences):
-        """Logits [R, V] as [R, V]."""
+        """Forbids the stop ids in rows that are too short: logits [R, V] to logits [R, V]."""
         if not sequences.stop_token_ids:
             return logits
-        short = ops.expand_dims(sequences.index - sequences.prompt_lengths < self.tokens, 1)
-        return _without(logits, ops.logical_and(short, _one_of(sequences.stop_token_ids, logits.shape[1])))
+        too_short = ops.expand_dims(sequences.index - sequences.prompt_lengths < self.tokens, 1)
+        stops = _vocabulary_mask(sequences.stop_token_ids, logits.shape[1])
+        return _forbid(logits, ops.logical_and(too_short, stops))
 
 
 @dataclasses.dataclass(frozen=True)
 class ForcedTokens:
-    """Leaves one choice at some positions; `generate` applies it after all others, since they might forbid that one.
+    """Forces tokens at some positions.
+
+    `generate` applies it after all other processors, which might forbid those tokens.
 
     Args:
         tokens: a mapping of positions to ids. 0 is the first new token, 1 the next; -1 the last that a row has room
             for, which only rows that did not stop before reach.
 
     Raises:
-        ValueError: if `tokens` is empty or no such mapping.
+        ValueError: if `tokens` is empty or is not a mapping of positions to ids.
     """
 
     tokens: Mapping[int, int]
@@ -188,8 +192,8 @@ class ForcedTokens:
         # Hashable, and the same for equal mappings.
         object.__setattr__(self, "tokens", tuple(sorted(zip(positions, ids, strict=True))))
 
-    def check(self, request):
-        """Raises a ValueError where an id is outside the vocabulary or a position beyond every row's room."""
+    def check(self, request: Request) -> None:
+        """Raises a ValueError if an id is outside the vocabulary or a position is beyond every row's room."""
         _check_ids([token for _, token in self.tokens], "ForcedTokens", request)
         most = request.rooms.max()
         if outside := [position for position, _ in self.tokens if not -most <= position < most]:
@@ -198,44 +202,44 @@ class ForcedTokens:
             )
 
     def __call__(self, logits, sequences):
-        """Logits [R, V] as [R, V]: 0 for what is forced, -inf for the rest."""
+        """Forces tokens: logits [R, V] to logits [R, V], with 0 for a forced token and -inf for the others."""
         for position, token in self.tokens:
             start = sequences.prompt_lengths if position >= 0 else sequences.limits
-            here = ops.expand_dims(ops.equal(start + position, sequences.index), 1)
-            forced = ops.where(_one_of((token,), logits.shape[1]), 0.0, -float("inf"))
-            logits = ops.where(here, ops.cast(forced, logits.dtype), logits)
+            is_position = ops.expand_dims(ops.equal(start + position, sequences.index), 1)
+            forced = ops.where(_vocabulary_mask((token,), logits.shape[1]), 0.0, -float("inf"))
+            logits = ops.where(is_position, ops.cast(forced, logits.dtype), logits)
         return logits
 
 
-def in_order(processors):
-    """A tuple of processors as `generate` applies them: as given, but with those that force tokens last."""
+def application_order(processors: Iterable[Callable]) -> tuple[Callable, ...]:
+    """The order in which `generate` applies processors: the user's, but with `ForcedTokens` last."""
     return tuple(sorted(processors, key=lambda processor: isinstance(processor, ForcedTokens)))
 
 
-def check_processors(processors, request):
-    """Checks processors against what else is asked, and against each other.
+def check_processors(processors: Sequence[Callable], request: Request) -> None:
+    """Checks processors against the request and against each other.
 
     Args:
         processors: a list or tuple of callables.
         request: a `Request`.
 
     Raises:
-        ValueError: if that is no list of callables, an id is outside the vocabulary, a length has no room, or two
-            processors contradict each other.
+        ValueError: if `processors` is not a list of callables, an id is outside the vocabulary, a row has too little
+            room, or two processors contradict each other.
     """
     is_list = isinstance(processors, (list, tuple))
-    if not is_list or not all(callable(one) and not isinstance(one, type) for one in processors):
+    if not is_list or not all(callable(item) and not isinstance(item, type) for item in processors):
         raise ValueError(
             f"`processors` must be a list of callables such as kt.RepetitionPenalty(1.2). Received: {processors!r}."
         )
     for processor in processors:
         if hasattr(processor, "check"):
             processor.check(request)
-    forced = [pair for one in processors if isinstance(one, ForcedTokens) for pair in one.tokens]
-    forbidden = {token for one in processors if isinstance(one, ForbiddenTokens) for token in one.ids}
+    forced = [pair for processor in processors if isinstance(processor, ForcedTokens) for pair in processor.tokens]
+    forbidden = {token for processor in processors if isinstance(processor, ForbiddenTokens) for token in processor.ids}
     if both := sorted({token for _, token in forced} & forbidden):
         raise ValueError(f"`ForcedTokens` and `ForbiddenTokens` contradict each other. Received in both: {both}.")
-    least = max((one.tokens for one in processors if isinstance(one, MinimumLength)), default=0)
+    least = max((processor.tokens for processor in processors if isinstance(processor, MinimumLength)), default=0)
     stops = set(request.stop_token_ids or ())
     if early := [(position, token) for position, token in forced if token in stops and 0 <= position < least]:
         raise ValueError(
@@ -243,27 +247,38 @@ def check_processors(processors, request):
         )
 
 
-def _listed(ids, keep, vocabulary_size):
-    """bool [R, V]: whether a row of ids [R, M] has the token at a place where keep, bool [R, M], is True."""
-    rows, places = ids.shape
-    # What is not kept goes to a column of its own. All updates are alike, so it does not matter which comes last.
+def _occurring(ids, keep, vocabulary_size):
+    """The tokens that occur in each row, at the positions that count.
+
+    Args:
+        ids: int [R, M].
+        keep: bool [R, M], True at positions that count.
+        vocabulary_size: V.
+
+    Returns:
+        bool [R, V].
+    """
+    rows, positions = ids.shape
+    # Positions that do not count are marked in an extra column. All updates are equal, so their order does not matter.
     columns = ops.where(keep, ops.cast(ids, "int32"), vocabulary_size)
-    where = ops.stack([ops.repeat(ops.arange(rows, dtype="int32"), places), ops.reshape(columns, (-1,))], axis=1)
+    indices = ops.stack([ops.repeat(ops.arange(rows, dtype="int32"), positions), ops.reshape(columns, (-1,))], axis=1)
     marks = ops.zeros((rows, vocabulary_size + 1), "int32")
-    return ops.scatter_update(marks, where, ops.ones((rows * places,), "int32"))[:, :vocabulary_size] > 0
+    return ops.scatter_update(marks, indices, ops.ones((rows * positions,), "int32"))[:, :vocabulary_size] > 0
 
 
-def _one_of(ids, vocabulary_size):
+def _vocabulary_mask(ids: Iterable[int], vocabulary_size: int):
     """bool [1, V], True at the ids."""
     mask = np.zeros((1, vocabulary_size), bool)
     mask[:, list(ids)] = True
     return ops.convert_to_tensor(mask, "bool")
 
 
-def _without(logits, forbidden):
+def _forbid(logits, forbidden):
+    """Logits with -inf where `forbidden` is True."""
     return ops.where(forbidden, ops.cast(-float("inf"), logits.dtype), logits)
 
 
-def _check_ids(ids, name, request):
+def _check_ids(ids: Iterable[int], name: str, request: Request) -> None:
+    """Raises a ValueError that names the processor if an id is outside the vocabulary."""
     if outside := [token for token in ids if not 0 <= token < request.vocabulary_size]:
         raise ValueError(f"`{name}` must hold ids in [0, {request.vocabulary_size}). Received: {outside}.")

@@ -1,12 +1,13 @@
 """`score`: the log-probabilities of given targets, in one pass and without the logits of the whole batch."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 from keras import ops
 
 from keras_t5gemma.concurrency import reading
-from keras_t5gemma.inference.arrays import moved_to_the_left, prompt_arrays, scoring_arrays
+from keras_t5gemma.inference.arrays import left_aligned, prompt_arrays, scoring_arrays
 from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.decoding.loop import token_log_probs
 from keras_t5gemma.inference.memory import memory_errors_explained
@@ -15,17 +16,18 @@ from keras_t5gemma.kernels.cross_entropy.chunks import TokenChunks, default_chun
 from keras_t5gemma.text.encoding import Packer
 
 
-def score(lm, inputs, targets, *, closed=True):
+def score(lm, inputs, targets, *, closed: bool = True) -> dict[str, np.ndarray]:
     """The log-likelihood of each target given its input, by the model alone: no temperature, no processors.
 
-    It is one teacher-forced pass, and what `generate(return_log_probs=True)` gives for the same tokens.
+    One teacher-forced pass computes it. `generate(return_log_probs=True)` returns the same numbers for the same tokens.
 
     Args:
-        inputs: one or more prompts, as for `generate`; a target follows the start of its answer, if it has one.
-        targets: with a preprocessor a string per prompt; without one a row of ids per prompt, of any length, or what
-            `generate(strip_prompt=True)` gave.
-        closed: whether texts are whole answers, whose end (`<eos>`, after `<end_of_turn>` where the preprocessor is
-            for chats) counts too, rather than the beginnings of some. Ids are taken as they are.
+        lm: a `T5GemmaSeq2SeqLM`.
+        inputs: one or more prompts, as for `generate`; a target follows the start of its answer, if the prompt has one.
+        targets: with a preprocessor a string per prompt; without one a row of ids per prompt, of any length, or the
+            result of `generate(strip_prompt=True)`.
+        closed: whether texts are complete answers, whose end (`<eos>`, after `<end_of_turn>` if the preprocessor is for
+            chats) is scored too, or beginnings of answers. Ids are scored as they are.
 
     Returns:
         A dict of `log_likelihood`, float32 [B], in nats, and `log_probs`, float32 [B, M], of each target's tokens,
@@ -44,33 +46,34 @@ def score(lm, inputs, targets, *, closed=True):
     program = lm.programs.get(("score",), lambda: Program(partial(score_step, lm), lm))
     with reading(lm, "score"), memory_errors_explained(lm, arrays, rounded):
         log_probs = ops.convert_to_numpy(program(rounded))[:rows, :length]
-    log_probs = moved_to_the_left(log_probs, arrays["label_mask"])[:, : lengths.max()]
+    log_probs = left_aligned(log_probs, arrays["label_mask"])[:, : lengths.max()]
     scores = {"log_likelihood": log_probs.sum(axis=1), "log_probs": log_probs}
     return {name: x[0] for name, x in scores.items()} if np.ndim(inputs["encoder_token_ids"]) == 1 else scores
 
 
 def score_step(lm, inputs):
-    """Log-probabilities, float32 [B, T], of `labels` [B, T] given the model's four inputs; compiled as a whole."""
+    """Log-probabilities, float32 [B, T], of `labels` [B, T] given the model's four inputs; compiled as one program."""
     names = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
     outputs = lm.backbone({name: inputs[name] for name in names}, training=False)
     hidden, labels = outputs["decoder_sequence_output"], inputs["labels"]
     chunks = TokenChunks(hidden.shape, lm.backbone.config.vocabulary_size, default_chunk_bytes(hidden))
-    hidden, cut = chunks.cut(hidden), chunks.cut(labels)
+    hidden_chunks, label_chunks = chunks.cut(hidden), chunks.cut(labels)
 
     def body(i, log_probs):
-        # By the head itself, which is right for an embedding that is quantized, too.
-        logits = lm.head(ops.expand_dims(hidden[i], 0))[0]
-        here = token_log_probs(logits, ops.expand_dims(cut[i], 1))
-        return ops.slice_update(log_probs, [i, 0], ops.transpose(here))
+        # `lm.head` handles a quantized embedding too.
+        logits = lm.head(ops.expand_dims(hidden_chunks[i], 0))[0]
+        chunk_log_probs = token_log_probs(logits, ops.expand_dims(label_chunks[i], 1))
+        return ops.slice_update(log_probs, [i, 0], ops.transpose(chunk_log_probs))
 
-    log_probs = ops.fori_loop(0, chunks.count, body, ops.zeros(cut.shape, "float32"))
+    log_probs = ops.fori_loop(0, chunks.count, body, ops.zeros(label_chunks.shape, "float32"))
     return chunks.join(log_probs, ops.shape(labels))
 
 
-def _target_rows(preprocessor, texts, closed):
+def _target_rows(preprocessor, texts: Sequence[str] | str, closed: bool) -> list:
+    """Rows of token ids of texts, without `<bos>`."""
     packer = Packer(preprocessor.tokenizer, preprocessor.chat, preprocessor.truncate)
     rows, _ = packer.answers(texts, preprocessor.decoder_sequence_length, closed=closed)
-    # Without <bos>, with which the prompts begin already.
+    # The prompts begin with <bos> already.
     rows = [row[1:] for row in rows]
     if not all(rows):
         raise ValueError("`targets` has an empty text; with `closed=True` its end would be scored.")

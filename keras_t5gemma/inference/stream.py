@@ -1,8 +1,10 @@
-"""`stream`: generated text as it comes."""
+"""`stream`: generated text, chunk by chunk."""
 
 import itertools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
+import numpy as np
 from keras import ops
 
 from keras_t5gemma.checks import integer
@@ -10,6 +12,7 @@ from keras_t5gemma.concurrency import reading
 from keras_t5gemma.inference.arrays import prompt_arrays
 from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.decoding.chunks import DecodingStream, check_streamable, default_chunk_size
+from keras_t5gemma.inference.decoding.loop import Control
 from keras_t5gemma.inference.generate import control_of, decoding_step, stop_ids
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.programs.compiled import Program
@@ -20,21 +23,22 @@ from keras_t5gemma.text.whole_characters import TextStream
 def stream(
     lm,
     inputs,
-    max_length=None,
-    stop_token_ids="auto",
-    strip_prompt=False,
+    max_length: int | None = None,
+    stop_token_ids: Sequence[int] | str | None = "auto",
+    strip_prompt: bool = False,
     *,
-    max_new_tokens=None,
-    processors=(),
-    seed=None,
-    chunk_size=None,
-):
-    """Generates from one prompt, and gives what is there while the rest is still to come.
+    max_new_tokens: int | Sequence[int] | None = None,
+    processors: Sequence[Callable] = (),
+    seed: int | None = None,
+    chunk_size: int | None = None,
+) -> Iterator[str] | Iterator[int]:
+    """Generates from one prompt, and yields the text while the rest is being generated.
 
-    Joined, it is what `generate()` gives for the same arguments, sampler and seed. A stream may be given up at any
-    point, and others may run between two of its chunks.
+    The concatenated pieces equal the result of `generate()` for the same arguments, sampler and seed. A stream may be
+    abandoned at any point, and other streams may run between two of its chunks.
 
     Args:
+        lm: a `T5GemmaSeq2SeqLM`.
         inputs: as for `generate`, one prompt.
         max_length: as for `generate`.
         stop_token_ids: as for `generate`.
@@ -42,16 +46,17 @@ def stream(
         max_new_tokens: as for `generate`.
         processors: as for `generate`.
         seed: as for `generate`.
-        chunk_size: tokens decoded between two looks at them, beginning with 1, 2, 4, .... 8 if left out, or 1 on
-            PyTorch; 1 shows each token at once, more cost less time.
+        chunk_size: tokens per chunk; the first chunks have 1, 2, 4, ... tokens. 8 if left out, or 1 on PyTorch. With 1
+            each token is returned at once; larger chunks take less time in total.
 
     Returns:
-        An iterator of strings that are never empty and hold whole characters only; without a preprocessor of ids.
+        An iterator of strings that are never empty and hold whole characters only; without a preprocessor, of ids.
 
     Raises:
-        ValueError: as for `generate`, at once; for several prompts; for a `chunk_size` that is not a positive integer;
-            and for beam search and contrastive search, whose first token stands only with the last.
-        MemoryError: as for `generate`, when the iterator begins.
+        ValueError: as for `generate`, raised by the call itself; if there are several prompts; if `chunk_size` is not a
+            positive integer; or if the sampler is a beam search or a contrastive search, which decide the first token
+            only with the last.
+        MemoryError: as for `generate`, raised when the iteration begins.
     """
     chunk_size = integer(default_chunk_size() if chunk_size is None else chunk_size, "chunk_size")
     check_streamable(lm.sampler)
@@ -68,34 +73,36 @@ def stream(
     return (int(i) for ids in chunks for i in ids) if lm.preprocessor is None else _texts(lm, chunks)
 
 
-def decoding_stream(lm, control):
+def decoding_stream(lm, control: Control) -> DecodingStream:
     """The compiled parts of a stream for a `Control`."""
 
-    def make():
+    def new_stream():
         start = lm.programs.get(("start",), lambda: Program(partial(_start_decoding, lm), lm))
         return DecodingStream(start, lm.recorded_step, lm.sampler, lm, control)
 
-    return lm.programs.get(("stream", control), make)
+    return lm.programs.get(("stream", control), new_stream)
 
 
-def _chunks(lm, decode, prompts, start, chunk_size, draws):
-    """What a `DecodingStream` gives for prompts of one row and `start` tokens."""
+def _chunks(
+    lm, decode: DecodingStream, prompts: dict[str, np.ndarray], start: int, chunk_size: int, draws: Draws
+) -> Iterator[np.ndarray]:
+    """Yields the chunks, int [N], of a `DecodingStream` for prompts of one row and `start` tokens."""
     arrays = rounded_for(lm, prompts, most_rows=1)
     positions = range(start, prompts["limits"][0])
     with memory_errors_explained(lm, prompts, arrays, caches=1), draws:
         chunks = decode(arrays, positions, chunk_size, draws)
-        # Not between two chunks: who reads the stream may train meanwhile.
+        # `reading` is held per chunk: the user may train between two chunks.
         while (ids := _next_chunk(lm, chunks)) is not None:
             yield ids
 
 
-def _next_chunk(lm, chunks):
+def _next_chunk(lm, chunks: Iterator[np.ndarray]) -> np.ndarray | None:
     with reading(lm, "stream"):
         return next(chunks, None)
 
 
 def _start_decoding(lm, inputs):
-    """`(token_ids, prompt_mask, cache)` of a prompt that was read; see `DecodingStream`."""
+    """Reads the prompt and returns `(token_ids, prompt_mask, cache)`; see `DecodingStream`."""
     encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
     encoder_output = lm.backbone.encoder(inputs["encoder_token_ids"], encoder_mask, training=False)
     prefill = inputs["prefill"].shape[0]
@@ -105,7 +112,8 @@ def _start_decoding(lm, inputs):
     return token_ids, ops.cast(inputs["decoder_padding_mask"], "bool"), cache
 
 
-def _texts(lm, chunks):
+def _texts(lm, chunks: Iterator[np.ndarray]) -> Iterator[str]:
+    """Yields the new whole characters of each chunk, without the ids that have no text."""
     text = TextStream(lm.preprocessor.tokenizer.detokenize)
     for ids in chunks:
         if new := text.add(ids[lm.preprocessor.has_text(ids)].tolist()):

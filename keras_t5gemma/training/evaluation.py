@@ -1,17 +1,18 @@
-"""Held-out loss, in all and by denoiser."""
+"""Held-out loss, overall and per denoiser."""
 
 import itertools
+from collections.abc import Callable, Iterable
 
 from keras_t5gemma.data.objectives.span_corruption import SpanCorruption
 from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
 
 
-def mean_loss(model, batches):
-    """Cross-entropy a target token, in nats, over all target tokens of some batches.
+def mean_loss(model, batches: Iterable[tuple]) -> float:
+    """Cross-entropy per target token, in nats, over all target tokens of some batches.
 
     Args:
-        model: a compiled model.
-        batches: (x, y) or (x, y, sample_weight), an iterable.
+        model: a compiled `keras.Model`.
+        batches: an iterable of (x, y) or (x, y, sample_weight).
     """
     total = tokens = 0.0
     for x, y, *weight in batches:
@@ -23,8 +24,8 @@ def mean_loss(model, batches):
     return total / tokens
 
 
-def part_name(part):
-    """What a part of an objective is called in logs: "prefixlm", or mode, mean span and rate, as in "R_3_0.15"."""
+def part_name(part) -> str:
+    """The name of an objective's part in logs: "prefixlm", or mode, mean span and rate, as in "R_3_0.15"."""
     if isinstance(part, SpanCorruption):
         denoiser = part.denoiser
         numbers = [number for number in (denoiser.mean_span, denoiser.rate) if number is not None]
@@ -32,8 +33,10 @@ def part_name(part):
     return type(part).__name__.lower()
 
 
-def held_out_by_part(texts, tokenizer, objective, *, num_batches, view=None, **options):
-    """The same held-out texts through each part of an objective, for `TrainingLog`.
+def held_out_by_part(
+    texts, tokenizer, objective, *, num_batches: int, view: Callable | None = None, **options
+) -> dict[str, tuple[list, float]]:
+    """Held-out batches of the same texts for each part of an objective, for `TrainingLog`.
 
     >>> held_out = held_out_by_part(texts, tokenizer, UL2(512, 512), num_batches=8, batch_size=8)
     >>> list(held_out)
@@ -41,14 +44,16 @@ def held_out_by_part(texts, tokenizer, objective, *, num_batches, view=None, **o
 
     Args:
         texts: as for `pretraining_dataset`.
-        tokenizer: as there.
-        objective: as there.
-        num_batches: the most a part takes; they are made here, once, and are the same each time.
-        view: called with each part's dataset and the part, gives the dataset to take, such as a `distillation_dataset`.
-        **options: of `pretraining_dataset`: `batch_size`, `seed`, `documents`, `pack`, ...
+        tokenizer: as for `pretraining_dataset`.
+        objective: as for `pretraining_dataset`.
+        num_batches: the maximum number of batches per part. They are created once, by this call, so that each
+            evaluation uses the same batches.
+        view: `(dataset, part) -> dataset`, which replaces each part's dataset, e.g. by a `distillation_dataset`; or
+            None.
+        **options: options of `pretraining_dataset`: `batch_size`, `seed`, `documents`, `pack`, ...
 
     Returns:
-        `{name: (batches, weight)}`, a list of batches and the part's share of the objective.
+        `{name: (batches, weight)}`, a list of batches and the part's weight in the objective.
 
     Raises:
         ValueError: if the texts do not fill a batch.
@@ -56,18 +61,18 @@ def held_out_by_part(texts, tokenizer, objective, *, num_batches, view=None, **o
     held_out = {}
     for part, weight in objective.parts:
         name = part_name(part)
-        if name in held_out:  # the same denoiser with other lengths, say
+        if name in held_out:  # e.g. the same denoiser with other lengths
             name = f"{name}_{len(held_out) + 1}"
         data = pretraining_dataset(texts, tokenizer, part, shuffle=False, num_epochs=1, **options)
         held_out[name] = first_batches(view(data, part) if view else data, num_batches), weight
     return held_out
 
 
-def first_batches(data, count):
-    """A list of a dataset's first batches.
+def first_batches(data: Iterable, count: int) -> list:
+    """The first batches of a dataset.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the dataset has no batch.
     """
     batches = list(itertools.islice(iter(data), count))
     if not batches:

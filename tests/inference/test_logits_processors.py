@@ -7,7 +7,7 @@ from keras import ops
 from transformers.generation import logits_process
 
 import keras_t5gemma as kt
-from keras_t5gemma.inference.logits_processors import Request, Sequences, check_processors, in_order
+from keras_t5gemma.inference.logits_processors import Request, Sequences, application_order, check_processors
 
 VOCABULARY_SIZE, ROWS, LENGTH = 12, 4, 20
 STOPS = (1, 7)
@@ -74,7 +74,7 @@ def test_forced_positions_count_from_each_rows_own_prompt():
 def test_forced_tokens_come_last_and_all_others_in_their_order():
     others = [kt.NoRepeatNgrams(2), kt.RepetitionPenalty(2.0)]
     forced = kt.ForcedTokens({0: 3})
-    assert in_order([forced, *others]) == (*others, forced)
+    assert application_order([forced, *others]) == (*others, forced)
 
 
 def test_equal_processors_are_one_key():

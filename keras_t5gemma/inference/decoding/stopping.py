@@ -1,10 +1,10 @@
-"""Where a generated sequence ends."""
+"""The end of generated sequences: stop ids, and the mask of the positions up to them."""
 
 from keras import ops
 
 
 def is_stop(token_ids, stop_token_ids):
-    """Whether each id is a stop id: bool, of the shape of `token_ids`; all False where there are none."""
+    """Whether each id is a stop id: bool, with the shape of `token_ids`; all False if there are no stop ids."""
     stops = ops.zeros_like(token_ids, dtype="bool")
     for stop in stop_token_ids or ():
         stops = ops.logical_or(stops, ops.equal(token_ids, stop))
@@ -12,7 +12,7 @@ def is_stop(token_ids, stop_token_ids):
 
 
 def output_mask(token_ids, prompt_mask, stop_token_ids, limits=None):
-    """Which positions of generated sequences belong to the result.
+    """The mask of the positions of generated sequences that belong to the result.
 
     With 1 as stop id, `P` a prompt's position and `.` anything:
 
@@ -22,12 +22,12 @@ def output_mask(token_ids, prompt_mask, stop_token_ids, limits=None):
 
     Args:
         token_ids: int [B, L].
-        prompt_mask: bool [B, L], True at prompt tokens; stop ids there end nothing.
+        prompt_mask: bool [B, L], True at prompt tokens; stop ids in the prompt do not count.
         stop_token_ids: ids, or None to keep every position.
-        limits: int [B], the most tokens of a row; L if None.
+        limits: int [B], the maximum length of each row in tokens; L if None.
 
     Returns:
-        bool [B, L], True up to and with the first stop id after the prompt.
+        bool [B, L], True up to and including the first stop id after the prompt.
     """
     stops = ops.logical_and(is_stop(token_ids, stop_token_ids), ops.logical_not(prompt_mask))
     stops = ops.cast(stops, "int32")

@@ -3,81 +3,94 @@
 import contextlib
 import threading
 import weakref
+from collections.abc import Callable, Hashable
 
 import keras
 from keras import ops, tree
 
 from keras_t5gemma._keras_internals import tensor_of
 
-# Weights from which TensorFlow has XLA compile decoding loops on a CPU: of Small-Small a step takes half the time, and
-# of a model of a few thousand weights nothing comes back of what compiling takes.
+# The number of weights from which TensorFlow compiles decoding loops by XLA on a CPU. A step of Small-Small then takes
+# half the time; a model of a few thousand weights never earns back the time to compile.
 _WEIGHTS_FOR_XLA = 10_000_000
 
 
-def by_xla(model):
-    """Whether TensorFlow is to compile decoding loops by XLA where Keras's "auto" would not.
+def by_xla(model: keras.Model) -> bool:
+    """Whether TensorFlow compiles decoding loops by XLA although Keras's "auto" would not.
 
     Args:
-        model: a `keras.Model` whose `jit_compile_is_auto` says that the user did not ask for it.
+        model: a `keras.Model` whose `jit_compile_is_auto` says that the user did not set `jit_compile`.
     """
     return model.jit_compile_is_auto and model.count_params() >= _WEIGHTS_FOR_XLA
 
 
-# One thread at a time traces and compiles: others would do the same work again beside it.
+# One thread at a time traces and compiles: concurrent threads would do the same work twice.
 _COMPILING = threading.RLock()
 
 
-# Programs for different options that are kept. More are a sign of options made anew for each call.
+# The number of programs that a model keeps. More are a sign of options that are created anew for each call.
 MOST_PROGRAMS = 64
 
 
 class Programs:
-    """The newest programs of a model by their keys, which begin with the kind; safe to ask from several threads.
+    """The newest programs of a model by key; thread-safe.
+
+    A key is a tuple whose first item is the kind of the program.
 
     Args:
-        most: how many are kept; the oldest goes first.
+        most: the maximum number of programs; the oldest is dropped first.
     """
 
-    def __init__(self, most=MOST_PROGRAMS):
+    def __init__(self, most: int = MOST_PROGRAMS):
         self._most = most
-        self._made = {}
-        self._lock = threading.RLock()  # one program may be made of others
+        self._programs = {}
+        self._lock = threading.RLock()  # to create a program may create others
 
-    def get(self, key, make):
-        """The one for a key, made by `make()` if there is none."""
+    def get(self, key: tuple[Hashable, ...], create: Callable):
+        """The program for a key, created by `create()` if there is none."""
         with self._lock:
-            if key not in self._made:
-                program = make()  # before there is room for it: it may ask for others
-                while len(self._made) >= self._most:
-                    del self._made[next(iter(self._made))]
-                self._made[key] = program
-            return self._made[key]
+            if key not in self._programs:
+                program = create()  # before the oldest are dropped: it may add others
+                while len(self._programs) >= self._most:
+                    del self._programs[next(iter(self._programs))]
+                self._programs[key] = program
+            return self._programs[key]
 
-    def values(self, kind=None):
-        """A list of all programs, or of those whose key begins with `kind`."""
+    def values(self, kind: str | None = None) -> list:
+        """All programs, or those of one kind."""
         with self._lock:
-            return [program for key, program in self._made.items() if kind in (None, key[0])]
+            return [program for key, program in self._programs.items() if kind in (None, key[0])]
 
     def __len__(self):
-        return len(self._made)
+        return len(self._programs)
 
 
 class Program:
     """A function that reads a model's variables: compiled on JAX and TensorFlow, without gradients on PyTorch.
 
-    What keras-hub does with `generate` as a whole, for any part of it. Weights are arguments of the compiled program,
-    not constants in it: they may change between two calls.
+    keras-hub compiles `generate` as a whole; this class does the same for any part of it. Weights are arguments of the
+    compiled program, not constants in it: they may change between two calls.
 
     Args:
         function: `(*arguments) -> outputs`, nested structures of tensors.
-        model: the `keras.Model` whose variables it reads, and whose `run_eagerly` and `jit_compile` say how to compile.
-        seeds: a list of further variables, a sampler's, whose values each call brings with it and gets back: calls
-            that run at the same time do not share them.
-        donated: how many of the first arguments may be overwritten; the caller does not use these again.
-        decodes: whether it is a loop of decoding steps, which TensorFlow hands to XLA on a CPU too, see `by_xla`.
+        model: the `keras.Model` whose variables the function reads, and whose `run_eagerly` and `jit_compile` determine
+            how it is compiled.
+        seeds: a list of further variables, those of a sampler. Each call passes their values in and gets them back, so
+            that concurrent calls do not share them.
+        donated: how many of the first arguments may be overwritten; the caller must not use these again.
+        decodes: whether the function is a loop of decoding steps, which TensorFlow compiles by XLA on a CPU too; see
+            `by_xla`.
     """
 
-    def __init__(self, function, model, *, seeds=(), donated=0, decodes=False):
+    def __init__(
+        self,
+        function: Callable,
+        model: keras.Model,
+        *,
+        seeds: list | tuple = (),
+        donated: int = 0,
+        decodes: bool = False,
+    ):
         self._function = function
         self._model = model
         self._seeds = seeds
@@ -88,7 +101,7 @@ class Program:
         self._known_shapes = set()
 
     def __call__(self, *arguments, seeds=None):
-        """The function's outputs.
+        """Runs the function, and compiles it first if these shapes are new.
 
         Args:
             *arguments: nested structures of arrays, numbers or tensors.
@@ -120,7 +133,7 @@ class Program:
     def _run_torch(self, seeds, arguments):
         import torch
 
-        # Here, and not around a loop over chunks: what its user does between two of them may need gradients.
+        # Here, not around a loop over chunks: the user's code between two chunks may need gradients.
         with torch.no_grad():
             return self._function_with_seeds(seeds, arguments)
 
@@ -130,20 +143,19 @@ class Program:
 
         if self._model.run_eagerly:
             return self._function_with_seeds(seeds, arguments)
-        # A `tf.function` knows the variables it was made with. Others take their place when a model is quantized or
-        # gets LoRA; the program, which keeps the old ones' memory, goes with the first of them.
+        # A `tf.function` captures the variables that it was traced with. Quantization and LoRA replace them. The
+        # compiled function keeps the memory of the old ones, so it is dropped as soon as one of them is deleted.
         variables = self._variables()
         with _COMPILING:
-            known = [reference() for reference in self._compiled_for]
-            if self._compiled is None or list(map(id, known)) != list(map(id, variables)):
+            traced = [reference() for reference in self._compiled_for]
+            if self._compiled is None or list(map(id, traced)) != list(map(id, variables)):
                 jit_compile = self._model.jit_compile or (self._decodes and by_xla(self._model))
                 self._compiled = tf.function(self._function_with_seeds, jit_compile=jit_compile)
                 self._compiled_for = [weakref.ref(variable, self._forget) for variable in variables]
                 self._known_shapes.clear()
             compiled = self._compiled
         if is_new:
-            # A program of its own per shape is meant. Traced by the call, it would count as one too many, and
-            # TensorFlow would warn of that.
+            # One trace per shape is intended. If the call traced it, TensorFlow would count it as a retrace and warn.
             compiled.get_concrete_function(seeds, arguments)
         return compiled(seeds, arguments)
 
@@ -159,7 +171,7 @@ class Program:
 
             donated = tuple(range(2, 2 + self._donated))
             self._compiled = jax.jit(self._with_variables, donate_argnums=donated)
-        # `.value` keeps how a variable lies on several devices.
+        # `.value` keeps a variable's sharding over several devices.
         return self._compiled([variable.value for variable in self._variables()], seeds, *arguments)
 
     def _with_variables(self, values, seeds, *arguments):

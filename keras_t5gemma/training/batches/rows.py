@@ -1,21 +1,24 @@
-"""Rows in memory: in batches, in another order each epoch, and parted for validation."""
+"""Rows in memory: in batches, in another order each epoch, and split for validation."""
 
 import random
+from collections.abc import Mapping
 
 import grain
 import numpy as np
 
 
-def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=False):
-    """Batches of what lies in memory, for `fit`: in another order each epoch, where asked.
+def training_batches(
+    x: Mapping, y=None, sample_weight=None, *, batch_size: int | None = None, shuffle: bool = False
+) -> grain.MapDataset:
+    """Batches of rows in memory, for `fit`; optionally in another order each epoch.
 
-    keras-hub would batch it too, but always in its given order, and not conversations of unequal length.
+    keras-hub batches rows too, but always in their given order, and it cannot batch conversations of unequal length.
 
     Args:
         x: a mapping of arrays or lists of B rows: token ids, strings or conversations.
         y: labels, an array of B rows, or None.
-        sample_weight: likewise.
-        batch_size: rows per batch, 32 if None as in Keras.
+        sample_weight: weights, an array of B rows, or None.
+        batch_size: rows per batch; 32 if None, as in Keras.
         shuffle: whether rows are shuffled, by `random`, which `keras.utils.set_random_seed` seeds too.
 
     Returns:
@@ -27,7 +30,7 @@ def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=
     columns = {**x, **{name: value for name, value in (("y", y), ("weight", sample_weight)) if value is not None}}
     for name, column in columns.items():
         if isinstance(column, (str, bytes)) or not hasattr(column, "__len__"):
-            raise ValueError(f"`{name}` must hold a row per example: an array or a list. Received: {column!r:.80}.")
+            raise ValueError(f"`{name}` must hold one row per example: an array or a list. Received: {column!r:.80}.")
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) != 1 or not all(lengths.values()):
         raise ValueError(f"All columns need the same number of rows, at least one. Received: {lengths}.")
@@ -36,7 +39,7 @@ def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=
     def batch(rows):
         columns = {name: [row[name] for row in rows] for name in rows[0]}
         columns = {name: np.stack(column) if name in stacked else column for name, column in columns.items()}
-        # Not packed by Keras, which leaves weights out if there is no y, as beside texts.
+        # Not by `keras.utils.pack_x_y_sample_weight`, which drops weights if there is no y, as with texts.
         return {name: columns[name] for name in x}, columns.get("y"), columns.get("weight")
 
     rows = grain.MapDataset.range(next(iter(lengths.values())))
@@ -46,15 +49,24 @@ def training_batches(x, y=None, sample_weight=None, *, batch_size=None, shuffle=
     return rows.batch(32 if batch_size is None else batch_size, batch_fn=batch)
 
 
-def split_rows(x, y, sample_weight, fraction):
-    """`(x, y, sample_weight)` twice: the first rows, and the last `fraction` of them for validation, as Keras does.
+def split_rows(x: Mapping, y, sample_weight, fraction: float) -> tuple[tuple, tuple]:
+    """Splits rows into those for training and the last `fraction` of them for validation, as Keras does.
+
+    Args:
+        x: a mapping of columns with B rows.
+        y: labels, B rows, or None.
+        sample_weight: weights, B rows, or None.
+        fraction: the part for validation.
+
+    Returns:
+        `(x, y, sample_weight)` twice.
 
     Raises:
-        ValueError: if either would have no rows.
+        ValueError: if either part has no rows.
     """
     total = len(next(iter(x.values())))
-    cut = int(total * (1 - fraction))
-    if not 0 < cut < total:
+    split = int(total * (1 - fraction))
+    if not 0 < split < total:
         raise ValueError(
             f"`validation_split` leaves training or validation empty. Received: {fraction} of {total} rows."
         )
@@ -63,4 +75,4 @@ def split_rows(x, y, sample_weight, fraction):
         columns = {name: column[rows] for name, column in x.items()}
         return columns, *(None if column is None else column[rows] for column in (y, sample_weight))
 
-    return part(slice(cut)), part(slice(cut, None))
+    return part(slice(split)), part(slice(split, None))

@@ -1,11 +1,11 @@
-"""The data given to `fit`, `evaluate` and `predict`, as a dataset of batches that Keras reads on every backend."""
+"""The data of `fit`, `evaluate` and `predict` as a dataset of batches that Keras reads on every backend."""
 
 import dataclasses
 import itertools
 import random
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import grain
@@ -27,22 +27,23 @@ from keras_t5gemma.training.batches.rows import training_batches
 from keras_t5gemma.training.batches.streams import Stream, dataset_of_stream
 from keras_t5gemma.training.losses.labels import IGNORED_LABEL
 
-# Batches that are prepared ahead, in as many threads. Grain's 500 would cost whole passes of preprocessing.
+# The number of batches that are prepared ahead, in as many threads. Grain's default of 500 would preprocess whole
+# passes ahead.
 _READ_AHEAD = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
-# Grain looks through all that is read ahead at each step: few for data that have no end.
+# Grain visits all batches that are read ahead at each step: there are few of them for data without end.
 _READ_AHEAD_ENDLESS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-# Batches: more than anyone has. Grain repeats to `sys.maxsize` rows, and batches are a part of that.
+# A length in batches that only endless data have: Grain repeats to `sys.maxsize` rows, and divides by the batch size.
 _ENDLESS = 2**40
 
 
 @dataclasses.dataclass
 class Batches:
-    """What Keras is given.
+    """A dataset for Keras.
 
     Attributes:
         dataset: a Grain dataset or a `tf.data.Dataset` of `(x, y, sample_weight)`.
-        steps: batches of a pass over it, None if not known.
-        stream: the `Stream` that it reads, or None.
+        steps: batches per pass over it, None if unknown.
+        stream: the `Stream` that the dataset reads, or None.
     """
 
     dataset: typing.Any
@@ -58,16 +59,25 @@ class BatchSource:
             batches: a `tf.data.Dataset`, a Grain dataset or loader, a `keras.utils.PyDataset`, a
             `torch.utils.data.DataLoader`, a generator, or another iterable.
         y: labels, for a mapping.
-        sample_weight: likewise.
-        batch_size: rows of a batch, for rows in memory; 32 if None.
-        shuffle: whether rows in memory, or the batches of a `PyDataset`, come in another order each epoch.
-        steps_name: the argument of `fit` and the like that says how many batches to take.
+        sample_weight: weights, for a mapping.
+        batch_size: rows per batch, for rows in memory; 32 if None.
+        shuffle: whether rows in memory, or the batches of a `PyDataset`, are read in another order each epoch.
+        steps_name: the name of the argument with the number of batches, for errors.
 
     Raises:
-        ValueError: if the data are something else, or `y`, `sample_weight` or `batch_size` are given beside batches.
+        ValueError: if the data have another form, or `y`, `sample_weight` or `batch_size` are passed with batches.
     """
 
-    def __init__(self, data, y=None, sample_weight=None, *, batch_size=None, shuffle=False, steps_name="steps"):
+    def __init__(
+        self,
+        data,
+        y=None,
+        sample_weight=None,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        steps_name: str = "steps",
+    ):
         self.data, self.steps_name = data, steps_name
         self.shuffle = shuffle
         if isinstance(data, Mapping):
@@ -80,32 +90,31 @@ class BatchSource:
             columns = [name for name in data.column_names if name in _COLUMNS]
             if not columns:
                 raise ValueError(f"{FORM} Received: a datasets.Dataset with the columns {data.column_names}.")
-            _refuse_beside(data, y=y, sample_weight=sample_weight)
+            _check_none(data, y=y, sample_weight=sample_weight)
             self.data = _rows_of_dataset(data.select_columns(columns), batch_size, shuffle)
             self.steps = len(self.data)
             return
         if _is_of("datasets", "IterableDataset", data):
-            _refuse_beside(data, y=y, sample_weight=sample_weight)
+            _check_none(data, y=y, sample_weight=sample_weight)
             self.data = _RowsInBatches(data, batch_size or 32)
         elif not _is_batches(data):
             raise ValueError(f"{FORM} Or pass a dataset or generator of such batches. Received: {described(data)}.")
         if self.data is data:
-            _refuse_beside(data, y=y, sample_weight=sample_weight, batch_size=batch_size)
+            _check_none(data, y=y, sample_weight=sample_weight, batch_size=batch_size)
         self.steps = _length(self.data)
         if never_ends(self.data):
             self.steps = None
 
-    def batches(self, to_arrays, *, steps=None, passes=1):
-        """The `Batches`.
+    def batches(self, to_arrays: Callable, *, steps: int | None = None, passes: int = 1) -> Batches:
+        """The data as a dataset for Keras.
 
         Args:
-            to_arrays: called with `(x, y, sample_weight)` of a batch, gives the model's.
-            steps: how many the user wants, or None for all.
-            passes: how often they will be gone through.
+            to_arrays: `(x, y, sample_weight)` of a batch to the model's arrays.
+            steps: the number of batches that the user wants per pass, or None for all.
+            passes: the number of passes over the data.
 
         Raises:
-            ValueError: if they never end, or cannot be gone through that often, and `steps` does not say how many to
-                take.
+            ValueError: if the data are empty; or if they never end, or cannot be read as often, and `steps` is None.
         """
         data = self.data
         if steps is None and never_ends(data):
@@ -131,26 +140,28 @@ class BatchSource:
                 f"A generator can be gone through once, and is to be {passes} times: pass `{self.steps_name}`, how "
                 f"many batches to take each time, or a `keras.utils.PyDataset`. Received: {self.steps_name}=None."
             )
-        known = steps is not None or self.steps is not None
-        stream = Stream(partial(self._one_pass, mapped), once=once, endless=known)
+        has_steps = steps is not None or self.steps is not None
+        stream = Stream(partial(self._one_pass, mapped), once=once, endless=has_steps)
         if stream.first() is None:
             raise ValueError(f"The data hold no batch. Received: an empty {type(data).__name__}.")
         return Batches(dataset_of_stream(stream), self.steps, stream)
 
-    def _one_pass(self, mapped):
+    def _one_pass(self, mapped: Callable) -> Iterator:
+        """The arrays of each batch, once through the data."""
         if isinstance(self.data, keras.utils.PyDataset):
             return map(mapped, _pass_of(self.data, self.shuffle))
         return map(mapped, iter(self.data))
 
 
-def _is_batches(data):
+def _is_batches(data) -> bool:
+    """Whether data may be an iterable of batches."""
     if isinstance(data, keras.utils.PyDataset):
         return True
     return isinstance(data, Iterable) and not isinstance(data, (str, bytes, list, tuple)) and not hasattr(data, "shape")
 
 
-def never_ends(data):
-    """Whether a dataset is known to have no end."""
+def never_ends(data) -> bool:
+    """Whether a dataset is known to be endless."""
     if isinstance(data, grain.MapDataset):
         length = _length(data)
         return length is None or length >= _ENDLESS
@@ -164,35 +175,35 @@ def never_ends(data):
     return _is_of("tensorflow", "data.Dataset", data) and int(data.cardinality()) == _infinite()
 
 
-def _infinite():
+def _infinite() -> int:
     return int(sys.modules["tensorflow"].data.INFINITE_CARDINALITY)
 
 
-def _is_of(module, name, data):
-    """Whether data is of a class of a library that is loaded; it is not imported for the question."""
-    found = sys.modules.get(module)
+def _is_of(module: str, name: str, data) -> bool:
+    """Whether data is an instance of a library's class; the library is not imported to find out."""
+    attribute = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found is not None and isinstance(data, found)
+        attribute = getattr(attribute, part, None)
+    return attribute is not None and isinstance(data, attribute)
 
 
-def _length(data):
-    """How many batches data have; None if they do not say."""
+def _length(data) -> int | None:
+    """The number of batches; None if unknown."""
     if isinstance(data, keras.utils.PyDataset):
         return data.num_batches
     if isinstance(data, grain.IterDataset) or _is_of("tensorflow", "data.Dataset", data):
         return None
     try:
         return len(data)
-    except (TypeError, OverflowError):  # none, or Grain's of what it repeats for ever and batches
+    except (TypeError, OverflowError):  # no length, or Grain's for a batched dataset that repeats for ever
         return None
 
 
-def _mapped(to_arrays, batch):
+def _mapped(to_arrays: Callable, batch):
     return to_arrays(*unpacked(batch))
 
 
-def _pass_of(dataset, shuffle):
+def _pass_of(dataset: keras.utils.PyDataset, shuffle: bool) -> Iterator:
     """The batches of one epoch of a `PyDataset`."""
     dataset.on_epoch_begin()
     count = dataset.num_batches
@@ -204,14 +215,22 @@ def _pass_of(dataset, shuffle):
     dataset.on_epoch_end()
 
 
-# Columns of a Hugging Face dataset that are taken; others, such as an id, are left out as by `transformers.Trainer`.
+# The columns of a Hugging Face dataset that are read; others, such as an id, are dropped, as by `transformers.Trainer`.
 _COLUMNS = {*INPUT_NAMES, *TEXT_NAMES, *HUGGING_FACE_NAMES, LABELS}
 _FILLS = {LABELS: IGNORED_LABEL, "y": IGNORED_LABEL}
 
 
-def _in_memory(x, y, sample_weight, batch_size, shuffle):
-    """A `grain.MapDataset` of batches of rows in memory: lists of ids as arrays, padded to the longest of them all."""
-    if not {"encoder_token_ids", "input_ids"} & set(x):  # texts, or an error below that shows the form
+def _in_memory(x: Mapping, y, sample_weight, batch_size: int | None, shuffle: bool) -> grain.MapDataset:
+    """Batches of rows in memory.
+
+    Args:
+        x: a mapping of texts, or of token ids; lists of ids become arrays, padded to the longest of all rows.
+        y: labels or None.
+        sample_weight: weights or None.
+        batch_size: rows per batch; 32 if None.
+        shuffle: whether each epoch has another order.
+    """
+    if not {"encoder_token_ids", "input_ids"} & set(x):  # texts, or a form that later raises an error
         columns = dict(x)
     else:
         columns = {name: _column(name, value) for name, value in x.items()}
@@ -219,17 +238,24 @@ def _in_memory(x, y, sample_weight, batch_size, shuffle):
     return training_batches(columns, y, weights, batch_size=batch_size, shuffle=shuffle)
 
 
-def _refuse_beside(data, **arguments):
+def _check_none(data, **arguments) -> None:
+    """Raises a ValueError if an argument is passed that the batches themselves hold."""
     for name, value in arguments.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` must be left out: a {type(data).__name__} gives whole batches, with labels and weights if "
+                f"`{name}` must be left out: a {type(data).__name__} holds whole batches, with labels and weights if "
                 f"there are any. {FORM} Received: {name}={value if isinstance(value, int) else described(value)}."
             )
 
 
-def _rows_of_dataset(dataset, batch_size, shuffle):
-    """A `grain.MapDataset` of batches of a `datasets.Dataset`, its ids padded to the longest of all rows."""
+def _rows_of_dataset(dataset, batch_size: int | None, shuffle: bool) -> grain.MapDataset:
+    """Batches of a `datasets.Dataset`, its ids padded to the longest of all rows.
+
+    Args:
+        dataset: the `datasets.Dataset`.
+        batch_size: rows per batch; 32 if None.
+        shuffle: whether each epoch has another order.
+    """
     ids = [name for name in dataset.column_names if name not in TEXT_NAMES]
     longest = dict.fromkeys(ids, 0)
     for batch in dataset.select_columns(ids).iter(1000) if ids else ():
@@ -248,7 +274,8 @@ def _rows_of_dataset(dataset, batch_size, shuffle):
     return rows.batch(batch_size or 32).map(batch)
 
 
-def _column(name, value):
+def _column(name: str, value):
+    """A column as an array; texts, and None, are returned unchanged."""
     if value is None or name in TEXT_NAMES or isinstance(value, (str, bytes)):
         return value
     if hasattr(value, "to_list") and hasattr(value, "row_lengths"):
@@ -259,9 +286,9 @@ def _column(name, value):
 
 
 class _RowsInBatches:
-    """A `datasets.IterableDataset` in batches."""
+    """Iterates over a `datasets.IterableDataset` in batches."""
 
-    def __init__(self, dataset, batch_size):
+    def __init__(self, dataset, batch_size: int):
         self.dataset, self.batch_size = dataset, batch_size
 
     def __iter__(self):

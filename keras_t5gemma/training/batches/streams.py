@@ -1,6 +1,7 @@
 """An iterable of batches as a dataset that Keras reads: each batch once, even if Keras looks ahead."""
 
 import threading
+from collections.abc import Callable, Iterator
 
 import grain
 import keras
@@ -12,44 +13,45 @@ _END = object()
 class Stream:
     """Passes over an iterable of batches.
 
-    Keras reads a few batches before a run, to know their shapes, and starts from the beginning then. A generator has no
-    beginning to go back to, and a `PyDataset` may do something at the start of an epoch: so what is read before `begin`
-    is kept and given again.
+    Keras reads a few batches before a run, to learn their shapes, and then starts from the beginning. A generator
+    cannot be restarted, and a `PyDataset` may have side effects at the start of an epoch. So batches that are read
+    before `begin` are kept and returned again.
 
     Args:
-        open_pass: called for each pass, gives an iterator of batches.
-        once: whether there is one pass only, as of a generator.
-        endless: whether a pass follows another in the same iterator, for a run that is told its steps.
+        open_pass: `() -> iterator of batches`, called for each pass.
+        once: whether only one pass is possible, as with a generator.
+        endless: whether an iterator continues with the next pass, for a run with a number of steps.
     """
 
-    def __init__(self, open_pass, *, once=False, endless=False):
+    def __init__(self, open_pass: Callable[[], Iterator], *, once: bool = False, endless: bool = False):
         self._open_pass, self._once, self._endless = open_pass, once, endless and not once
         self._lock = threading.Lock()
         self._read_ahead = []
         self._began = False
-        self._pass, self._used_up = None, False
+        self._pass, self._is_exhausted = None, False
         self._newest = 0
 
-    def begin(self):
-        """From here on batches that are read are used."""
+    def begin(self) -> None:
+        """Marks the start of a run: batches that are read from now on are used, and not kept."""
         self._began = True
 
     def first(self):
-        """The first batch, which is given again; None if there is none."""
+        """The first batch, which the next iterator returns again; None if there is no batch."""
         return next(iter(self), None)
 
     def __iter__(self):
+        """Reads from the beginning of the pass, or after the batches that are used already; ends older iterators."""
         with self._lock:
             self._newest += 1
             number, position = self._newest, 0
         while True:
             with self._lock:
                 if number != self._newest:
-                    return  # left behind by whoever reads on from here
+                    return  # a newer iterator has replaced this one
                 if position < len(self._read_ahead):
                     batch = self._read_ahead[position]
                 else:
-                    batch = self._next()
+                    batch = self._next_batch()
                     if batch is _END:
                         return
                     self._read_ahead.append(batch)
@@ -59,29 +61,29 @@ class Stream:
                     position = 0
             yield batch
 
-    def _next(self):
-        """The next batch of this pass, or the mark of its end."""
-        fresh = self._pass is None
-        if fresh:
-            if self._used_up:
+    def _next_batch(self):
+        """The next batch of this pass, or `_END`."""
+        is_new_pass = self._pass is None
+        if is_new_pass:
+            if self._is_exhausted:
                 return _END
             self._pass = self._open_pass()
         batch = next(self._pass, _END)
         if batch is not _END:
             return batch
-        self._pass, self._used_up = None, self._once
-        # A pass of nothing would be followed by others for ever.
-        return self._next() if self._endless and not fresh else _END
+        self._pass, self._is_exhausted = None, self._once
+        # An empty pass ends the iterator, which would otherwise open passes for ever.
+        return self._next_batch() if self._endless and not is_new_pass else _END
 
 
 class GrainStream(grain.IterDataset):
-    """A `Stream` as the kind of dataset that Keras reads on JAX and PyTorch.
+    """A `Stream` as a Grain dataset, which Keras reads on JAX and PyTorch.
 
     Args:
         stream: the `Stream`.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream: Stream):
         super().__init__()
         self._stream = stream
 
@@ -90,7 +92,9 @@ class GrainStream(grain.IterDataset):
 
 
 class _GrainIterator(grain.DatasetIterator):
-    def __init__(self, batches):
+    """The iterator of a `GrainStream`, whose position cannot be saved."""
+
+    def __init__(self, batches: Iterator):
         super().__init__()
         self._batches = batches
 
@@ -104,10 +108,10 @@ class _GrainIterator(grain.DatasetIterator):
         raise TypeError("The position in an iterable cannot be restored. Use a Grain dataset.")
 
 
-def tensorflow_dataset(stream):
-    """A `Stream` as a `tf.data.Dataset`, whose batches may each have another number of rows and another length.
+def tensorflow_dataset(stream: Stream):
+    """A `Stream` as a `tf.data.Dataset`, whose batches may differ in their numbers of rows and lengths.
 
-    Keras would take the shapes of the first eight batches for those of all.
+    Keras's own conversion would take the shapes of the first eight batches for the shapes of all.
     """
     import tensorflow as tf
 
@@ -119,7 +123,7 @@ def tensorflow_dataset(stream):
     return tf.data.Dataset.from_generator(lambda: iter(stream), output_signature=signature).prefetch(tf.data.AUTOTUNE)
 
 
-def dataset_of_stream(stream):
-    """A `Stream` of `(x, y, sample_weight)` as Keras reads it on the backend at hand."""
+def dataset_of_stream(stream: Stream):
+    """A `Stream` of `(x, y, sample_weight)` as a dataset that Keras reads on the current backend."""
     # Keras's own conversion for TensorFlow fixes the shapes, see `tensorflow_dataset`.
     return tensorflow_dataset(stream) if keras.config.backend() == "tensorflow" else GrainStream(stream)

@@ -1,29 +1,29 @@
-"""The log of a run as a CSV file: reading, writing, and appending to it. Needs no Keras."""
+"""The log of a run as a CSV file: reading, writing, and appending to it. Works without Keras."""
 
 import csv
 import math
 from pathlib import Path
 
 LOG_FILE = "log.csv"
-# The column of the held-out loss; by denoiser it is this, a slash and the denoiser's name.
+# The column of the held-out loss. The column of one denoiser adds a slash and the denoiser's name.
 HELD_OUT = "val_loss"
 
 
-def read_log(run):
+def read_log(run: str | Path) -> dict[str, tuple[list[int], list[float]]]:
     """The log of a run.
 
     Args:
-        run: its folder, or the CSV file itself.
+        run: the run's folder, or the CSV file itself.
 
     Returns:
-        `{column: (steps, values)}`, two lists of numbers; a row that has no value in a column is left out of it.
+        `{column: (steps, values)}`, two lists of numbers; rows without a value in a column are left out of it.
 
     Raises:
-        ValueError: if there is no log, or a row of it is none.
+        ValueError: if there is no log, or a row is invalid.
     """
     path = Path(run) / LOG_FILE if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise ValueError(f"{run} holds no {LOG_FILE}: it is no folder of a run, or nothing has been logged yet.")
+        raise ValueError(f"{run} holds no {LOG_FILE}: it is not the folder of a run, or nothing has been logged yet.")
     columns = {}
     for row in _rows(path):
         for name, value in row.items():
@@ -34,8 +34,12 @@ def read_log(run):
     return columns
 
 
-def _rows(path):
-    """The rows of a log file as dicts of numbers."""
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a log file, checked to hold numbers.
+
+    Raises:
+        ValueError: if a row holds anything else.
+    """
     with path.open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, 2):
@@ -43,7 +47,7 @@ def _rows(path):
             [float(value) for value in row.values() if value]
             int(row["step"])
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}, line {number}: expected a number a column, `step` first.") from error
+            raise ValueError(f"{path}, line {number}: expected one number per column, `step` first.") from error
     return rows
 
 
@@ -51,21 +55,21 @@ class LogTable:
     """A CSV file that is complete after each row.
 
     Args:
-        path: of the file.
-        step: the last row to keep of what is there.
+        path: the file, which may exist.
+        step: existing rows after this step are dropped.
     """
 
-    def __init__(self, path, step):
+    def __init__(self, path: Path, step: int):
         self._path = path
-        # A row that a killed run wrote half of is after its checkpoint, too.
-        rows = _whole_rows(path) if path.is_file() else []
+        # A row that a killed run wrote only in part is dropped too: it is later than the run's checkpoint.
+        rows = _complete_rows(path) if path.is_file() else []
         self._rows = [row for row in rows if int(row["step"]) <= step]
         self._names = list(dict.fromkeys(name for row in self._rows for name in row))
         if rows:
             self._rewrite()
 
-    def add(self, row):
-        """Appends a row, a dict of numbers with a `step`; NaN is written as nothing."""
+    def add(self, row: dict[str, float]) -> None:
+        """Appends a row, a dict of numbers with a `step`; NaN is written as an empty cell."""
         row = {name: "" if math.isnan(value) else f"{value:.7g}" for name, value in row.items()} | {"step": row["step"]}
         self._rows.append(row)
         if new := [name for name in row if name not in self._names]:
@@ -75,10 +79,11 @@ class LogTable:
         with self._path.open("a", encoding="utf-8", newline="") as file:
             csv.DictWriter(file, self._names).writerow(row)
 
-    def close(self):
-        """Nothing is left to do: a row is written when it is added."""
+    def close(self) -> None:
+        """Does nothing: each row is written when it is added."""
 
-    def _rewrite(self):
+    def _rewrite(self) -> None:
+        """Replaces the file atomically by one with all rows and columns."""
         partial = self._path.with_name(f".{self._path.name}.partial")
         with partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, self._names, restval="")
@@ -87,8 +92,8 @@ class LogTable:
         partial.replace(self._path)
 
 
-def _whole_rows(path):
-    """The rows of a file but for a last line that has no end."""
+def _complete_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file, without a last line that does not end in a newline."""
     text = path.read_text(encoding="utf-8")
     lines = text[: text.rfind("\n") + 1].splitlines()
     return list(csv.DictReader(lines))

@@ -1,6 +1,7 @@
-"""Plots of runs by Matplotlib, the extra `plots`. Needs no Keras."""
+"""Plots of runs by Matplotlib, the extra `plots`. Works without Keras."""
 
 import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from keras_t5gemma.training.callbacks.log_file import HELD_OUT, read_log
@@ -8,18 +9,18 @@ from keras_t5gemma.training.callbacks.log_file import HELD_OUT, read_log
 LOSS_LABEL = "loss per target token, nats"
 
 
-def plot_runs(runs, path):
-    """Draws the logs of runs over each other: loss, held-out loss by denoiser, learning rate, tokens per second.
+def plot_runs(runs: Sequence[str | Path], path: str | Path) -> None:
+    """Plots the logs of several runs: loss, held-out loss per denoiser, learning rate, tokens per second.
 
-    Training loss is a line, held-out loss a line of dots. With several runs, a run keeps its colour in all panels; by
-    denoiser, its style of line.
+    Training loss is a line, held-out loss a dashed line with dots. Each run has the same color in all panels, and its
+    own line style in the panel of denoisers, in which colors stand for denoisers.
 
     Args:
-        runs: folders of runs, or CSV files as `TrainingLog` writes them.
-        path: the picture to write; its ending says in what format, e.g. .png, .pdf, .svg.
+        runs: folders of runs, or CSV files that `TrainingLog` has written.
+        path: the image to write; its suffix selects the format, e.g. .png, .pdf, .svg.
 
     Raises:
-        ValueError: if a run has no log, two have one name, or Matplotlib does not know the format.
+        ValueError: if a run has no log, two runs have the same name, or Matplotlib does not support the format.
         ImportError: if Matplotlib is not installed.
     """
     logs = {_name(run): read_log(run) for run in runs}
@@ -49,24 +50,24 @@ def plot_runs(runs, path):
 
 
 @contextlib.contextmanager
-def picture(path, panels):
-    """Panels in a row, two rows from four on, written to a file at the end.
+def picture(path: str | Path, panels: int) -> Iterator[list]:
+    """A figure with panels in one row, or in two from four panels on, written to a file at the end.
 
     Args:
-        path: of the file.
-        panels: how many.
+        path: the file.
+        panels: the number of panels.
 
     Yields:
         A list of Matplotlib's axes.
 
     Raises:
         ImportError: if Matplotlib is not installed.
-        ValueError: if it does not know the file's format.
+        ValueError: if Matplotlib does not support the file's format.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("Drawing takes the extra `plots`: `pip install 'keras-t5gemma[plots]'`.") from error
+        raise ImportError("Plots need the extra `plots`: `pip install 'keras-t5gemma[plots]'`.") from error
     matplotlib.use("agg")
     from matplotlib import pyplot
 
@@ -86,6 +87,7 @@ def picture(path, panels):
         pyplot.close(figure)
 
 
-def _name(run):
+def _name(run: str | Path) -> str:
+    """The name of a run in legends: that of its folder, or of its CSV file without the suffix."""
     path = Path(run).resolve()
     return path.name if path.is_dir() else path.stem

@@ -6,95 +6,104 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NoReturn
 
 import keras
+import numpy as np
 
 from keras_t5gemma._keras_internals import begin_with_epoch
 from keras_t5gemma.checkpoints.processes import on_all_processes, process_count
 from keras_t5gemma.checks import integer
-from keras_t5gemma.training.checkpointing import callback_state as watchers
-from keras_t5gemma.training.checkpointing import model_state as state
-from keras_t5gemma.training.checkpointing import process_folders as parts
-from keras_t5gemma.training.checkpointing import step_folder as files
+from keras_t5gemma.training.checkpointing import callback_state, model_state, process_folders, random_state, step_folder
 from keras_t5gemma.training.checkpointing.data_position import NumberedBatches
 from keras_t5gemma.training.checkpointing.rows import batches_of_rows
 from keras_t5gemma.training.checkpointing.shards import SavedArrays
 
-# What ends an epoch, not the training: truthy, as `stop_training` must be for that, and nobody else's.
+# A value of `stop_training` that ends an epoch, not the training: it is truthy, and no other code sets it.
 _END_OF_EPOCH = "end of epoch"
 
 
 class TrainingCheckpoint(keras.callbacks.Callback):
-    """Saves all there is to a run as it goes, and goes on from the newest checkpoint when the run is started again.
+    """Saves the complete state of a run as it trains, and resumes from the newest checkpoint if the run is restarted.
 
         checkpoint = TrainingCheckpoint("run", save_every=500)
         lm.fit(checkpoint.data(dataset), epochs=10, steps_per_epoch=1000, callbacks=[warmup, checkpoint])
 
-    The program that is started again is the same program: `fit` finds the checkpoint, goes to its epoch and, within it,
-    to the batch after the last one trained on, and ends with the weights of a run that was never stopped: equal bit by
-    bit on JAX and as equal as two runs are on TensorFlow and PyTorch. No example is skipped or comes twice. The first
-    epoch after a restart is what was left of it; its metrics count all of it. Other callbacks see its batches numbered
-    from 0: put this one last, so that it saves after they have acted. `EarlyStopping`, `ReduceLROnPlateau`,
-    `ModelCheckpoint` and `SwapEMAWeights` get back what they know (best, epochs without improvement, best weights), so
-    that the run stops with the epoch it would have stopped with; other callbacks do not get their state back.
+    To resume, start the same program again: `fit` finds the checkpoint, continues in its epoch with the batch after the
+    last one trained on, and ends with the weights of a run that was never stopped: bit-exactly on JAX, and as equal as
+    two runs are on TensorFlow and PyTorch. No example is skipped or repeated. The first epoch after a restart has the
+    remaining batches; its metrics count all batches of the epoch. Other callbacks see its batches numbered from 0. Put
+    this callback last, so that it saves after the others have acted. The states of `EarlyStopping`,
+    `ReduceLROnPlateau`, `ModelCheckpoint` and `SwapEMAWeights` (best value, epochs without improvement, best weights)
+    are restored, so that the run stops with the same epoch as without the interruption; the states of other callbacks
+    are not.
 
-    A run that `EarlyStopping` ended is over: started again it trains no more, says so, and has the weights that it
-    ended with, the best ones under `restore_best_weights=True`. What lies in the folder is the last epoch. A run that
-    anything else stopped goes on where it stopped.
+    A run that `EarlyStopping` ended is over: if it is started again, it warns, does not train, and has the weights that
+    it ended with, which are the best ones under `restore_best_weights=True`. The folder holds the last epoch. A run
+    that was stopped by anything else continues where it stopped.
 
     A checkpoint is a folder `step_00000500`, named by the batches trained on (with gradient accumulation, more than the
     optimizer's steps). It holds weights, the optimizer's state, metrics, the state of dropout and of the global random
-    generators, epoch and batch, and the position in the data. It is saved every `save_every` batches and when
-    training ends; where that is the end of an epoch, after validation. It is copied into the host's memory and written
-    by a thread as training goes on, one at a time; it appears when it is complete; then older ones are removed. An
-    error of the thread is raised at the next save or at the end. Arrays are safetensors, the rest JSON, each file with
-    its checksum: nothing is pickled.
+    generators, epoch and batch, and the position in the data. It is saved every `save_every` batches and when training
+    ends; at the end of an epoch, after validation. It is copied to the host's memory, and a thread writes it while
+    training continues, one checkpoint at a time. It appears when it is complete; then older ones are removed. An error
+    of the thread is raised at the next save or at the end. Arrays are safetensors, all else is JSON, and each file has
+    a checksum: nothing is pickled.
 
-    The weights of a T5Gemma without LoRA and not quantized are in `model/` as a Hugging Face folder, which is all that
+    The weights of a T5Gemma without LoRA and quantization are in `model/` as a Hugging Face folder, which is all that
     `from_preset`, `average_checkpoints` and `transformers` need. So the mean of the last five, as in the paper, is
 
         average_checkpoints(training_weights("run", last=5), "averaged")
 
     and with LoRA or quantization `load_training_weights(lm, "run")` fills a model to export.
 
-    What is saved is checked when it is read: another model, optimizer or dataset and a damaged file are refused, and
-    the message says which is meant. Weights that are infinite or NaN are never saved.
+    A checkpoint is checked when it is read: a damaged file, and another model, optimizer or dataset, raise an error
+    that says which it is. Weights that are infinite or NaN are never saved.
 
-    Several processes of JAX, brought together by `keras.distribution.initialize`, all give the same folder, save and go
-    on together. Each writes what it holds into a folder of its own there, `process_0_of_2/step_00000500`: the shards of
-    every array on its devices, each once, its random states and its position in the data. Nothing is gathered, and to
-    go on with the same mesh a process needs its own part alone: the folder may be on a disk that no other sees. A
-    checkpoint counts when all have their part of it, and all go on from the newest that does; a part that was there and
-    is missing, or is damaged, is an error on all. With another mesh, what a process lacks is read from the other parts,
-    where it sees them, as on a shared file system. Another number of processes is refused: each reads a share of the
-    data.
+    Several processes of JAX, connected by `keras.distribution.initialize`, all pass the same folder, and save and
+    resume together. Each writes its own part into a subfolder, `process_0_of_2/step_00000500`: the shards of every
+    array on its devices, each once, its random states and its position in the data. Nothing is gathered. To resume with
+    the same mesh a process reads its own part only, so the folder may be on a disk that the others do not see. A
+    checkpoint counts if all processes have their part of it, and all resume from the newest one that counts. A damaged
+    part, and a missing part that had been written, is an error on all processes. With another mesh, a process reads
+    shards that it lacks from the other parts, if it sees them, as on a shared file system. Another number of processes
+    is an error, because each process reads a share of the data.
 
-    For those, `training_weights` puts the weights of plain T5Gemma together in one process that sees all parts, one
-    tensor at a time; and `load_training_weights` fills a model of any layout, on any number of processes.
+    From such checkpoints, `training_weights` assembles the weights of a plain T5Gemma in one process that sees all
+    parts, tensor by tensor; and `load_training_weights` fills a model of any layout, on any number of processes.
 
-    Limits: of one process, arrays are gathered in full under a `keras.distribution`. What lies on several processes
-    alike, such as all weights where only the batch is divided, each of them writes. One run at a time has a folder. The
-    data must come in the same order each time, which Grain's datasets do.
+    Limits: a single process gathers arrays in full under a `keras.distribution`. Arrays that are replicated over
+    processes, such as all weights if only the batch is sharded, are written by each of them. Only one run at a time may
+    use a folder. The data must have the same order each time, as Grain's datasets have.
 
     Args:
-        folder: of the checkpoints; made where it does not exist. A new run needs a new one. The same on all processes.
-        save_every: batches between two checkpoints; a multiple of `steps_per_execution`, or the next such is taken.
-        keep: how many of the newest to keep; None for all. Several processes have one more between two saves.
-        continue_stopped: whether a run that `EarlyStopping` ended trains on; it then counts epochs without improvement
-            from 0.
-        stop_on_nan: whether to stop at the batch whose logs have a `loss` that is NaN or infinite. With False the
-            weights alone are checked, when they are saved: where a loss scale skips such batches, say.
+        folder: the folder of the checkpoints, the same on all processes; it is created if it does not exist. A new run
+            needs a new folder.
+        save_every: batches between two checkpoints; with `steps_per_execution`, the next multiple of that.
+        keep: the number of newest checkpoints to keep; None for all. Several processes keep one more between two saves.
+        continue_stopped: whether a run that `EarlyStopping` ended continues to train; epochs without improvement are
+            then counted from 0.
+        stop_on_nan: whether to stop at a batch whose logs have a `loss` that is NaN or infinite. With False only the
+            weights are checked, when they are saved; e.g. if a loss scale skips such batches.
 
     Raises:
-        ValueError: if an argument is out of range; in `fit`, where the data are not from `data`, or are other data;
-            if one of the callbacks that get their state back comes after this one, or
-            `BackupAndRestore` is among them.
-        CheckpointError: in `fit`, where the newest checkpoint is damaged or another model's, or the folder cannot be
+        ValueError: if an argument is out of range; in `fit`, if the data are not the result of `data` or differ from
+            the run's, if a callback whose state is restored comes after this one, or if there is a `BackupAndRestore`.
+        CheckpointError: in `fit`, if the newest checkpoint is damaged or of another model, or the folder cannot be
             written to.
-        FloatingPointError: in `fit`, where loss or weights are not finite; the message names the last good checkpoint.
+        FloatingPointError: in `fit`, if loss or weights are not finite; the message names the last good checkpoint.
     """
 
-    def __init__(self, folder, *, save_every=1000, keep=3, stop_on_nan=True, continue_stopped=False):
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        save_every: int = 1000,
+        keep: int | None = 3,
+        stop_on_nan: bool = True,
+        continue_stopped: bool = False,
+    ):
         super().__init__()
         self.save_every = integer(save_every, "save_every")
         self.keep = integer(keep, "keep", optional=True, none_means="for all")
@@ -103,27 +112,36 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending = None
 
-    def data(self, dataset, y=None, sample_weight=None, *, batch_size=32, seed=0):
+    def data(
+        self,
+        dataset,
+        y=None,
+        sample_weight=None,
+        *,
+        batch_size: int = 32,
+        seed: int | None = 0,
+    ) -> NumberedBatches:
         """The dataset to pass to `fit`, whose position is saved and restored.
 
             checkpoint.data({"encoder_text": questions, "decoder_text": answers}, batch_size=8)
 
-        It is endless where `fit` gets `steps_per_epoch`: what ends begins again.
+        If `fit` gets `steps_per_epoch`, the dataset is endless: after its end it begins again.
 
         Args:
             dataset: a Grain dataset of batches, e.g. a `pretraining_dataset`. Without `steps_per_epoch` it must end. Or
-                a dict of rows in memory, texts or token ids, as `fit` takes it.
+                a dict of rows in memory, texts or token ids, as for `fit`.
             y: labels, for a dict of token ids.
-            sample_weight: for a dict, as `fit` takes it.
+            sample_weight: for a dict, as for `fit`.
             batch_size: for a dict, rows per step.
-            seed: for a dict, of the order of the rows, another one in each epoch; None for the order they have.
+            seed: for a dict, the seed of the order of the rows, which differs in each epoch; None for their given
+                order.
 
         Returns:
             A `grain.IterDataset` of the same batches.
 
         Raises:
-            ValueError: for a dataset whose position cannot be saved, such as a `tf.data.Dataset`; if the columns of a
-                dict have no rows or differ in their number.
+            ValueError: if the position in the dataset cannot be saved, as in a `tf.data.Dataset`; or if the columns of
+                a dict have no rows or differ in their number.
         """
         if isinstance(dataset, Mapping):
             dataset = batches_of_rows(dataset, y, sample_weight, batch_size=batch_size, seed=seed)
@@ -134,56 +152,62 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         return self._data
 
     @property
-    def batches(self):
-        """Batches trained on so far, of all epochs; restored before any callback's `on_train_begin`."""
+    def batches(self) -> int:
+        """Batches trained on so far, in all epochs; restored before any callback's `on_train_begin`."""
         return self._number
 
-    def batch(self, number):
-        """The batch of that number, from 1, from when it was trained on to the next checkpoint."""
+    def batch(self, number: int):
+        """The batch with this number, counted from 1; available from when it was trained on until the next checkpoint.
+
+        Args:
+            number: the batch's number in all epochs.
+        """
         return self._data.batch(number)
 
-    def set_params(self, params):
-        """Restores.
+    def set_params(self, params: dict) -> None:
+        """Restores the run.
 
-        Keras calls this for every callback before `on_train_begin` of any, and the model is built: so the others,
-        which look at the optimizer's steps there, find them restored wherever this one stands among them.
+        Keras calls this method on every callback before `on_train_begin` of any, and the model is built by then. So
+        other callbacks, which read the optimizer's steps in `on_train_begin`, find them restored, in any order of the
+        callbacks.
         """
         super().set_params(params)
         if self._data is None:
             raise ValueError(
-                "TrainingCheckpoint saves the position in the data, too: pass `checkpoint.data(dataset)` to `fit`, "
+                "TrainingCheckpoint saves the position in the data too: pass `checkpoint.data(dataset)` to `fit`, "
                 "before the callback is used."
             )
-        self._watching = watchers.watching(self)
+        self._stateful = callback_state.stateful_callbacks(self)
         self._wait()
         self._thread = threading.current_thread()
-        self._steps = params["steps"]  # a batch count an epoch; None where the data end epochs
-        self._number = self._saved = 0  # batches, of all epochs
+        self._steps = params["steps"]  # batches per epoch; None if epochs end with the data
+        self._number = self._saved = 0  # batches in all epochs
         self._epoch, self._offset, self._batch = None, 0, 0  # offset: batches of the epoch trained on before a restart
         self._restored = self._random = None
-        begin_with_epoch(self.model, None)  # an earlier `fit` with Keras's `BackupAndRestore` leaves its own
+        begin_with_epoch(self.model, None)  # an earlier `fit` with Keras's `BackupAndRestore` leaves its epoch there
         self._data.endless = self._steps is not None
-        if not self.model.optimizer.built:  # by Keras on TensorFlow in the first step only
+        if not self.model.optimizer.built:  # on TensorFlow Keras builds it only in the first step
             self.model.optimizer.build(self.model.trainable_variables)
-        self._run = state.description(self.model) | {"steps_per_epoch": self._steps}
-        self._own, found = parts.begin(self.folder)
-        if found is None:
+        self._run = model_state.description(self.model) | {"steps_per_epoch": self._steps}
+        self._own_folder, checkpoint = process_folders.begin(self.folder)
+        if checkpoint is None:
             self._data.start(0)
         else:
-            on_all_processes(lambda: self._restore(*found))
-        self._agreed = self._number  # the last checkpoint that all processes have
+            on_all_processes(lambda: self._restore(*checkpoint))
+        self._agreed = self._number  # the last checkpoint that all processes have written
 
-    def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
-        """Gives callbacks their state back, which they have just reset."""
+    def on_train_begin(self, logs: dict | None = None) -> None:  # noqa: ARG002 Keras's signature
+        """Restores the states of callbacks, which they have just reset."""
         if self._restored is not None:
             path, content = self._restored
-            described, anew = content.get("callbacks", []), self.continue_stopped and bool(content.get("ended_by"))
-            watchers.restore(self._watching, described, SavedArrays(path, content), anew)
+            reset = self.continue_stopped and bool(content.get("ended_by"))
+            entries = content.get("callbacks", [])
+            callback_state.restore(self._stateful, entries, SavedArrays(path, content), reset_early_stopping=reset)
 
-    def on_epoch_begin(self, epoch, logs=None):  # noqa: ARG002 Keras's signature
-        """Restores the metrics of an epoch that was interrupted, and has the data go on."""
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:  # noqa: ARG002 Keras's signature
+        """Restores the metrics of an interrupted epoch, and starts the data."""
         model = self.model
-        begin_with_epoch(model, None)  # has been read; another `fit` has its own
+        begin_with_epoch(model, None)  # Keras has read it; another `fit` has its own
         if self._epoch is None:
             self._epoch = epoch
         elif epoch != self._epoch:
@@ -192,47 +216,50 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 f"`initial_epoch` out: it is restored."
             )
         if self._offset:
-            state.restore_metrics(model, *self._restored)
+            model_state.restore_metrics(model, *self._restored)
         elif self._steps is None:
             self._data.start(self._number)
         self._batch = self._offset
-        self._watched = watchers.states(self._watching)
+        self._states_at_begin = callback_state.states(self._stateful)
 
-    def on_train_batch_begin(self, batch, logs=None):  # noqa: ARG002
-        """Restores the random states that reading data and beginning an epoch have changed since."""
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:  # noqa: ARG002
+        """Restores the random states again, which reading data and beginning an epoch have changed."""
         saved, self._random = self._random, None
         if saved is None:
             return
         if self._offset:
-            state.set_random_state(saved)
+            random_state.set_random_state(saved)
         elif self._steps is not None:
-            # PyTorch's loader draws a number for each iterator: not here in the run that was never stopped.
-            state.set_torch_random_state(saved)
+            # PyTorch's loader draws a number per iterator, which the uninterrupted run does not create here.
+            random_state.set_torch_random_state(saved)
 
-    def on_train_batch_end(self, batch, logs=None):
-        """Counts, saves, and ends the epoch where Keras would not."""
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Counts batches, saves if it is time, and ends the epoch if Keras would not."""
         if threading.current_thread() is not self._thread:
             raise ValueError("Pass `callbacks` to `fit` as a list: Keras runs one that comes alone in other threads.")
-        done = self._offset + batch + 1
+        in_epoch = self._offset + batch + 1
         if self._data.ends is not None and self._steps is None:
-            # `steps_per_execution` counts steps that the end of the data left out.
-            done = min(done, self._batch + self._data.ends - self._number)
-        before = self._number
-        self._number += done - self._batch
-        self._batch = done
+            # With `steps_per_execution`, Keras also counts steps for which the data had no batch.
+            in_epoch = min(in_epoch, self._batch + self._data.ends - self._number)
+        previous = self._number
+        self._number += in_epoch - self._batch
+        self._batch = in_epoch
         loss = (logs or {}).get("loss")
         if self.stop_on_nan and loss is not None and not math.isfinite(loss):
-            self._stop(f"The loss is {loss} at batch {self._number}, number {done} of epoch {self._epoch}.")
+            self._raise_not_finite(
+                f"The loss is {loss} at batch {self._number}, number {in_epoch} of epoch {self._epoch}."
+            )
         if self._is_last():
-            # Keras goes through as many batches as in any epoch, or until an iterator ends; and then takes that many
-            # for the length of each. So we end it ourselves, where an epoch was interrupted or the data end it.
+            # Keras runs an epoch for the usual number of batches or until an iterator ends, and then takes this number
+            # as the length of all epochs. So this callback ends an epoch that was interrupted or that ends with the
+            # data.
             if (self._offset or self._steps is None) and not self._model.stop_training:
                 self._model.stop_training = _END_OF_EPOCH
-        elif self._number // self.save_every > before // self.save_every:
-            self._save(self._epoch, done)
+        elif self._number // self.save_every > previous // self.save_every:
+            self._save(self._epoch, in_epoch)
 
-    def on_epoch_end(self, epoch, logs=None):  # noqa: ARG002
-        """Saves what an epoch's last batch put off, and at the end of training."""
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:  # noqa: ARG002
+        """Saves if training ends, or if a save was due at the epoch's last batch."""
         model = self.model
         if model.stop_training is _END_OF_EPOCH:
             model.stop_training = False
@@ -241,93 +268,122 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         due = self._number // self.save_every > self._saved // self.save_every
         if self._number > self._saved and (last or (complete and due)):
             if complete:
-                ended_by = watchers.ended_by(self._watching, epoch) if model.stop_training else None
+                ended_by = callback_state.ended_by(self._stateful, epoch) if model.stop_training else None
                 self._save(epoch + 1, 0, ended_by=ended_by)
-            else:  # The epoch goes on, so what others make of its first part does not count.
-                self._save(epoch, self._batch, watchers.states(self._watching, self._watched))
+            else:  # the epoch will continue, so the states of callbacks from before its first part are saved
+                self._save(epoch, self._batch, callback_state.states(self._stateful, self._states_at_begin))
         self._epoch, self._offset, self._batch = epoch + 1, 0, 0
 
-    def on_train_end(self, logs=None):  # noqa: ARG002
-        """Waits for the last checkpoint."""
+    def on_train_end(self, logs: dict | None = None) -> None:  # noqa: ARG002
+        """Waits until the last checkpoint is written."""
         begin_with_epoch(self.model, None)
         self._wait()
 
-    def _is_last(self):
+    def _is_last(self) -> bool:
         """Whether the batch just trained on is the last of its epoch."""
         return self._number == self._data.ends if self._steps is None else self._batch >= self._steps
 
-    def _save(self, epoch, batch, watched=None, ended_by=None):
-        """Copies everything to the host, and has the thread write it."""
+    def _save(self, epoch: int, batch: int, states: tuple | None = None, ended_by: dict | None = None) -> None:
+        """Copies the complete state to the host, and starts to write it in the thread.
+
+        Args:
+            epoch: the epoch in which a resumed run begins.
+            batch: the batches of this epoch that were trained on.
+            states: the result of `callback_state.states`; the current states if None.
+            ended_by: the result of `callback_state.ended_by`.
+        """
         self._wait()
-        # Here and now: the next step changes all of it.
-        described, arrays, model = state.host_copy(self.model)
-        callbacks, more = watched or watchers.states(self._watching)
+        # Copied now, because the next step changes all of it.
+        layout, arrays, model = model_state.host_copy(self.model)
+        callbacks, best_weights = states or callback_state.states(self._stateful)
         content = {
             "epoch": epoch,
             "batch": batch,
             "ended_by": ended_by,
             "callbacks": callbacks,
             "data": self._data.position(self._number),
-            "random": state.random_state(),
+            "random": random_state.random_state(),
             "run": self._run,
-            "metrics": state.metrics_description(self.model),
+            "metrics": model_state.metrics_description(self.model),
             "keras": keras.__version__,
             "backend": keras.config.backend(),
-            **described,
+            **layout,
         }
         if process_count() > 1:
             content["agreed"] = self._agreed
         self._saved = self._number
-        self._pending = self._writer.submit(self._write, self._number, content, arrays | more, model)
+        self._pending = self._writer.submit(self._write, self._number, content, arrays | best_weights, model)
 
-    def _write(self, number, content, arrays, model):
-        """In the thread."""
+    def _write(self, number: int, content: dict, arrays: dict[str, np.ndarray], model: dict | None) -> None:
+        """Writes a checkpoint; runs in the thread.
+
+        Args:
+            number: batches trained on.
+            content: as for `step_folder.write_step`.
+            arrays: as for `step_folder.write_step`.
+            model: as for `step_folder.write_step`.
+
+        Raises:
+            FloatingPointError: if a weight is not finite.
+        """
         try:
-            state.check_finite(arrays, model)
+            model_state.check_finite(arrays, model)
         except FloatingPointError as error:
-            self._stop(f"{error} It was to be saved after batch {number}.")
-        files.write_step(self._own, number, content, arrays, model)
+            self._raise_not_finite(f"{error} It was to be saved after batch {number}.")
+        step_folder.write_step(self._own_folder, number, content, arrays, model)
         if process_count() == 1:
             self._prune()
 
-    def _wait(self):
-        """Waits for the thread and raises its error, once; of several processes for each one's thread."""
+    def _wait(self) -> None:
+        """Waits for the threads of all processes, and raises the error of a thread, once."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
         on_all_processes(pending.result)
         self._agreed = self._saved
         if process_count() > 1:
-            # Not before: one that has yet to write may have nothing to go on from but what would be removed here.
+            # Only now: until all have written, the oldest checkpoint may be the only one that all have.
             self._prune()
 
-    def _prune(self):
+    def _prune(self) -> None:
         if self.keep is not None:
-            files.prune(self._own, self.keep)
+            step_folder.prune(self._own_folder, self.keep)
 
-    def _stop(self, why):
+    def _raise_not_finite(self, reason: str) -> NoReturn:
+        """Raises a FloatingPointError that names the last good checkpoint."""
         if threading.current_thread() is self._thread:
             self._wait()
-        steps = files.steps_in(self._own)
+        steps = step_folder.steps_in(self._own_folder)
         good = f"The last good checkpoint is {steps[-1]}." if steps else "No checkpoint was saved before."
-        raise FloatingPointError(f"{why} {good}")
+        raise FloatingPointError(f"{reason} {good}")
 
-    def _restore(self, path, content):
-        """Gives the model, the data and the random generators the state of a checkpoint."""
-        state.check(self.model, content["run"], path)
+    def _restore(self, path: Path, content: dict) -> None:
+        """Restores the state of a checkpoint: the model, the data and the random generators.
+
+        Args:
+            path: the checkpoint.
+            content: its metadata.
+
+        Raises:
+            CheckpointError: if it is of another model or optimizer.
+            ValueError: if the data or `steps_per_epoch` are not the run's.
+        """
+        model_state.check(self.model, content["run"], path)
         if content["run"]["steps_per_epoch"] != self._steps:
             raise ValueError(
                 f"`steps_per_epoch` was {content['run']['steps_per_epoch']} in the run of {path}, and is "
-                f"{self._steps}. Pass the same to go on with it."
+                f"{self._steps}. Pass the same number to resume it."
             )
         batch = self._data.seek(content["data"])
-        state.restore(self.model, path, content)
+        model_state.restore(self.model, path, content)
         if content["batch"]:
-            state.build_metrics(self.model, batch)
-            state.check_variables(state.metrics_description(self.model), content["metrics"], "list of metrics", path)
+            model_state.build_metrics(self.model, batch)
+            model_state.check_variables(
+                model_state.metrics_description(self.model), content["metrics"], "list of metrics", path
+            )
         self._restored = path, content
         self._random = content["random"]
-        state.set_random_state(self._random)
+        random_state.set_random_state(self._random)
         self._number = self._saved = content["data"]["number"]
         self._epoch, self._offset = content["epoch"], content["batch"]
         if (ended_by := content.get("ended_by")) and not self.continue_stopped:

@@ -1,4 +1,6 @@
-"""Rows in memory as a dataset of batches in an order that follows from a seed and the epoch."""
+"""Rows in memory as a dataset of batches, in an order determined by a seed and the epoch."""
+
+from collections.abc import Mapping
 
 import grain
 import keras
@@ -9,15 +11,15 @@ from keras_t5gemma.checks import integer
 _Y, _WEIGHT = "y", "sample_weight"
 
 
-def batches_of_rows(x, y=None, sample_weight=None, *, batch_size, seed):
-    """What lies in memory as a dataset with random access.
+def batches_of_rows(x: Mapping, y=None, sample_weight=None, *, batch_size: int, seed: int | None) -> grain.MapDataset:
+    """Rows in memory as a dataset of batches with random access.
 
     Args:
         x: a mapping of arrays or lists of B rows: texts, conversations or token ids.
         y: labels, B rows, or None.
-        sample_weight: likewise.
-        batch_size: rows per batch; the last one of an epoch may have fewer.
-        seed: of the order, another one in each epoch; None for the order that the rows have.
+        sample_weight: weights, B rows, or None.
+        batch_size: rows per batch; the last batch of an epoch may have fewer.
+        seed: the seed of the order, which differs in each epoch; None for the given order of the rows.
 
     Returns:
         A `grain.MapDataset` of `x`, `(x, y)` or `(x, y, sample_weight)`.
@@ -38,7 +40,7 @@ def batches_of_rows(x, y=None, sample_weight=None, *, batch_size, seed):
 
     def batch(rows):
         part, rest = (
-            {name: _taken(column, list(rows)) for name, column in group.items()} for group in (columns, targets)
+            {name: _select(column, list(rows)) for name, column in group.items()} for group in (columns, targets)
         )
         return keras.utils.pack_x_y_sample_weight(part, rest.get(_Y), rest.get(_WEIGHT))
 
@@ -46,10 +48,11 @@ def batches_of_rows(x, y=None, sample_weight=None, *, batch_size, seed):
     return (rows if seed is None else rows.shuffle(seed=seed)).batch(batch_size, batch_fn=batch)
 
 
-def _column(values):
-    """Lists stay lists: their rows may be texts, or of unequal length."""
+def _column(values) -> list | np.ndarray:
+    """A column as an array; a list stays a list, because its rows may be texts or of unequal length."""
     return list(values) if isinstance(values, (list, tuple)) else np.asarray(values)
 
 
-def _taken(column, rows):
+def _select(column: list | np.ndarray, rows: list[int]) -> list | np.ndarray:
+    """The rows of a column at these indices."""
     return [column[row] for row in rows] if isinstance(column, list) else column[rows]

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import xxhash
 from safetensors.numpy import save_file
 
@@ -19,32 +20,32 @@ from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, CheckpointError
 # Files of a step folder: metadata (JSON), arrays (safetensors), and T5Gemma weights as a Hugging Face folder.
 STATE_FILE, ARRAYS_FILE, MODEL_FOLDER = "training.json", "training.safetensors", "model"
 _STEP = re.compile(r"step_(\d{8,})")
-# Hidden: what a killed run left half written (`new_folder` names it so), or half removed.
+# Hidden folders that a killed run left incomplete (`new_folder` gives the name) or half removed.
 _LEFTOVER = re.compile(r"\.step_\d{8,}\.(partial|removed)")
 
 
-def steps_in(folder):
-    """The checkpoints in a folder, as paths, oldest first."""
+def steps_in(folder: str | Path) -> list[Path]:
+    """The paths of the checkpoints in a folder, oldest first."""
     folder = Path(folder)
-    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of)
+    paths = [path for path in folder.iterdir() if _STEP.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(paths, key=step_of)
 
 
-def step_of(path):
-    """The number in a checkpoint's name."""
+def step_of(path: str | Path) -> int:
+    """The number of batches in a checkpoint's name."""
     return int(_STEP.fullmatch(Path(path).name)[1])
 
 
-def step_name(step):
-    """The name of the checkpoint after so many batches."""
+def step_name(step: int) -> str:
+    """The name of the checkpoint after this number of batches."""
     return f"step_{step:08d}"
 
 
-def prepare(folder):
-    """Makes the folder, removes what a killed run left half done, and tries whether files can be written.
+def prepare(folder: str | Path) -> None:
+    """Creates the folder, removes incomplete folders of a killed run, and checks that files can be written.
 
     Raises:
-        CheckpointError: if they cannot.
+        CheckpointError: if files cannot be written.
     """
     folder = Path(folder)
     try:
@@ -61,11 +62,13 @@ def prepare(folder):
         ) from error
 
 
-def write_step(folder, step, content, arrays, model=None):
+def write_step(
+    folder: str | Path, step: int, content: dict, arrays: dict[str, np.ndarray], model: dict | None = None
+) -> Path:
     """Writes one checkpoint, which appears when it is complete and on the disk.
 
     Args:
-        folder: of all checkpoints.
+        folder: the folder of all checkpoints.
         step: the number of batches trained on.
         content: the metadata, JSON-ready.
         arrays: numpy arrays by name.
@@ -79,7 +82,7 @@ def write_step(folder, step, content, arrays, model=None):
     """
     target = Path(folder) / step_name(step)
     if target.exists():
-        # Of a run that was set back by hand to an older checkpoint.
+        # It exists if the run was reset by hand to an older checkpoint.
         _remove(target)
     with new_folder(target) as partial:
         check_space(partial, sum(array.nbytes for array in arrays.values()))
@@ -95,34 +98,34 @@ def write_step(folder, step, content, arrays, model=None):
     return target
 
 
-def prune(folder, keep):
+def prune(folder: str | Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints."""
     for path in steps_in(folder)[:-keep]:
         _remove(path)
 
 
-def verified(path):
-    """What is no array of a checkpoint, once every file has been found as it was written.
+def verified(path: str | Path) -> dict:
+    """The metadata of a checkpoint, after the checksums of all its files were checked.
 
     Raises:
-        CheckpointError: the message names the damaged file.
+        CheckpointError: if a file is damaged; the message names it.
     """
     content = read_state(path)
     for name, expected in content["files"].items():
         try:
-            found = _file_checksum(Path(path) / name)
+            checksum = _file_checksum(Path(path) / name)
         except OSError as error:
             raise CheckpointError(f"{Path(path) / name} cannot be read: {error.strerror or error}.") from error
-        if found != expected:
-            raise CheckpointError(f"{Path(path) / name} is damaged: its checksum is {found}, and was {expected}.")
+        if checksum != expected:
+            raise CheckpointError(f"{Path(path) / name} is damaged: its checksum is {checksum}, and was {expected}.")
     return content
 
 
-def read_state(path):
-    """What is no array of a checkpoint, as it was written; its other files are not looked at.
+def read_state(path: str | Path) -> dict:
+    """The metadata of a checkpoint; its other files are not checked.
 
     Raises:
-        CheckpointError: if it is damaged.
+        CheckpointError: if the metadata is damaged.
     """
     file = Path(path) / STATE_FILE
     value = read_json(file)
@@ -132,11 +135,12 @@ def read_state(path):
     return content
 
 
-def newest(folder):
-    """The newest checkpoint of a folder, checked: its path and what is no array; None where there is none.
+def newest(folder: str | Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint of a folder, checked: its path and metadata; None if there is no checkpoint.
 
     Raises:
-        CheckpointError: if it is damaged. None other is taken in silence: the message names one that is good.
+        CheckpointError: if it is damaged. An older checkpoint is never used silently; the message names the newest good
+            one.
     """
     steps = steps_in(folder)
     if not steps:
@@ -146,14 +150,15 @@ def newest(folder):
     except CheckpointError as error:
         good = next((path for path in reversed(steps[:-1]) if _is_good(path)), None)
         remedy = (
-            f"{good} is good: remove {steps[-1]} to go on from there."
+            f"{good} is good: remove {steps[-1]} to resume from there."
             if good
             else f"No older checkpoint in {folder} is good: choose another `folder` to begin anew."
         )
         raise CheckpointError(f"{error} {remedy}") from error
 
 
-def _is_good(path):
+def _is_good(path: Path) -> bool:
+    """Whether all files of a checkpoint have the right checksums."""
     try:
         verified(path)
     except CheckpointError:
@@ -161,28 +166,31 @@ def _is_good(path):
     return True
 
 
-def _remove(path):
-    # Renamed first: a run that is killed here leaves nothing that looks like a checkpoint.
+def _remove(path: Path) -> None:
+    """Removes a checkpoint's folder."""
+    # Renamed first: a run that is killed here does not leave an incomplete folder with a checkpoint's name.
     hidden = path.with_name(f".{path.name}.removed")
     shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
 
 
-def _file_checksum(path):
-    found = xxhash.xxh3_64()
+def _file_checksum(path: Path) -> str:
+    """The xxh3_64 checksum of a file, in hexadecimal digits."""
+    checksum = xxhash.xxh3_64()
     with path.open("rb") as file:
         while piece := file.read(CHUNK_BYTES):
-            found.update(piece)
-    return found.hexdigest()
+            checksum.update(piece)
+    return checksum.hexdigest()
 
 
-def _text_checksum(content):
+def _text_checksum(content: dict) -> str:
+    """The xxh3_64 checksum of metadata, in hexadecimal digits."""
     return xxhash.xxh3_64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _flush(path):
-    """Has the system write a file, or a folder's list of names, to the disk: a machine may die, not only a process."""
+def _flush(path: Path) -> None:
+    """Flushes a file, or a folder's list of names, to the disk, so that it survives a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

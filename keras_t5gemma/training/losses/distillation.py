@@ -1,4 +1,4 @@
-"""Learning from a teacher's logits (Hinton et al., arXiv 1503.02531) without a tensor of all of them."""
+"""Learning from a teacher's logits (Hinton et al., arXiv 1503.02531) without a tensor of all logits."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from keras_t5gemma.training.losses.teachers import check_vocabulary, live_teache
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class Distillation(VocabularyCrossEntropy):
-    """The mean over target tokens of how far the student's distribution is from the teacher's.
+    """The mean divergence of the student's distribution from the teacher's, over target tokens.
 
         data = distillation_dataset(pretraining_dataset(...), objective)
         lm.compile(loss=Distillation(GemmaCausalLM.from_preset("gemma2_9b_en")))
@@ -25,30 +25,37 @@ class Distillation(VocabularyCrossEntropy):
 
         hard_weight * -log p(label) + (1 - hard_weight) * temperature ** 2 * KL(q || p, both at the temperature)
 
-    and one that it does not, such as a sentinel, costs `-log p(label)`: T5Gemma 2's variant for UL2 (arXiv 2512.14856).
-    What a teacher predicts is in each batch: see `distillation_dataset`. Student's and teacher's logits are made a
-    chunk of tokens at a time, and gradients with them, as `VocabularyCrossEntropy` does.
+    and a token that the teacher does not predict, such as a sentinel, costs `-log p(label)`: T5Gemma 2's variant for
+    UL2 (arXiv 2512.14856). Each batch says which tokens the teacher predicts: see `distillation_dataset`. The logits of
+    student and teacher are computed per chunk of tokens, and the gradients with them, as in `VocabularyCrossEntropy`.
 
     The teacher is not part of the student: it is not trained, counted or saved with it. A model that was saved while it
-    was compiled with this loss comes back without teacher and needs another `compile`.
+    was compiled with this loss is loaded without a teacher and needs another `compile`.
 
     Args:
-        teacher: a keras-hub `GemmaCausalLM` (or `GemmaBackbone`); a function that gives logits [B, P, V], capped
-            already, for `{"token_ids", "padding_mask"}` [B, P], or a Keras model that does, such as a quantized Gemma:
-            these do make all logits of a batch, and arrays that a plain function holds become constants of JAX's
-            program; or a `StoredTeacher`, whose batches `fit` gets then.
-        temperature: what both logits are divided by.
-        hard_weight: of the cross-entropy with the labels, in [0, 1]; 0, as in Gemma 2 and T5Gemma (arXiv 2408.00118,
-            section 3.2), for the teacher alone.
+        teacher: a keras-hub `GemmaCausalLM` (or `GemmaBackbone`); or a function that returns logits [B, P, V], after
+            the cap, for `{"token_ids", "padding_mask"}` [B, P], or such a Keras model, e.g. a quantized Gemma; or a
+            `StoredTeacher`, whose `batches()` are then the data of `fit`. A function or a model computes all logits of
+            a batch at once, and on JAX the arrays that a plain function reads become constants of the program.
+        temperature: both logits are divided by it.
+        hard_weight: weight of the cross-entropy with the labels, in [0, 1]; 0, as in Gemma 2 and T5Gemma (arXiv
+            2408.00118, section 3.2), to learn from the teacher only.
         name: the loss's name.
-        **kwargs: what `keras.losses.Loss` takes besides.
+        **kwargs: further arguments of `keras.losses.Loss`.
 
     Raises:
-        ValueError: if an argument is out of range or `teacher` is none; in `compile`, where its vocabulary is not
-            the student's; in `fit`, where batches lack the teacher's view.
+        ValueError: if an argument is out of range or `teacher` is not a teacher; in `compile`, if its vocabulary is not
+            the student's; in `fit`, if batches lack the teacher's view.
     """
 
-    def __init__(self, teacher=None, temperature=1.0, hard_weight=0.0, name="distillation", **kwargs):
+    def __init__(
+        self,
+        teacher=None,
+        temperature: float = 1.0,
+        hard_weight: float = 0.0,
+        name: str = "distillation",
+        **kwargs,
+    ):
         super().__init__(name=name, **kwargs)
         if not temperature > 0:
             raise ValueError(f"`temperature` must be above 0. Received: temperature={temperature!r}.")
@@ -65,7 +72,7 @@ class Distillation(VocabularyCrossEntropy):
         if teacher is not None:
             self.teacher = teacher if isinstance(teacher, StoredTeacher) else live_teacher(teacher)
 
-    def check_student(self, vocabulary_size, tokenizer):
+    def check_student(self, vocabulary_size: int, tokenizer) -> None:
         """Compares the teacher's vocabulary with a student's, as far as both are known.
 
         Args:
@@ -79,25 +86,25 @@ class Distillation(VocabularyCrossEntropy):
             return
         if self.teacher.vocabulary_size is not None:
             check_vocabulary(self.teacher.vocabulary_size, vocabulary_size)
-        pieces = [_pieces(one) for one in (self.teacher.tokenizer, tokenizer)]
-        if None not in pieces and pieces[0] != pieces[1]:
-            place = next(
-                (i for i, (a, b) in enumerate(zip(*pieces, strict=False)) if a != b), min(len(p) for p in pieces)
-            )
+        teachers, students = _pieces(self.teacher.tokenizer), _pieces(tokenizer)
+        if teachers is not None and students is not None and teachers != students:
+            pairs = enumerate(zip(teachers, students, strict=False))
+            first = next((i for i, (a, b) in pairs if a != b), min(len(teachers), len(students)))
             raise ValueError(
                 f"`teacher` must have the student's vocabulary: logits are compared one by one. Received: tokenizers "
-                f"of {len(pieces[0])} (teacher) and {len(pieces[1])} tokens that differ from id {place} on."
+                f"of {len(teachers)} (teacher) and {len(students)} tokens that differ from id {first} on."
             )
 
-    def labels_of(self, y, vocabulary_size=None):
+    def labels_of(self, y: Mapping, vocabulary_size: int | None = None):
         """The labels [B, T] of a batch with a teacher's view.
 
         Args:
-            y: the batch's.
-            vocabulary_size: V, to compare with that of a teacher who has to be asked for it; None not to ask.
+            y: the batch's y.
+            vocabulary_size: V, to compare with a teacher that tells its vocabulary only by its logits; None not to run
+                the teacher.
 
         Raises:
-            ValueError: if it has no view, there is no teacher, or its vocabulary is another.
+            ValueError: if the batch has no view, there is no teacher, or the teacher has another vocabulary.
         """
         if self.teacher is None:
             raise ValueError(
@@ -111,24 +118,31 @@ class Distillation(VocabularyCrossEntropy):
                 if isinstance(self.teacher, StoredTeacher)
                 else "Wrap the dataset in `distillation_dataset`"
             )
-            found = f"a dict with {', '.join(y)}" if isinstance(y, Mapping) else "labels alone"
+            received = f"a dict with {', '.join(y)}" if isinstance(y, Mapping) else "labels alone"
             raise ValueError(
-                f"The batches have no view for the teacher, {', '.join(needed)}. {advice}. Received: {found}."
+                f"The batches have no view for the teacher, {', '.join(needed)}. {advice}. Received: {received}."
             )
         if vocabulary_size is not None and self.teacher.vocabulary_size is None:
             (logits,), _ = self.teacher.arrays(y)
             check_vocabulary(logits.shape[-1], vocabulary_size)
         return y[LABELS]
 
-    def token_loss(self, cap, y, labels, shares):
-        """See `VocabularyCrossEntropy`; runs the teacher."""
+    def token_loss(self, cap: float | None, y: Mapping, labels, shares):
+        """Runs the teacher; returns the `TeacherLoss` and its arrays, see `VocabularyCrossEntropy.token_loss`.
+
+        Args:
+            cap: soft cap on the student's logits, or None.
+            y: a batch's y, with the teacher's view.
+            labels: its labels, int32 [B, T].
+            shares: [B, T], the share of each token in the mean.
+        """
         by_token, shared = self.teacher.arrays(y)
         soft = ops.where(y[POSITIONS] >= 0, shares * (1 - self.hard_weight), 0.0)
         token_loss = TeacherLoss(cap, self.temperature, self.teacher.reads)
         return token_loss, (labels, shares, soft, *by_token), shared
 
-    def get_config(self):
-        """The constructor's arguments but the teacher."""
+    def get_config(self) -> dict:
+        """The constructor's arguments except the teacher."""
         config = super().get_config()
         del config["z_loss"], config["label_smoothing"]
         return {**config, "temperature": self.temperature, "hard_weight": self.hard_weight}
@@ -140,8 +154,8 @@ class TeacherLoss:
 
     Attributes:
         cap: soft cap on the student's logits, or None.
-        temperature: what both logits are divided by.
-        teacher: what its arrays are; see `teachers`.
+        temperature: both logits are divided by it.
+        teacher: the `reads` of a teacher, which knows what its arrays hold; see `teachers`.
     """
 
     cap: float | None
@@ -149,19 +163,30 @@ class TeacherLoss:
     teacher: object
 
     def by_token(self, labels, shares, soft, *arrays):
-        """With the teacher's logits made, where it makes them by chunk."""
+        """The arrays of a chunk, one row per token; computes the teacher's logits if that is done per chunk.
+
+        Args:
+            labels: [m].
+            shares: [m].
+            soft: [m].
+            *arrays: the teacher's arrays, [m, ...], and those that every chunk reads whole.
+        """
         return labels, shares, soft, *self.teacher.by_token(*arrays)
 
     def of_logits(self, logits, labels, shares, soft, *arrays, gradients):
-        """As in `CrossEntropy`.
+        """Loss and accuracy of a chunk of m tokens, and the gradient of the loss, as `CrossEntropy.of_logits`.
 
         Args:
-            logits: the student's, capped, [m, V].
+            logits: the student's, after the cap, [m, V].
             labels: [m].
-            shares: [m], of each token in the mean.
-            soft: [m], the part of them that goes by the teacher.
-            *arrays: the teacher's, [m, ...].
-            gradients: whether they are wanted.
+            shares: [m], the share of each token in the mean.
+            soft: [m], the part of `shares` that the teacher decides.
+            *arrays: the teacher's arrays, [m, ...].
+            gradients: whether to return the gradient.
+
+        Returns:
+            `(sums, gradient)`: loss and accuracy, float32 [2]; the gradient with respect to the logits before the cap,
+            [m, V], or None.
         """
         labels, shares, soft = (ops.expand_dims(array, -1) for array in (labels, shares, soft))
         hard = shares - soft
@@ -185,7 +210,7 @@ class TeacherLoss:
 
 
 def _pieces(tokenizer):
-    """A tokenizer's vocabulary in the order of ids, or None where it is not known."""
+    """A tokenizer's vocabulary in the order of ids, or None if it is unknown."""
     if tokenizer is None or getattr(tokenizer, "proto", None) is None:
         return None
     return list(tokenizer.get_vocabulary())

@@ -1,27 +1,29 @@
-"""Which labels count: -100 does not, and a label of weight 0 may be any number."""
+"""Labels and their weights: -100 has weight 0, and a label of weight 0 may be any number."""
+
+from collections.abc import Sequence
 
 from keras import ops
 
-# Hugging Face's collators and PyTorch's losses mark positions without a target with it.
+# Hugging Face's collators and PyTorch's losses mark positions without a target by this label.
 IGNORED_LABEL = -100
 
 
-def labels_and_weights(labels, weights, shape=None):
-    """Labels that can be indexed with, and their weights.
+def labels_and_weights(labels, weights, shape: Sequence[int | None] | None = None):
+    """Labels that are valid as indices, and their weights.
 
         labels       5  7  -100  900      weights  1  1  1  0
         becomes      5  7     0    0               1  1  0  0
 
     Args:
         labels: ids [B, T], any number type.
-        weights: [B, T], [B] for one weight per row, or None for equal ones.
-        shape: of the model's positions, `(B, T)`, None if not known; compared with the labels'.
+        weights: [B, T], [B] for one weight per row, or None for equal weights.
+        shape: `(B, T)` of the model's positions, to compare with the labels' shape; None if unknown.
 
     Returns:
         `(labels, weights)`: int32 [B, T], 0 at weight 0; float32 [B, T], 0 at labels of -100.
 
     Raises:
-        ValueError: if labels or weights are known to have another shape.
+        ValueError: if labels or weights have another shape, as far as shapes are known.
     """
     labels = ops.cast(labels, "int32")
     _check_shape("y", labels.shape, shape)
@@ -36,17 +38,17 @@ def labels_and_weights(labels, weights, shape=None):
     return ops.where(weights == 0, 0, labels), weights
 
 
-def _check_shape(name, found, expected):
-    """Refuses labels or weights that do not fit the logits."""
+def _check_shape(name: str, shape: Sequence[int | None], expected: Sequence[int | None] | None) -> None:
+    """Raises a ValueError if labels or weights do not have the shape of the logits; None matches any size."""
     if expected is None:
         return
-    found, expected = tuple(found), tuple(expected)
-    fits = len(found) == len(expected) and all(
-        None in pair or pair[0] == pair[1] for pair in zip(found, expected, strict=True)
+    shape, expected = tuple(shape), tuple(expected)
+    matches = len(shape) == len(expected) and all(
+        None in pair or pair[0] == pair[1] for pair in zip(shape, expected, strict=True)
     )
-    if not fits:
+    if not matches:
         kind = "labels" if name == "y" else "weights"
         rows = " (or [B], one per row)" if name == "sample_weight" else ""
         raise ValueError(
-            f"`{name}` must hold {kind} [B, T]{rows} for a decoder of B, T = {expected}. Received: shape {found}."
+            f"`{name}` must hold {kind} [B, T]{rows} for a decoder of B, T = {expected}. Received: shape {shape}."
         )

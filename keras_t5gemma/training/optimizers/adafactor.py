@@ -9,10 +9,10 @@ from keras_t5gemma.training.optimizers.weight_decay import SavesExclusions
 
 
 class _Factored(keras.optimizers.Adafactor):
-    """Keras's numbers without the second moment of a matrix's own size that Keras stores and never reads again."""
+    """Keras's Adafactor without the second moment of a matrix's own size, which Keras stores and never reads."""
 
-    def build(self, variables):
-        """Makes the means over each matrix's rows and columns, and the second moments of vectors."""
+    def build(self, variables: list) -> None:
+        """Creates the means over each matrix's rows and columns, and the second moments of vectors."""
         if self.built:
             return
         keras.optimizers.Optimizer.build(self, variables)
@@ -22,29 +22,36 @@ class _Factored(keras.optimizers.Adafactor):
         ]
 
     def update_step(self, gradient, variable, learning_rate):
-        """One variable's step, in its dtype."""
+        """Updates one variable, in its dtype.
+
+        Args:
+            gradient: its gradient.
+            variable: a `keras.Variable` or a `Float32Weight`.
+            learning_rate: a scalar.
+        """
         dtype = keras.backend.standardize_dtype(variable.dtype)
         rate, gradient = ops.cast(learning_rate, dtype), ops.cast(gradient, dtype)
         step = ops.cast(self.iterations + 1, dtype)
         value = variable.value if isinstance(variable, Float32Weight) else ops.convert_to_tensor(variable)
         rate = ops.minimum(rate, 1 / ops.sqrt(step))
         rate = rate * ops.maximum(ops.cast(self.epsilon_2, dtype), _rms(value))
-        share = ops.power(step, self.beta_2_decay)  # of the new gradient
+        weight = ops.power(step, self.beta_2_decay)  # of the new gradient in the means
         squares = ops.square(gradient) + self.epsilon_1
         moments = self._moments[self._get_variable_index(variable)]
         if len(moments) == 1:
-            new = [(1 - share) * moments[0] + share * squares]
-            second = new[0]
+            new_moments = [(1 - weight) * moments[0] + weight * squares]
+            second_moment = new_moments[0]
         else:
-            new = [
-                (1 - share) * moment + share * ops.mean(squares, axis)
+            new_moments = [
+                (1 - weight) * moment + weight * ops.mean(squares, axis)
                 for moment, axis in zip(moments, (-1, -2), strict=True)
             ]
-            rows = new[0] / ops.mean(new[0], axis=-1, keepdims=True)
-            second = ops.expand_dims(rows, -1) * ops.expand_dims(new[1], -2)
-        for moment, moved in zip(moments, new, strict=True):
-            self.assign(moment, moved)
-        update = gradient / ops.sqrt(second)
+            rows, columns = new_moments
+            rows = rows / ops.mean(rows, axis=-1, keepdims=True)
+            second_moment = ops.expand_dims(rows, -1) * ops.expand_dims(columns, -2)
+        for moment, new_moment in zip(moments, new_moments, strict=True):
+            self.assign(moment, new_moment)
+        update = gradient / ops.sqrt(second_moment)
         update = update / ops.maximum(1.0, _rms(update) / self.clip_threshold)
         self.assign_sub(variable, rate * update)
 
@@ -53,13 +60,15 @@ class _Factored(keras.optimizers.Adafactor):
 class Adafactor(SavesExclusions, LowPrecision, DefaultLearningRate, _Factored):
     """`keras.optimizers.Adafactor` (arXiv 1804.04235), with the same numbers in less memory; see `LowPrecision`.
 
-    A step is the learning rate, at most one over the root of the steps so far, times the root mean square of a weight.
+    The size of a step is the learning rate, but at most `1 / sqrt(steps so far)`, times the root mean square of the
+    weight.
     """
 
     recommendation = "adafactor"
 
 
-def _shapes(variable):
+def _shapes(variable) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a variable's second moments."""
     shape = tuple(variable.shape)
     if len(shape) < 2:
         return [("velocity", shape)]
@@ -67,4 +76,5 @@ def _shapes(variable):
 
 
 def _rms(x):
+    """The root mean square of a tensor."""
     return ops.sqrt(ops.mean(ops.square(x)))

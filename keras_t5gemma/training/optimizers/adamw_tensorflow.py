@@ -8,11 +8,12 @@ from keras_t5gemma.training.optimizers.stochastic_rounding import nearest_bfloat
 
 
 def update(optimizer, grads, variables, learning_rate):
-    """All variables' steps.
+    """Updates all variables.
 
     Args:
         optimizer: an `AdamW`, within its update.
-        grads: float32 for float32 variables, any for bfloat16 ones; `tf.IndexedSlices` for a table's looked up rows.
+        grads: one per variable: float32 for float32 variables, any dtype for bfloat16 ones; `tf.IndexedSlices` for the
+            rows that were looked up in a table.
         variables: `keras.Variable`s.
         learning_rate: a scalar.
     """
@@ -23,15 +24,16 @@ def update(optimizer, grads, variables, learning_rate):
     corrections = tf.sqrt(1 - optimizer.beta_2**local_step) / (1 - optimizer.beta_1**local_step)
     learning_rate = tf.cast(learning_rate, "float32")
     previous = []
-    # Backwards, and one after the other: gradients of the last weights are there first, and go before the others come.
+    # In reverse order, and one after the other: the last weights' gradients are computed first, and their memory is
+    # freed before the others are computed.
     for grad, variable in reversed(list(zip(grads, variables, strict=True))):
-        place = optimizer._get_variable_index(variable)
-        states = [variable, optimizer._momentums[place], optimizer._velocities[place]]
+        index = optimizer._get_variable_index(variable)
+        states = [variable, optimizer._momentums[index], optimizer._velocities[index]]
         tensors = [state.value for state in states]
         factors = learning_rate * corrections, learning_rate * optimizer.decay_of(variable)
         with tf.control_dependencies(previous):
             if is_bfloat16(variable):
-                master = optimizer._master_weights[place]
+                master = optimizer._master_weights[index]
                 keys = [optimizer.key_of(state) if is_bfloat16(state) else None for state in states]
                 scale = 1.0 if optimizer._clip_scale is None else optimizer._clip_scale
                 copy = None if master is None else master.value
@@ -39,7 +41,7 @@ def update(optimizer, grads, variables, learning_rate):
             elif isinstance(grad, tf.IndexedSlices):
                 last = updates.rows(*tensors, *factors, *_rows(without_duplicates(grad)))
             else:
-                last = updates.whole(*tensors, *factors, grad)
+                last = updates.dense(*tensors, *factors, grad)
         previous = [last]
 
 
@@ -54,8 +56,8 @@ class Updates:
         self.beta_1, self.beta_2, self.epsilon = optimizer.beta_1, optimizer.beta_2, optimizer.epsilon
 
     @functools.cached_property
-    def whole(self):
-        """One float32 weight's step."""
+    def dense(self):
+        """The update of a float32 weight with a dense gradient."""
         import tensorflow as tf
 
         @tf.function(jit_compile=True)
@@ -69,13 +71,13 @@ class Updates:
 
     @functools.cached_property
     def rows(self):
-        """The same for a table of which only some rows have a gradient, without one of the table's size."""
+        """The update of a float32 table of which only some rows have a gradient, without a gradient of its size."""
         import tensorflow as tf
 
         @tf.function(jit_compile=True)
-        def update(variable, momentum, velocity, alpha, decay, rows, places):
-            momentum.assign(_moved_rows(momentum, rows, places, self.beta_1))
-            velocity.assign(_moved_rows(velocity, tf.square(rows), places, self.beta_2))
+        def update(variable, momentum, velocity, alpha, decay, rows, ids):
+            momentum.assign(_averaged_rows(momentum, rows, ids, self.beta_1))
+            velocity.assign(_averaged_rows(velocity, tf.square(rows), ids, self.beta_2))
             variable.assign(self._stepped(variable, momentum, velocity, alpha, decay))
             return alpha
 
@@ -83,21 +85,21 @@ class Updates:
 
     @functools.cached_property
     def bfloat16(self):
-        """One bfloat16 weight's step, in float32, of a whole gradient or of rows."""
+        """The update of a bfloat16 weight, in float32, with a dense gradient or with rows."""
         import tensorflow as tf
 
         @tf.function(jit_compile=True)
-        def update(variable, momentum, velocity, master, alpha, decay, scale, keys, grad, places):
+        def update(variable, momentum, velocity, master, alpha, decay, scale, keys, grad, ids):
             weight, first, second = (tf.cast(state, "float32") for state in (variable, momentum, velocity))
             if master is not None:
                 weight = tf.where(nearest_bfloat16(tf.convert_to_tensor(master)) == weight, master, weight)
             grad = grad * scale
-            if places is None:
+            if ids is None:
                 first = first + (grad - first) * (1 - self.beta_1)
                 second = second + (tf.square(grad) - second) * (1 - self.beta_2)
             else:
-                first = _moved_rows(first, grad, places, self.beta_1)
-                second = _moved_rows(second, tf.square(grad), places, self.beta_2)
+                first = _averaged_rows(first, grad, ids, self.beta_1)
+                second = _averaged_rows(second, tf.square(grad), ids, self.beta_2)
             weight = self._stepped(weight, first, second, alpha, decay)
             if master is not None:
                 master.assign(weight)
@@ -110,18 +112,21 @@ class Updates:
         return update
 
     def _stepped(self, variable, momentum, velocity, alpha, decay):
+        """The new value of a weight; `alpha` and `decay` include the learning rate."""
         import tensorflow as tf
 
         return variable - variable * decay - momentum * alpha / (tf.sqrt(velocity) + self.epsilon)
 
 
 def _rows(grad):
+    """`(rows, ids)` of a lookup's gradient; `(gradient, None)` of a dense one."""
     import tensorflow as tf
 
     return (grad.values, grad.indices) if isinstance(grad, tf.IndexedSlices) else (grad, None)
 
 
-def _moved_rows(state, rows, places, beta):
+def _averaged_rows(state, rows, ids, beta):
+    """A moving average [V, D] after a gradient whose rows [m, D] belong to the ids [m], and are zero elsewhere."""
     import tensorflow as tf
 
-    return tf.tensor_scatter_nd_add(state - state * (1 - beta), tf.expand_dims(places, -1), rows * (1 - beta))
+    return tf.tensor_scatter_nd_add(state - state * (1 - beta), tf.expand_dims(ids, -1), rows * (1 - beta))

@@ -3,16 +3,16 @@
 from keras_t5gemma.training.optimizers.low_precision import is_bfloat16
 from keras_t5gemma.training.optimizers.stochastic_rounding import nearest_bfloat16, random_bits, stochastic_round
 
-# Elements of a bfloat16 weight at a time: float32 copies of a table of 256,000 x 2,304 would take ten gigabytes.
+# Elements per chunk of a bfloat16 weight: float32 copies of a table of 256,000 x 2,304 would take ten gigabytes.
 CHUNK = 2**24
 
 
 def update(optimizer, grads, variables, learning_rate):
-    """All variables' steps, in place.
+    """Updates all variables in place.
 
     Args:
         optimizer: an `AdamW`, within its update.
-        grads: float32 for float32 variables, any for bfloat16 ones.
+        grads: one per variable: float32 for float32 variables, any dtype for bfloat16 ones.
         variables: `keras.Variable`s.
         learning_rate: a scalar.
     """
@@ -20,17 +20,17 @@ def update(optimizer, grads, variables, learning_rate):
 
     learning_rate = float(learning_rate)
     pairs = list(zip(grads, variables, strict=True))
-    whole = [pair for pair in pairs if not is_bfloat16(pair[1])]
+    float32_pairs = [pair for pair in pairs if not is_bfloat16(pair[1])]
     with torch.no_grad():
-        for decay in {optimizer.decay_of(variable) for _, variable in whole}:
-            chosen = [(grad, variable) for grad, variable in whole if optimizer.decay_of(variable) == decay]
-            places = [optimizer._get_variable_index(variable) for _, variable in chosen]
+        for decay in {optimizer.decay_of(variable) for _, variable in float32_pairs}:
+            group = [(grad, variable) for grad, variable in float32_pairs if optimizer.decay_of(variable) == decay]
+            indices = [optimizer._get_variable_index(variable) for _, variable in group]
             _kernel(
                 optimizer,
-                [variable.value for _, variable in chosen],
-                [grad.contiguous() for grad, _ in chosen],
-                [optimizer._momentums[place].value for place in places],
-                [optimizer._velocities[place].value for place in places],
+                [variable.value for _, variable in group],
+                [grad.contiguous() for grad, _ in group],
+                [optimizer._momentums[index].value for index in indices],
+                [optimizer._velocities[index].value for index in indices],
                 learning_rate,
                 decay,
             )
@@ -40,15 +40,22 @@ def update(optimizer, grads, variables, learning_rate):
 
 
 def _update_in_chunks(optimizer, grad, variable, learning_rate):
-    """One bfloat16 variable's step, some numbers at a time in float32."""
-    place = optimizer._get_variable_index(variable)
-    master = optimizer._master_weights[place]
-    stored = [variable, optimizer._momentums[place], optimizer._velocities[place]]
-    # Bits are drawn for what is stored in bfloat16, but for a weight that has a float32 copy.
-    keys = [optimizer.key_of(state) if is_bfloat16(state) else None for state in stored]
-    flat = [state.value.view(-1) for state in stored]
+    """Updates one bfloat16 variable, chunk by chunk in float32.
+
+    Args:
+        optimizer: as for `update`.
+        grad: its gradient, any float dtype.
+        variable: a `keras.Variable`.
+        learning_rate: a float.
+    """
+    index = optimizer._get_variable_index(variable)
+    master = optimizer._master_weights[index]
+    states = [variable, optimizer._momentums[index], optimizer._velocities[index]]
+    # Tensors in bfloat16 are rounded stochastically, except a weight with a float32 copy: see below.
+    keys = [optimizer.key_of(state) if is_bfloat16(state) else None for state in states]
+    flat = [state.value.view(-1) for state in states]
     grad = grad.reshape(-1)
-    copies = None if master is None else master.value.view(-1)
+    flat_master = None if master is None else master.value.view(-1)
     for start in range(0, len(grad), CHUNK):
         chunk = slice(start, start + CHUNK)
         gradient = grad[chunk].float()
@@ -56,10 +63,11 @@ def _update_in_chunks(optimizer, grad, variable, learning_rate):
             gradient = gradient * optimizer._clip_scale
         values = [tensor[chunk].float() for tensor in flat]  # the tensor itself if it is float32
         if master is not None:
-            values[0] = copies[chunk].where(nearest_bfloat16(copies[chunk]) == values[0], values[0])
+            copy = flat_master[chunk]
+            values[0] = copy.where(nearest_bfloat16(copy) == values[0], values[0])
         _kernel(optimizer, values[:1], [gradient], values[1:2], values[2:], learning_rate, optimizer.decay_of(variable))
         if master is not None:
-            copies[chunk] = values[0]
+            flat_master[chunk] = values[0]
             flat[0][chunk] = nearest_bfloat16(values[0])
         for tensor, value, key in list(zip(flat, values, keys, strict=True))[0 if master is None else 1 :]:
             if key is not None:
@@ -67,7 +75,17 @@ def _update_in_chunks(optimizer, grad, variable, learning_rate):
 
 
 def _kernel(optimizer, values, grads, momentums, velocities, learning_rate, decay):
-    """PyTorch's fused AdamW, with Keras's place for epsilon."""
+    """PyTorch's fused AdamW, with epsilon as in Keras; updates values and moments in place.
+
+    Args:
+        optimizer: as for `update`.
+        values: float32 tensors.
+        grads: float32 tensors, one per value.
+        momentums: first moments, one per value.
+        velocities: second moments, one per value.
+        learning_rate: a float.
+        decay: the weight decay, relative to the learning rate.
+    """
     import torch
     from torch.optim.adamw import adamw
 

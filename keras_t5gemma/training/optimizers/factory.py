@@ -1,5 +1,9 @@
 """The optimizer of an adaptation run: schedule, clipping and weight decay as in the papers."""
 
+from collections.abc import Sequence
+
+import keras
+
 from keras_t5gemma.checks import integer, is_number
 from keras_t5gemma.suggestions import check_choice
 from keras_t5gemma.training.optimizers.adafactor import Adafactor
@@ -7,7 +11,7 @@ from keras_t5gemma.training.optimizers.adamw import AdamW
 from keras_t5gemma.training.optimizers.learning_rates import WarmupCosine
 from keras_t5gemma.training.optimizers.muon import Muon
 
-# What is not a matrix product has no business shrinking: norms, and embeddings, whose rows are seldom visited.
+# Weights that are not factors of matrix products are not decayed: norms, and embeddings, whose rows are rarely updated.
 NO_DECAY = ("scale", "embeddings")
 WARMUP_STEPS = 100
 OPTIMIZERS = {
@@ -18,41 +22,44 @@ OPTIMIZERS = {
 
 
 def optimizer(
-    name="adamw",
+    name: str = "adamw",
     *,
-    learning_rate=None,
-    steps=None,
-    warmup_steps=None,
-    final_fraction=0.1,
-    weight_decay=0.01,
-    no_decay=NO_DECAY,
-    clip_norm=1.0,
+    learning_rate: float | None = None,
+    steps: int | None = None,
+    warmup_steps: int | None = None,
+    final_fraction: float = 0.1,
+    weight_decay: float = 0.01,
+    no_decay: Sequence[str] = NO_DECAY,
+    clip_norm: float | None = 1.0,
     **kwargs,
-):
+) -> keras.optimizers.Optimizer:
     """A Keras optimizer with a warm-up, a cosine, clipping by the global norm and weight decay.
 
     A linear warm-up of 100 steps, then a cosine, and gradients clipped at a global norm of 1 are T5Gemma 2's (arXiv
-    2512.14856); a tenth at the end of the cosine and the weight decay are common choices, which it does not name.
+    2512.14856). The cosine's end at a tenth of the peak and the weight decay are common choices, which the paper does
+    not name.
 
         lm.compile(optimizer=optimizer("adamw", learning_rate=1e-4, steps=10_000))
 
-    Weights in bfloat16 are trained, too, with moments and all arithmetic in float32. Keras's callbacks may set its
-    `learning_rate`, which then ends the schedule.
+    Weights in bfloat16 are trained too, with moments and all arithmetic in float32. Keras's callbacks may set
+    `learning_rate`, which ends the schedule.
 
     Args:
-        name: "adamw"; "adafactor", which keeps a row and a column of second moments a matrix; or "muon", which takes
-            matrices through Newton-Schulz steps and embeddings and norms through AdamW.
-        learning_rate: the peak, reached after the warm-up; None for the optimizer's own for the model's
-            width, and another one for LoRA, see `rate_by_width`.
-        steps: optimizer steps in all; the cosine ends there. None for no cosine: the peak to the end.
-        warmup_steps: of the linear warm-up from zero; at most `steps`. None for 100, or a tenth of `steps` if less.
-        final_fraction: of the peak, where the cosine ends.
-        weight_decay: a step's shrinkage is `learning_rate * weight_decay`.
-        no_decay: a weight with one of these in its name is not shrunk.
-        clip_norm: the largest global norm of the gradients; None for any.
-        **kwargs: what the optimizer's class takes besides, e.g. `beta_2`; and for bfloat16 weights
+        name: "adamw"; "adafactor", which keeps one row and one column of second moments per matrix; or "muon", which
+            updates matrices by Newton-Schulz steps and embeddings and norms by AdamW.
+        learning_rate: the peak, reached after the warm-up; None for the optimizer's default for the model's width,
+            which is another one for LoRA; see `rate_by_width`.
+        steps: the total number of optimizer steps, at which the cosine ends. None for no cosine: the rate stays at the
+            peak.
+        warmup_steps: steps of the linear warm-up from zero; at most `steps`. None for 100, or a tenth of `steps` if
+            that is less.
+        final_fraction: the fraction of the peak at which the cosine ends.
+        weight_decay: a step shrinks weights by `learning_rate * weight_decay`.
+        no_decay: a weight with one of these strings in its name is not decayed.
+        clip_norm: the largest global norm of the gradients; None for no clipping.
+        **kwargs: further arguments of the optimizer's class, e.g. `beta_2`; and for bfloat16 weights
             `moments_dtype="bfloat16"`, which halves the moments' memory at the price of rounding noise, and
-            `master_weights=True`, which keeps each weight in float32, too.
+            `master_weights=True`, which keeps each weight in float32 too.
 
     Returns:
         A `keras.optimizers.Optimizer`.
@@ -70,17 +77,17 @@ def optimizer(
     if learning_rate is not None and not (is_number(learning_rate) and learning_rate > 0):
         raise ValueError(
             f"`learning_rate` must be positive, the peak of a schedule. Received: learning_rate={learning_rate!r}. For "
-            f"a schedule of your own, set the attribute: `made = optimizer(...); made.learning_rate = schedule`."
+            f"a schedule of your own, set the attribute: `adamw = optimizer(...); adamw.learning_rate = schedule`."
         )
     if not (is_number(final_fraction) and 0 <= final_fraction <= 1):
         raise ValueError(f"`final_fraction` must be in [0, 1]. Received: final_fraction={final_fraction!r}.")
     if name == "muon":
-        kwargs = {"adam_weight_decay": weight_decay or None, **kwargs}  # of what goes through its AdamW
-    made = OPTIMIZERS[name](
+        kwargs = {"adam_weight_decay": weight_decay or None, **kwargs}  # for the weights that AdamW updates
+    configured = OPTIMIZERS[name](
         learning_rate=WarmupCosine(learning_rate, steps, warmup_steps, final_fraction),
         weight_decay=weight_decay or (0.0 if name == "adamw" else None),
         global_clipnorm=clip_norm,
         **kwargs,
     )
-    made.exclude_from_weight_decay(var_names=list(no_decay))
-    return made
+    configured.exclude_from_weight_decay(var_names=list(no_decay))
+    return configured

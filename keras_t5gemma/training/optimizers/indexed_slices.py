@@ -1,10 +1,10 @@
-"""TensorFlow's gradients of lookups, `tf.IndexedSlices`: rows of a table, with ids that may repeat."""
+"""TensorFlow's gradients of embedding lookups, `tf.IndexedSlices`: rows of a table, with ids that may repeat."""
 
 import keras
 
 
-def is_distributed():
-    """Whether a `tf.distribute` strategy is at work; False on the other backends."""
+def is_distributed() -> bool:
+    """Whether a `tf.distribute` strategy is active; False on the other backends."""
     if keras.config.backend() != "tensorflow":
         return False
     import tensorflow as tf
@@ -13,9 +13,10 @@ def is_distributed():
 
 
 def without_duplicates(grad):
-    """A lookup's gradient with one row an id: TensorFlow's norm would take the rows of a repeated id one by one.
+    """Sums the rows of a lookup's gradient that have the same id; other gradients are returned unchanged.
 
-    The rows stay as many, so that XLA compiles once; those left over are zero, and said to be id 0's.
+    TensorFlow's norm would count the rows of a repeated id separately. The number of rows stays the same, so that XLA
+    compiles once; the rows left over are zero and have id 0.
     """
     import tensorflow as tf
 
@@ -31,13 +32,13 @@ def without_duplicates(grad):
 
 
 def float32_gradient(grad):
-    """A gradient in float32, with one row an id if it is of a lookup. On every backend."""
+    """A gradient in float32, with one row per id if it is a lookup's. For every backend."""
     grad = keras.ops.cast(grad, "float32")
     return without_duplicates(grad) if keras.config.backend() == "tensorflow" else grad
 
 
 def dense(grad):
-    """A gradient as one tensor. On every backend."""
+    """A gradient as one dense tensor. For every backend."""
     if keras.config.backend() == "tensorflow":
         import tensorflow as tf
 

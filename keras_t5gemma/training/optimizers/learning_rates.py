@@ -8,36 +8,39 @@ import keras
 from keras import ops
 
 # Peak rates by the model's width D: `factor / D**power`, and at most the last number. The best of a grid for widths of
-# 64, 128 and 256 (benchmarks/log/2026-11-29-learning-rates-by-width.md), continued to published widths as in
-# arXiv 2203.03466: AdamW's rate goes with 1/D. Adafactor's is relative to the size of a weight, which goes with
-# 1/sqrt(D).
+# 64, 128 and 256 (benchmarks/log/2026-11-29-learning-rates-by-width.md), extrapolated to published widths as in
+# arXiv 2203.03466: AdamW's rate is proportional to 1/D. Adafactor's is relative to the size of a weight, which is
+# proportional to 1/sqrt(D).
 _RULES = {
     "adamw": {"full": (0.1, 1.0, 2e-3), "lora": (2.5, 1.0, 1e-2)},
     "adafactor": {"full": (0.1, 0.5, 1e-2), "lora": (0.35, 0.5, 3e-2)},
     "muon": {"full": (0.1, 1.0, 2e-3), "lora": (2.5, 1.0, 1e-2)},
 }
-_USUAL_WIDTH = 2304  # of Gemma 2 2B, until a model is known
+_USUAL_WIDTH = 2304  # of Gemma 2 2B, as long as the model is unknown
 
 
-def rate_by_width(name, what, width):
-    """The rate an optimizer takes by default.
+def rate_by_width(name: str, what: str, width: float) -> float:
+    """The default learning rate of an optimizer.
 
     Args:
         name: "adamw", "adafactor" or "muon".
-        what: "full", or "lora" where LoRA's factors alone are trained.
+        what: "full", or "lora" if only LoRA's factors are trained.
         width: D.
+
+    Returns:
+        The peak rate.
     """
     factor, power, most = _RULES[name][what]
     return min(most, factor / width**power)
 
 
-def recommended_learning_rate(name, variables):
-    """The rate an optimizer takes by default for a model.
+def recommended_learning_rate(name: str, variables: list) -> float:
+    """The default learning rate of an optimizer for a model.
 
     Args:
         name: as for `rate_by_width`.
-        variables: the trainable `keras.Variable`s; LoRA's rate is taken if there is a factor of LoRA among them. The
-            width is the median of the matrices' numbers of inputs.
+        variables: the trainable `keras.Variable`s. If a factor of LoRA is among them, the rate is LoRA's. The width is
+            the median of the matrices' numbers of inputs.
     """
     kinds = [variable.path.rpartition("/")[2] for variable in variables]
     lora = any(kind.startswith("lora_") for kind in kinds)
@@ -51,16 +54,22 @@ def recommended_learning_rate(name, variables):
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
 class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
-    """A linear warm-up from zero to a peak, then a cosine down to a part of it.
+    """A linear warm-up from zero to a peak, then a cosine down to a fraction of the peak.
 
     Args:
-        peak: the rate after the warm-up; None for the optimizer's default, which it sets in `build`.
-        steps: where the cosine ends; None for the peak ever after the warm-up.
-        warmup_steps: of the warm-up.
-        final_fraction: of the peak, after the cosine.
+        peak: the rate after the warm-up; None for the optimizer's default, which the optimizer sets in `build`.
+        steps: the step at which the cosine ends; None to stay at the peak after the warm-up.
+        warmup_steps: steps of the warm-up.
+        final_fraction: the fraction of the peak after the cosine.
     """
 
-    def __init__(self, peak=None, steps=None, warmup_steps=0, final_fraction=0.1):
+    def __init__(
+        self,
+        peak: float | None = None,
+        steps: int | None = None,
+        warmup_steps: int = 0,
+        final_fraction: float = 0.1,
+    ):
         self.peak, self.steps, self.warmup_steps, self.final_fraction = peak, steps, warmup_steps, final_fraction
         self.default_peak = None
 
@@ -77,7 +86,7 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
             rate = ops.where(step < self.warmup_steps, peak * step / self.warmup_steps, rate)
         return rate
 
-    def get_config(self):
+    def get_config(self) -> dict:
         """The constructor's arguments."""
         return {
             "peak": self.peak,
@@ -88,18 +97,18 @@ class WarmupCosine(keras.optimizers.schedules.LearningRateSchedule):
 
 
 class DefaultLearningRate:
-    """A mix-in before a Keras optimizer: a rate by default, and one that can be set though it follows a schedule.
+    """A mix-in before a Keras optimizer: a default learning rate, which can be set even if it follows a schedule.
 
     Keras's `LearningRateScheduler` and `ReduceLROnPlateau` set `optimizer.learning_rate`, which Keras refuses for a
-    schedule. Here the rate is from then on what was set, unless it is what the schedule has at this step. That is part
-    of the optimizer's state: a run that goes on from a checkpoint keeps it. In the warm-up, where a part of a rate that
-    is still small would be kept to the end of the run, a warning says so.
+    schedule. Here the rate stays at the value that was set, unless that equals the schedule's rate at this step. The
+    value is part of the optimizer's state: a run that resumes from a checkpoint keeps it. During the warm-up, a warning
+    says that the rate, which is still small, would stay to the end of the run.
 
     Args:
         learning_rate: a float, a schedule or a function, as for Keras; None for `recommended_learning_rate`, which is
-            decided in `build`, when it is known what is trained.
-        *args: of the Keras optimizer.
-        **kwargs: likewise.
+            determined in `build`, when the trainable variables are known.
+        *args: arguments of the Keras optimizer.
+        **kwargs: arguments of the Keras optimizer.
     """
 
     recommendation = None  # the name for `rate_by_width`
@@ -119,8 +128,8 @@ class DefaultLearningRate:
                 (), keras.initializers.Constant(-1.0), "float32", "only_first_replica", name="set_learning_rate"
             )
 
-    def build(self, variables):
-        """Keras's own, with the default rate for what is trained."""
+    def build(self, variables: list) -> None:
+        """Builds the optimizer, and sets the default rate for these variables."""
         if self.built:
             return
         super().build(variables)
@@ -147,8 +156,8 @@ class DefaultLearningRate:
         if self._set_rate is None or is_schedule:
             keras.optimizers.Optimizer.learning_rate.fset(self, value)
 
-    def _warn_of_warm_up(self, value):
-        """Warns if the rate is set within the warm-up."""
+    def _warn_of_warm_up(self, value: float) -> None:
+        """Warns if the rate is set during the warm-up."""
         steps = getattr(self._learning_rate, "warmup_steps", 0)
         step = int(ops.convert_to_numpy(self.iterations.value))
         if step < steps:
@@ -166,6 +175,6 @@ class DefaultLearningRate:
         set_rate = ops.convert_to_tensor(self._set_rate)
         return ops.where(set_rate < 0, rate, set_rate)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         """The constructor's arguments."""
         return {**super().get_config(), **({"learning_rate": None} if self._has_default_rate else {})}

@@ -1,7 +1,7 @@
 """Training of weights stored in bfloat16, with float32 everywhere else.
 
-Keras's optimizers compute in the dtype of the weights. In bfloat16 `beta_2 = 0.999` is 1, so that Adam's every step is
-zero, and what is smaller than half a unit in the last place is lost (8 bits: 6e-5 for a weight of 0.02).
+Keras's optimizers compute in the dtype of the weights. In bfloat16 `beta_2 = 0.999` is 1, so that every step of Adam is
+zero, and a step smaller than half a unit in the last place is lost (8 bits: 6e-5 for a weight of 0.02).
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from keras_t5gemma.training.optimizers.stochastic_rounding import (
 )
 
 MOMENTS_DTYPES = ("float32", "bfloat16")
-# What is no moment: sums and averages that bfloat16 would lose the summands of.
+# Variables that are not moments: sums and averages, in which bfloat16 would lose the summands.
 _ALWAYS_FLOAT32 = ("gradient_accumulator", "average", "master_weight")
 
 
@@ -26,24 +26,31 @@ class LowPrecision:
     """A mix-in before a Keras optimizer, which then trains bfloat16 weights as it trains float32 ones.
 
     Moments are float32, and so is all arithmetic: clipping, gradient accumulation, weight decay and Keras's own
-    formulas. The new weight goes back into bfloat16 by `stochastic_round`, or lives on beside it in float32. With
-    float32 weights, those of LoRA and of "mixed_bfloat16" among them, nothing is changed.
+    formulas. The new weight is rounded to bfloat16 by `stochastic_round`, or also kept in float32. Float32 weights,
+    those of LoRA and of "mixed_bfloat16" among them, are trained as by the Keras optimizer.
 
     Args:
-        *args: of the Keras optimizer.
-        moments_dtype: "float32", or "bfloat16" for moments of bfloat16 weights, which are then rounded stochastically,
-            too: half of their memory, for a noise of up to 0.8% in each moment and step.
+        *args: arguments of the Keras optimizer.
+        moments_dtype: "float32", or "bfloat16" for moments of bfloat16 weights, which are then rounded stochastically
+            too. This halves their memory, and adds a noise of up to 0.8% to each moment per step.
         master_weights: whether to keep a float32 copy of each bfloat16 weight, for 4 bytes per parameter. The weight is
-            then the copy's nearest, and no rounding adds to the gradients' noise. What is written into a weight from
-            outside counts: the copy starts from there.
-        rounding_seed: of stochastic rounding. Its random numbers are a function of seed, step and variable.
-        **kwargs: of the Keras optimizer.
+            then the copy rounded to the nearest, so that rounding adds no noise. If other code assigns to a weight, the
+            copy restarts from the new value.
+        rounding_seed: the seed of stochastic rounding, whose random numbers are a function of seed, step and variable.
+        **kwargs: arguments of the Keras optimizer.
 
     Raises:
-        ValueError: for another `moments_dtype`, and from `build` for float16 weights.
+        ValueError: if `moments_dtype` is neither.
     """
 
-    def __init__(self, *args, moments_dtype="float32", master_weights=False, rounding_seed=0, **kwargs):
+    def __init__(
+        self,
+        *args,
+        moments_dtype: str = "float32",
+        master_weights: bool = False,
+        rounding_seed: int = 0,
+        **kwargs,
+    ):
         if moments_dtype not in MOMENTS_DTYPES:
             expected = " or ".join(repr(name) for name in MOMENTS_DTYPES)
             raise ValueError(f"`moments_dtype` must be {expected}. Received: moments_dtype={moments_dtype!r}.")
@@ -51,10 +58,10 @@ class LowPrecision:
         self.moments_dtype = moments_dtype
         self.master_weights = bool(master_weights)
         self.rounding_seed = rounding_seed
-        self._clip_scale = self._step = None  # of the update that runs
+        self._clip_scale = self._step = None  # set during an update
 
-    def build(self, variables):
-        """Makes moments, float32 for bfloat16 weights.
+    def build(self, variables: list) -> None:
+        """Creates the moments, float32 for bfloat16 weights, and the float32 copies.
 
         Args:
             variables: trainable `keras.Variable`s.
@@ -63,22 +70,38 @@ class LowPrecision:
             return
         super().build(variables)
         self._master_weights = [
-            self.add_variable_from_reference(variable, "master_weight")  # zero is no weight's nearest: see below
+            # It starts at zero, which differs from the weight, so that `_float32_value` starts from the weight.
+            self.add_variable_from_reference(variable, "master_weight")
             if self.master_weights and is_bfloat16(variable)
             else None
             for variable in variables
         ]
-        # The streams of random numbers.
+        # One stream of random numbers per variable.
         self._streams = {self._var_key(variable): i for i, variable in enumerate([*variables, *self.variables])}
 
     def add_variable(self, shape, initializer="zeros", dtype=None, *args, name=None, **kwargs):
-        """Keras's own, but float32 for what accompanies a bfloat16 weight."""
+        """Adds a variable as Keras does, but in float32 or `moments_dtype` if `dtype` is bfloat16.
+
+        Args:
+            shape: the variable's shape.
+            initializer: as in Keras.
+            dtype: the dtype that Keras requests, which is the weight's.
+            *args: as in Keras.
+            name: as in Keras; gradient accumulators, averages and master weights are always float32.
+            **kwargs: as in Keras.
+        """
         if dtype is not None and keras.backend.standardize_dtype(dtype) == "bfloat16":
             dtype = "float32" if (name or "").endswith(_ALWAYS_FLOAT32) else self.moments_dtype
         return super().add_variable(shape, initializer, dtype, *args, name=name, **kwargs)
 
     def update_step(self, gradient, variable, learning_rate):
-        """One variable's step."""
+        """Updates one variable; a bfloat16 variable in float32.
+
+        Args:
+            gradient: its gradient.
+            variable: a `keras.Variable`.
+            learning_rate: a scalar.
+        """
         if not is_bfloat16(variable):
             super().update_step(gradient, variable, learning_rate)
             return
@@ -91,10 +114,11 @@ class LowPrecision:
         super().update_step(gradient, weight, learning_rate)
         self._store(variable, weight.value)
 
-    def decay_of(self, variable):
-        """What a variable loses of itself in a step, to the learning rate."""
-        known = self._trainable_variables[self._get_variable_index(variable)]  # TensorFlow's own have no path
-        return (self.weight_decay or 0.0) if self._use_weight_decay(known) else 0.0
+    def decay_of(self, variable) -> float:
+        """The decay rate of a variable: a step shrinks it by this, times the learning rate."""
+        # TensorFlow passes its own variable, which has no path; the Keras variable is found by its index.
+        variable = self._trainable_variables[self._get_variable_index(variable)]
+        return (self.weight_decay or 0.0) if self._use_weight_decay(variable) else 0.0
 
     def key_of(self, variable):
         """The key of a variable's random numbers in this step, see `random_key`."""
@@ -102,15 +126,17 @@ class LowPrecision:
         return random_key(self.rounding_seed, step, self._streams[self._var_key(variable)])
 
     def _float32_value(self, variable):
+        """The value of a bfloat16 variable in float32: its master weight, if there is one that is up to date."""
         value = ops.cast(variable, "float32")
         master = self._master_weights[self._get_variable_index(variable)]
         if master is None:
             return value
-        # Where they differ someone else has written the weight: a checkpoint, `CrossAttentionWarmup`, the initializer.
+        # Elements that differ were assigned by other code: a checkpoint, `CrossAttentionWarmup`, the initializer.
         master = ops.convert_to_tensor(master)
         return ops.where(ops.equal(nearest_bfloat16(master), value), master, value)
 
-    def _store(self, variable, value):
+    def _store(self, variable, value) -> None:
+        """Stores the new float32 value of a bfloat16 variable, and of its master weight."""
         master = self._master_weights[self._get_variable_index(variable)]
         if master is None:
             self.assign(variable, value)
@@ -119,7 +145,7 @@ class LowPrecision:
             super().assign(variable, ops.cast(nearest_bfloat16(value), "bfloat16"))
 
     def assign(self, variable, value):
-        """Keras's own; float32 goes into bfloat16 by stochastic rounding."""
+        """Assigns a value; rounds stochastically if the variable is bfloat16."""
         if isinstance(variable, Float32Weight):
             variable.value = value
         elif is_bfloat16(variable):
@@ -129,20 +155,20 @@ class LowPrecision:
             super().assign(variable, value)
 
     def assign_add(self, variable, value):
-        """Likewise; the sum is float32's."""
+        """Adds to a variable; the sum is computed in float32, see `assign`."""
         if isinstance(variable, Float32Weight) or is_bfloat16(variable):
             self.assign(variable, _value(variable) + value)
         else:
             super().assign_add(variable, value)
 
     def assign_sub(self, variable, value):
-        """Likewise."""
+        """Subtracts from a variable; the difference is computed in float32, see `assign`."""
         if isinstance(variable, Float32Weight) or is_bfloat16(variable):
             self.assign(variable, _value(variable) - value)
         else:
             super().assign_sub(variable, value)
 
-    def get_config(self):
+    def get_config(self) -> dict:
         """The constructor's arguments."""
         return {
             **super().get_config(),
@@ -151,22 +177,22 @@ class LowPrecision:
             "rounding_seed": self.rounding_seed,
         }
 
-    # From here on methods that Keras keeps to itself, as they are in Keras 3.15.1.
+    # The methods below override private methods of Keras 3.15.1.
 
     def _var_key(self, variable):
         return super()._var_key(variable.stored if isinstance(variable, Float32Weight) else variable)
 
     def _backend_apply_gradients(self, grads, trainable_variables):
-        several = self.gradient_accumulation_steps or is_distributed()
-        if several and any(is_bfloat16(variable) for variable in trainable_variables):
-            grads = [ops.cast(grad, "float32") for grad in grads]  # they are added up
+        are_summed = self.gradient_accumulation_steps or is_distributed()
+        if are_summed and any(is_bfloat16(variable) for variable in trainable_variables):
+            grads = [ops.cast(grad, "float32") for grad in grads]
         super()._backend_apply_gradients(grads, trainable_variables)
 
     def _clip_gradients(self, grads):
         if not any(is_bfloat16(grad) for grad in grads):
             return super()._clip_gradients(grads)
         if self.global_clipnorm:
-            return grads  # as a factor of each update: float32 copies of all would take twice the gradients' memory
+            return grads  # each update applies the factor: float32 copies of all would take twice the gradients' memory
         return super()._clip_gradients([float32_gradient(grad) for grad in grads])
 
     def _apply_weight_decay(self, variables):
@@ -174,7 +200,13 @@ class LowPrecision:
             super()._apply_weight_decay(others)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
-        """As Keras's, with what the step needs to know of the whole update."""
+        """Updates all variables, with the clipping factor and the step's number set for `update_step`.
+
+        Args:
+            grads: one gradient per variable.
+            trainable_variables: `keras.Variable`s.
+            learning_rate: a scalar.
+        """
         if not any(is_bfloat16(variable) for variable in trainable_variables):
             self._update_all(grads, trainable_variables, learning_rate)
             return
@@ -182,7 +214,7 @@ class LowPrecision:
         if self.global_clipnorm and any(is_bfloat16(grad) for grad in grads):
             scale = self.global_clipnorm / ops.maximum(_global_norm(grads), self.global_clipnorm)
             grads = [grad if is_bfloat16(grad) else grad * scale for grad in grads]
-        # On PyTorch the step's number is read once: what is computed from it for each variable is then no kernel.
+        # On PyTorch the step's number is read once, so that random keys are computed without launching kernels.
         step = int(self._iterations) if keras.config.backend() == "torch" else None
         with self._update_of(scale, step):
             self._update_all(grads, trainable_variables, learning_rate)
@@ -191,7 +223,8 @@ class LowPrecision:
         super()._backend_update_step(grads, variables, learning_rate)
 
     @contextlib.contextmanager
-    def _update_of(self, scale, step):
+    def _update_of(self, scale, step: int | None):
+        """Sets the clipping factor and the step's number during one update."""
         self._clip_scale, self._step = scale, step
         try:
             yield
@@ -215,7 +248,7 @@ class LowPrecision:
 
 
 class Float32Weight:
-    """A bfloat16 variable as an update step sees it: float32, until the new value is stored.
+    """Stands for a bfloat16 variable in an update step: a float32 value, until the new value is stored.
 
     Args:
         stored: the variable.
@@ -229,24 +262,27 @@ class Float32Weight:
         self.shape = value.shape
 
 
-def is_bfloat16(array):
+def is_bfloat16(array) -> bool:
     """Whether a variable, a tensor or a gradient is bfloat16."""
     return keras.backend.standardize_dtype(array.dtype) == "bfloat16"
 
 
 def _value(variable):
+    """The float32 value of a variable."""
     return variable.value if isinstance(variable, Float32Weight) else ops.cast(variable, "float32")
 
 
 def _global_norm(grads):
+    """The norm of all gradients together, float32."""
     return ops.sqrt(sum(_squared_norm(grad) for grad in grads))
 
 
 def _squared_norm(grad):
+    """The sum of the squares of a gradient, float32."""
     if keras.config.backend() == "torch":
         import torch
 
-        # Summed in float32 without a float32 copy.
+        # It sums in float32 without a float32 copy.
         return torch.linalg.vector_norm(grad, dtype=torch.float32) ** 2
     grad = float32_gradient(grad)
-    return ops.sum(ops.square(getattr(grad, "values", grad)))  # of a lookup's gradient the rows
+    return ops.sum(ops.square(getattr(grad, "values", grad)))  # `values` are the rows of a lookup's gradient

@@ -11,14 +11,14 @@ from keras_t5gemma.training.optimizers.weight_decay import SavesExclusions
 class Muon(SavesExclusions, LowPrecision, DefaultLearningRate, keras.optimizers.Muon):
     """`keras.optimizers.Muon` (arXiv 2502.16982), with the same numbers for float32 weights; see `LowPrecision`.
 
-    Matrices go through Newton-Schulz steps, and embeddings, norms and everything that is not a matrix through AdamW.
+    Matrices are updated by Newton-Schulz steps; embeddings, norms and all other weights are updated by AdamW.
     """
 
     recommendation = "muon"
 
-    def decay_of(self, variable):
-        """AdamW's for what goes through AdamW."""
-        known = self._trainable_variables[self._get_variable_index(variable)]
-        if not self._use_weight_decay(known):
+    def decay_of(self, variable) -> float:
+        """The decay rate of a variable; `adam_weight_decay` if AdamW updates it."""
+        variable = self._trainable_variables[self._get_variable_index(variable)]
+        if not self._use_weight_decay(variable):
             return 0.0
-        return (self.adam_weight_decay if self._should_use_adamw(known) else self.weight_decay) or 0.0
+        return (self.adam_weight_decay if self._should_use_adamw(variable) else self.weight_decay) or 0.0

@@ -146,7 +146,7 @@ def test_bar_begins_where_the_run_goes_on_and_tells_the_loss():
         for batch in range(3):
             bar.on_train_batch_end(batch, {"loss": 2.5})
         assert task.completed == 9
-        assert task.fields["told"].startswith("loss 2.500")
+        assert task.fields["status"].startswith("loss 2.500")
 
 
 def test_step_losses_are_each_steps_own_out_of_keras_means():

@@ -211,7 +211,7 @@ def test_stored_logits_that_do_not_fit_are_refused(tmp_path):
         lm.compile(loss=Distillation(teacher, temperature=2.0))
     with pytest.raises(ValueError, match=r"Pass `fit` its `batches\(\)`"):
         Distillation(teacher, temperature=2.0).labels_of({"labels": 1, "teacher_positions": 2})
-    with pytest.raises(ValueError, match=r"`store_teacher_logits` has made.*nothing"):
+    with pytest.raises(ValueError, match=r"`store_teacher_logits` has written.*nothing"):
         StoredTeacher(tmp_path / "nothing")
 
 
