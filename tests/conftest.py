@@ -1,6 +1,9 @@
 """One backend a run, chosen by KERAS_BACKEND as for any Keras program; no network."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 
@@ -10,6 +13,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if os.environ["KERAS_BACKEND"] == "jax":
     # Compiling is most of the time there, and what is compiled is tiny.
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+    # A program is compiled once per run: by one of pytest's processes, for the others and for those that tests start.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE = tempfile.mkdtemp(prefix="jax_programs_")
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+        atexit.register(shutil.rmtree, _CACHE, ignore_errors=True)
 # Tiny tensors: threads cost more than they give (on PyTorch ten times over).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test that reaches for a hub by mistake fails at once, the same with and without a network.
