@@ -41,7 +41,6 @@ HOMES = (
     "training.checkpointing",
     "training.batches.streams",
     "inference.programs",
-    "inference.memory",
     "inference.buckets",
     "inference.decoding.chunks",
     "inference.samplers.top_k_top_p",

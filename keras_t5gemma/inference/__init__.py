@@ -8,7 +8,7 @@ buckets            `Buckets`: rounds batch sizes and lengths up, so that few pro
 embed              `embed`: texts as vectors, the pooled output of the encoder
 generate           `generate`: texts or token ids from prompts
 logits_processors  Logits processors: change which token may come next. They compose, and work with every sampler
-memory             Out-of-memory errors: recognized, and explained by an estimate of the request that would fit
+memory             Out-of-memory errors: recognized, and explained by the size of the request
 score              `score`: the log-probabilities of given targets
 stream             `stream`: generated text, chunk by chunk
 """

@@ -66,7 +66,7 @@ def generate(
     Raises:
         ValueError: if a prompt is empty or too long, ids are outside the vocabulary, `max_length` is too short, or
             options are out of range, contradict each other or are not supported by the sampler.
-        MemoryError: if memory does not suffice; the message says about how many rows would fit. The model remains
+        MemoryError: if memory does not suffice; the message says how large keys and values are. The model remains
             usable.
         RuntimeError: if another thread is in `fit`. In a callback of a `fit` it works, as do `stream`, `score` and
             `embed`, and does not affect the training.
