@@ -101,7 +101,7 @@ def _token_rows(inputs, vocabulary_size: int) -> tuple[list, bool]:
         inputs, masks = inputs["encoder_token_ids"], inputs.get("encoder_padding_mask")
     if isinstance(inputs, str) or not len(inputs):
         raise ValueError(
-            f"Without a preprocessor `inputs` must be one or more rows of token ids. Received: {inputs!r}."
+            f"Without a preprocessor `inputs` must be rows of token ids, at least one. Received: {inputs!r}."
         )
     batched = np.ndim(inputs[0]) > 0
     rows = [np.asarray(row) for row in (inputs if batched else [inputs])]

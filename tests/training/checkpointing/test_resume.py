@@ -360,7 +360,7 @@ def test_saved_weights_with_lora_fill_a_model_to_export(tmp_path):
     load_training_weights(other, tmp_path)
     for found, expected in zip(weights(other), weights(model), strict=True):
         np.testing.assert_array_equal(found, expected)
-    with pytest.raises(CheckpointError, match=r"weights of no plain T5Gemma.*load_training_weights"):
+    with pytest.raises(CheckpointError, match=r"weights of a plain T5Gemma.*load_training_weights"):
         training_weights(tmp_path)
     with pytest.raises(CheckpointError, match="another model"):
         load_training_weights(with_t5gemma(), tmp_path)

@@ -110,7 +110,7 @@ def test_step_of_which_a_part_is_missing_does_not_count(tmp_path):
 
 def test_weights_are_not_put_together_without_the_folder_of_each_process(tmp_path):
     write(tmp_path)
-    with pytest.raises(CheckpointError, match=r"process_0_of_2/step_00000008 holds the weights of no plain T5Gemma"):
+    with pytest.raises(CheckpointError, match=r"process_0_of_2/step_00000008 does not hold the weights of a plain"):
         training_weights(tmp_path)
     shutil.rmtree(tmp_path / "process_0_of_2")
     with pytest.raises(CheckpointError, match="of 2 processes, and of their folders only process_1_of_2"):
