@@ -19,6 +19,9 @@ DEAL, EXAMPLE, ROWS, ORDER = 0, 1, 2, 3
 # Enough to hide the latency of a disk. Grain searches the whole prefetch buffer at each step, so its defaults of 16 and
 # 500 would cost more time than they save here.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+# Grain reports the length of an endless dataset as `sys.maxsize`, or that divided by the batch size. A length from
+# this limit on cannot be real: no storage holds as many batches.
+ENDLESS_LENGTH = 2**40
 
 
 def generator(seed: int, *key: int) -> np.random.Generator:

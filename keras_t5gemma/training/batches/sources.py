@@ -12,6 +12,7 @@ import grain
 import keras
 import numpy as np
 
+from keras_t5gemma.data.pipelines.streams import ENDLESS_LENGTH, READ_OPTIONS
 from keras_t5gemma.training.batches.arrays import (
     FORM,
     HUGGING_FACE_NAMES,
@@ -30,10 +31,6 @@ from keras_t5gemma.training.losses.labels import IGNORED_LABEL
 # The number of batches that are prepared ahead, in as many threads. Grain's default of 500 would preprocess whole
 # passes ahead.
 _READ_AHEAD = grain.ReadOptions(num_threads=8, prefetch_buffer_size=8)
-# Grain visits all batches that are read ahead at each step: there are few of them for data without end.
-_READ_AHEAD_ENDLESS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-# A length in batches that only endless data have: Grain repeats to `sys.maxsize` rows, and divides by the batch size.
-_ENDLESS = 2**40
 
 
 @dataclasses.dataclass
@@ -130,7 +127,7 @@ class BatchSource:
         if isinstance(data, grain.MapDataset):
             dataset = data.map(mapped)
             if self.steps is None:
-                return Batches(dataset.to_iter_dataset(_READ_AHEAD_ENDLESS))
+                return Batches(dataset.to_iter_dataset(READ_OPTIONS))
             return Batches(dataset.repeat(passes).to_iter_dataset(_READ_AHEAD), self.steps)
         if isinstance(data, grain.IterDataset):
             return Batches(data.map(mapped))
@@ -164,7 +161,7 @@ def never_ends(data) -> bool:
     """Whether a dataset is known to be endless."""
     if isinstance(data, grain.MapDataset):
         length = _length(data)
-        return length is None or length >= _ENDLESS
+        return length is None or length >= ENDLESS_LENGTH
     if isinstance(data, grain.IterDataset):
         if hasattr(data, "_num_epochs"):  # Grain's own `repeat`
             return data._num_epochs is None

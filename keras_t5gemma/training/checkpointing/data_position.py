@@ -8,11 +8,7 @@ import keras
 import numpy as np
 import xxhash
 
-# Batches prepared ahead, and the threads for it: enough to hide the time of preparation, with little memory.
-_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-# Grain reports the length of an endless dataset as `sys.maxsize`, or that divided by the batch size. A length above
-# this limit cannot be real: no storage holds as many batches.
-_ENDLESS = 2**40
+from keras_t5gemma.data.pipelines.streams import ENDLESS_LENGTH, READ_OPTIONS
 
 
 class NumberedBatches(grain.IterDataset):
@@ -48,7 +44,7 @@ class NumberedBatches(grain.IterDataset):
         super().__init__()
         self.callback = None  # a weak reference to the callback that counts the batches trained on
         self.source, self.length = dataset, None
-        if isinstance(dataset, grain.MapDataset) and len(dataset) < _ENDLESS:
+        if isinstance(dataset, grain.MapDataset) and len(dataset) < ENDLESS_LENGTH:
             self.source, self.length = dataset.repeat(), len(dataset)
         self.endless = False
         self.start(0)
@@ -180,7 +176,7 @@ class _Iterator(grain.DatasetIterator):
         source = self._batches.source
         self._random_access = isinstance(source, grain.MapDataset)
         if self._random_access:
-            source = (source[self._number :] if self._number else source).to_iter_dataset(_READ_OPTIONS)
+            source = (source[self._number :] if self._number else source).to_iter_dataset(READ_OPTIONS)
         self._parent_iterator = iter(source)
         if state is not None:
             self._parent_iterator.set_state(json.loads(state))

@@ -12,6 +12,7 @@ from safetensors.numpy import load, save
 
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checks import integer
+from keras_t5gemma.data.pipelines.streams import ENDLESS_LENGTH
 from keras_t5gemma.data.pipelines.teacher_view import LABELS, POSITIONS
 from keras_t5gemma.kernels.cross_entropy.chunks import TokenChunks, default_chunk_bytes
 from keras_t5gemma.training.losses.teachers import LOG_SUMS, TOP_IDS, TOP_LOGITS, TopLogits, live_teacher
@@ -62,7 +63,7 @@ def store_teacher_logits(
         raise ValueError(f"`temperature` must be above 0. Received: temperature={temperature!r}.")
     if not isinstance(data, (grain.MapDataset, grain.IterDataset)):
         raise ValueError(f"`data` must be a `distillation_dataset`. Received: {type(data).__name__}.")
-    if steps is None and isinstance(data, grain.MapDataset) and len(data) > _ENDLESS:
+    if steps is None and isinstance(data, grain.MapDataset) and len(data) >= ENDLESS_LENGTH:
         raise ValueError("`steps` must say how many batches to write: `data` has no end. Received: steps=None.")
     reader = _TopLogitsReader(live_teacher(teacher), top_k, temperature)
     with new_folder(folder) as partial:
@@ -125,11 +126,6 @@ class StoredTeacher:
     def arrays(self, y):
         """`(by_token, shared)` of a batch, which are stored in its y."""
         return (ops.cast(y[TOP_IDS], "int32"), y[TOP_LOGITS], y[LOG_SUMS]), ()
-
-
-# Grain reports the length of an endless dataset as `sys.maxsize`, or that divided by the batch size. A length above
-# this limit cannot be real: no storage holds as many batches.
-_ENDLESS = 2**40
 
 
 class _TopLogitsReader(keras.Model):
