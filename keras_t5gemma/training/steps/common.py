@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_t5gemma.kernels.device import replicas
 from keras_t5gemma.training.optimizers.low_precision import LowPrecision
 
 
@@ -21,6 +22,20 @@ def track_loss(model, loss, rows):
     if not model.keeps_own_loss:
         (tracker,) = (metric for metric in model.metrics if metric.name == "loss")
         tracker.update_state(loss, sample_weight=rows)
+
+
+def logs_of(model, loss, data):
+    """The logs after a step whose loss is of all rows of the batch `data`."""
+    track_loss(model, loss * replicas(), batch_size(data))
+    return model.get_metrics_result()
+
+
+def evaluation_step(model, data):
+    """The `test_step` of backends whose variables have their values while a step runs: the logs of a batch."""
+    x, y, sample_weight = data = keras.utils.unpack_x_y_sample_weight(data)
+    y_pred, loss = outputs_and_loss(model, *data, training=False)
+    model.compute_metrics(x, y, y_pred, sample_weight)
+    return logs_of(model, loss, data)
 
 
 def batch_size(data):

@@ -3,18 +3,18 @@
 import keras
 import tensorflow as tf
 
-from keras_t5gemma.kernels.device import replicas
 from keras_t5gemma.training.steps.common import (
     added,
-    batch_size,
+    evaluation_step,
     for_optimizer,
+    logs_of,
     outputs_and_loss,
     part,
-    track_loss,
     without_moving,
 )
 
 STEPS_ARE_FUNCTIONS = False
+test_step = evaluation_step
 
 
 def train_step(model, data):
@@ -23,15 +23,7 @@ def train_step(model, data):
     variables = model.trainable_variables
     gradients, loss = (_whole if model.accumulation.steps == 1 else _in_parts)(model, data, variables)
     without_moving(model, lambda: model.optimizer.apply_gradients(zip(gradients, variables, strict=True)))
-    return _logs(model, loss, data)
-
-
-def test_step(model, data):
-    """The logs of a batch."""
-    x, y, sample_weight = data = keras.utils.unpack_x_y_sample_weight(data)
-    y_pred, loss = outputs_and_loss(model, *data, training=False)
-    model.compute_metrics(x, y, y_pred, sample_weight)
-    return _logs(model, loss, data)
+    return logs_of(model, loss, data)
 
 
 def _whole(model, data, variables):
@@ -64,8 +56,3 @@ def _in_parts(model, data, variables):
         lambda i, *_: i < count, body, (tf.constant(0), tf.constant(0.0), start), parallel_iterations=1
     )
     return for_optimizer(model, gradients, [variable.dtype for variable in variables]), loss
-
-
-def _logs(model, loss, data):
-    track_loss(model, loss * replicas(), batch_size(data))
-    return model.get_metrics_result()

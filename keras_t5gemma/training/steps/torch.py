@@ -4,15 +4,16 @@ import keras
 import torch
 
 from keras_t5gemma.training.steps.common import (
-    batch_size,
+    evaluation_step,
     for_optimizer,
+    logs_of,
     outputs_and_loss,
     part,
-    track_loss,
     without_moving,
 )
 
 STEPS_ARE_FUNCTIONS = False
+test_step = evaluation_step
 
 
 def train_step(model, data):
@@ -25,15 +26,7 @@ def train_step(model, data):
         without_moving(model, lambda: model.optimizer.apply(gradients, variables))
     # Keras keeps them until the next forward pass is over.
     model.zero_grad()
-    return _logs(model, loss, data)
-
-
-def test_step(model, data):
-    """The logs of a batch."""
-    x, y, sample_weight = data = keras.utils.unpack_x_y_sample_weight(data)
-    y_pred, loss = outputs_and_loss(model, *data, training=False)
-    model.compute_metrics(x, y, y_pred, sample_weight)
-    return _logs(model, loss, data)
+    return logs_of(model, loss, data)
 
 
 def _whole(model, data, variables):
@@ -64,8 +57,3 @@ def _in_parts(model, data, variables):
                 tensor.grad = None
     gradients = [sums.get(k, tensor.grad) for k, tensor in enumerate(tensors)]
     return for_optimizer(model, gradients, [variable.dtype for variable in variables]), total
-
-
-def _logs(model, loss, data):
-    track_loss(model, loss, batch_size(data))
-    return model.get_metrics_result()
