@@ -45,6 +45,17 @@ def quick(session):
 
 
 @nox.session(venv_backend="none")
+def coverage(session):
+    """Lines of the package that the tests of one backend run, KERAS_BACKEND or JAX: a report, without a threshold.
+
+    It takes about a third longer than the tests. Processes that tests start are not counted.
+    """
+    backend = os.environ.get("KERAS_BACKEND", "jax")
+    report = ("--cov=keras_t5gemma", "--cov-report=term:skip-covered", "--cov-report=html:build/coverage")
+    session.run(sys.executable, "-m", "pytest", *ORDER, *report, *session.posargs, env=environment(backend))
+
+
+@nox.session(venv_backend="none")
 def lint(session):
     """Errors, style and formatting."""
     session.run(sys.executable, "-m", "ruff", "check", ".")

@@ -78,7 +78,7 @@ def corrupt(ids: np.ndarray, mask: np.ndarray, sentinels: np.ndarray) -> tuple[n
     """Splits a sequence into inputs and targets by its noise mask.
 
     >>> corrupt(np.array([51, 52, 53, 54]), np.array([False, True, True, False]), np.array([7, 8]))
-    (array([51, 7, 54]), array([7, 52, 53]))
+    (array([51,  7, 54]), array([ 7, 52, 53]))
 
     Args:
         ids: [L].

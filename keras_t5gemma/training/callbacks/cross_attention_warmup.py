@@ -39,12 +39,12 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
             no `T5GemmaSeq2SeqLM`, or its optimizer keeps moving averages (`use_ema`), which would move.
     """
 
-    def __init__(self, steps):
+    def __init__(self, steps: int):
         super().__init__()
         self.steps = integer(steps, "steps")
         self._batches_to_go = None  # of the warm-up, before the optimizer's count is read again; None after it
 
-    def on_train_begin(self, logs=None):  # noqa: ARG002 Keras's signature
+    def on_train_begin(self, logs: dict | None = None) -> None:  # noqa: ARG002 Keras's signature
         """Freezes, unless the optimizer is past the warm-up."""
         model, self._batches_to_go = self.model, None
         if not isinstance(model, OwnSteps):
@@ -72,14 +72,14 @@ class CrossAttentionWarmup(keras.callbacks.Callback):
         self._batches_per_update = optimizer.gradient_accumulation_steps or 1
         self._read_count()
 
-    def on_train_batch_end(self, batch, logs=None):  # noqa: ARG002
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:  # noqa: ARG002
         """Releases after the last step of the warm-up."""
         if self._batches_to_go is not None:
             self._batches_to_go -= self._batches_per_execution
             if self._batches_to_go <= 0:
                 self._read_count()
 
-    def _read_count(self):
+    def _read_count(self) -> None:
         """Reads the optimizer's count of updates, and releases if the warm-up is over."""
         # On JAX, reading `self.model` writes the running state back into the variables: not for every step.
         left = self.steps - int(variable_array(self.model.optimizer.iterations))

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -33,10 +34,10 @@ class OwnSteps:
         keeps_own_loss: whether `compute_loss` updates a mean of the losses, which Keras's own then does not count.
     """
 
-    accumulation = Accumulation(1, None)
-    trains_without_logits = False
-    keeps_own_loss = False
-    _frozen = frozenset()  # the `id`s of variables
+    accumulation: Accumulation = Accumulation(1, None)
+    trains_without_logits: bool = False
+    keeps_own_loss: bool = False
+    _frozen: frozenset[int] = frozenset()  # the `id`s of variables
 
     def fit(self, *args, **kwargs):
         """As in Keras. What was frozen meanwhile is released at the end, and after an error."""
@@ -51,10 +52,10 @@ class OwnSteps:
         return implementation(PACKAGE).train_step(self, *args)
 
     def test_step(self, *args):
-        """One step of `evaluate`, likewise."""
+        """One step of `evaluate`, with Keras's arguments and result for the backend."""
         return implementation(PACKAGE).test_step(self, *args)
 
-    def freeze_during_fit(self, variables):
+    def freeze_during_fit(self, variables: Iterable[keras.Variable]) -> None:
         """Has the steps of this `fit` leave some trainable variables as they are, until the next call.
 
         The optimizer sees their gradients and keeps its state for them all the same.
@@ -65,32 +66,32 @@ class OwnSteps:
         self._frozen = frozenset(map(id, variables))
         self.make_train_function(force=True)
 
-    def is_frozen_during_fit(self, variable):
+    def is_frozen_during_fit(self, variable: keras.Variable) -> bool:
         """Whether steps leave a variable as it is."""
         return id(variable) in self._frozen
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> None:
         """Keras's own, compiled anew if `force`."""
         if self.train_function is None or force:
             with _of_its_own(self, "train_step"):
                 super().make_train_function(force)
             self.train_function = self._with_teacher(self.train_function)
 
-    def make_test_function(self, force=False):
-        """Likewise."""
+    def make_test_function(self, force: bool = False) -> None:
+        """Keras's own test function, compiled anew if `force`."""
         if self.test_function is None or force:
             with _of_its_own(self, "test_step"):
                 super().make_test_function(force)
             self.test_function = self._with_teacher(self.test_function)
 
     @property
-    def teacher_variables(self):
+    def teacher_variables(self) -> list[keras.Variable]:
         """A teacher's variables that are not the model's, too."""
         teacher = getattr(getattr(self, "loss", None), "teacher", None)
         own = {id(variable) for variable in self.variables}
         return [variable for variable in getattr(teacher, "variables", ()) if id(variable) not in own]
 
-    def _with_teacher(self, function):
+    def _with_teacher(self, function: Callable) -> Callable:
         """A train or test function whose batches carry the values of the teacher's variables on JAX.
 
         A step is a function of its arguments there: any other values would be constants of the compiled program, a
@@ -120,7 +121,7 @@ def unpacked(model, data):
 
 
 @contextlib.contextmanager
-def _of_its_own(model, name):
+def _of_its_own(model: keras.Model, name: str) -> Iterator[None]:
     """A context in which a model's step is a function that was not there before.
 
     `jax.jit` has one compiled program per function and shapes: that of another loss, say, or of frozen variables, if
