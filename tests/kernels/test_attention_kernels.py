@@ -101,6 +101,17 @@ def test_kernel_serves_the_half_precisions_that_its_chip_has(monkeypatch, name, 
     assert [dtype for dtype in ("float32", "bfloat16", "float16") if dispatch.has_kernel(dtype)] == dtypes
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="splash attention is JAX's")
+@pytest.mark.parametrize(("wanted", "name"), [("", None), ("other", None), ("splash", "splash"), ("a,splash", "splash")])
+def test_splash_attention_is_opt_in_on_tpus(monkeypatch, wanted, name):
+    import jax
+
+    monkeypatch.setenv("KERAS_T5GEMMA_EXPERIMENTAL", wanted)
+    assert dispatch.kernel_name.__wrapped__() is None  # on a CPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert dispatch.kernel_name.__wrapped__() == name
+
+
 def test_splash_attention_is_not_asked_where_the_first_querys_place_is_not_known(monkeypatch):
     monkeypatch.setattr(dispatch, "kernel_name", lambda: "splash")
     segments = [ops.convert_to_tensor(SEGMENTS)] * 2

@@ -1,14 +1,16 @@
 """Selects the attention that runs: the backend's plain one, the one in blocks, or an accelerator library's kernel.
 
-    TPU, JAX             splash attention
     NVIDIA GPU, PyTorch  `flex_attention`
+    TPU, JAX             splash attention, if the environment variable KERAS_T5GEMMA_EXPERIMENTAL names "splash"
 
 Both kernels store no logits, and have soft caps, gradients and grouped heads. They skip the keys that a window hides.
-They serve long sequences in bfloat16 and float16. JAX has no such kernel on NVIDIA GPUs: cuDNN has no soft cap. The
-Tokamax kernels that ran were slower than XLA's plain attention (benchmarks/log/2026-11-27-tokamax-attention.md).
+They serve long sequences in bfloat16 and float16. Splash attention was compared in JAX's interpreter only, so it is
+opt-in until it has run on a TPU. JAX has no such kernel on NVIDIA GPUs: cuDNN has no soft cap. The Tokamax kernels that
+ran were slower than XLA's plain attention (benchmarks/log/2026-11-27-tokamax-attention.md).
 """
 
 import functools
+import os
 from collections.abc import Callable
 
 import keras
@@ -76,7 +78,8 @@ def kernel_name() -> str | None:
 def _name_on_jax() -> str | None:
     import jax
 
-    return "splash" if jax.default_backend() == "tpu" else None
+    wanted = os.environ.get("KERAS_T5GEMMA_EXPERIMENTAL", "").split(",")
+    return "splash" if jax.default_backend() == "tpu" and "splash" in wanted else None
 
 
 def _name_on_torch() -> str | None:
