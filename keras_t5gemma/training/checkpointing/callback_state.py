@@ -123,7 +123,7 @@ def ended_by(callbacks: Sequence[keras.callbacks.Callback], epoch: int) -> dict 
 def _class_names(callbacks: Sequence[keras.callbacks.Callback]) -> list[str]:
     """Names of the callbacks' classes, without those that `fit` adds by itself."""
     names = [type(callback).__name__ for callback in callbacks]
-    return [name for name in names if not name.startswith("_") and name not in ("History", "ProgbarLogger")]
+    return [name for name in names if name not in ("History", "ProgbarLogger", "StreamCallback")]
 
 
 def _key(callback: keras.callbacks.Callback) -> dict:
