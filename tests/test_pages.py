@@ -149,6 +149,13 @@ def generation(_):
         begun = lm.score(prompts[0], "Air scatters blue light.", closed=False)
         assert begun["log_likelihood"] > names["best"][0]  # an answer of which fewer tokens count
 
+    def chose(names):
+        lm, prompts, choices = names["lm"], names["prompts"], names["choices"]
+        for i, answers in enumerate(choices):
+            alone = [lm.score(prompts[i], answer)["log_likelihood"] for answer in answers]
+            np.testing.assert_allclose(names["likelihoods"][i], alone, rtol=1e-3)
+            assert names["chosen"][i] == answers[int(np.argmax(alone))]
+
     def rounded(names):
         assert names["lm"].buckets.batch == (1, 8)
 
@@ -185,6 +192,7 @@ def generation(_):
         "kt.ForcedTokens": controlled,
         "num_samples=3": several,
         "return_log_probs": scored,
+        "choices =": chose,
         "kt.Buckets": rounded,
         "lm.stream": streamed,
         "lm.embed": embedded,

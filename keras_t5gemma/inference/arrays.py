@@ -112,7 +112,7 @@ def left_aligned(x: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def scoring_arrays(
-    prompts: dict[str, np.ndarray], targets, vocabulary_size: int
+    prompts: dict[str, np.ndarray], targets, vocabulary_size: int, counts: Sequence[int] | None = None
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """The arrays of one teacher-forced pass over prompts and the targets that follow them.
 
@@ -120,16 +120,23 @@ def scoring_arrays(
         prompts: the result of `prompt_arrays`.
         targets: rows of ids that follow the prompts: a list or array of B rows of any length, a single row if B is 1,
             or a dict of `decoder_token_ids` and `decoder_padding_mask` [B, M], as `generate(strip_prompt=True)` returns
-            it.
+            it. With `counts` R rows.
         vocabulary_size: V.
+        counts: the number of targets of each prompt, R in all, or None if each has one.
 
     Returns:
         `(arrays, lengths)`: the model's four inputs and `labels`, `label_mask` [B, T], True at targets; and the
-        targets' lengths, int [B].
+        targets' lengths, int [B]. With `counts` all but the encoder's inputs have R rows, and `prompt_rows`, int32 [R],
+        has the number of each row's prompt.
 
     Raises:
         ValueError: if targets are not as described, empty, or hold ids outside the vocabulary.
     """
+    encoder_arrays = {name: prompts[name] for name in ("encoder_token_ids", "encoder_padding_mask")}
+    if counts is not None:
+        prompt_rows = np.repeat(np.arange(len(counts), dtype="int32"), counts)
+        encoder_arrays["prompt_rows"] = prompt_rows
+        prompts = {name: prompts[name][prompt_rows] for name in ("decoder_token_ids", "decoder_padding_mask")}
     batch = len(prompts["decoder_token_ids"])
     if not isinstance(targets, Mapping) and (isinstance(targets, str) or not len(targets)):
         raise ValueError(f"`targets` must be rows of ids, or a dict of them and their mask. Received: {targets!r}.")
@@ -163,7 +170,7 @@ def scoring_arrays(
     # The last token of a row is a label only: no later position would see it as an input.
     inputs = mask[:, :-1] * mask[:, 1:]
     return {
-        **{name: prompts[name] for name in ("encoder_token_ids", "encoder_padding_mask")},
+        **encoder_arrays,
         "decoder_token_ids": ids[:, :-1] * inputs,
         "decoder_padding_mask": inputs,
         "labels": ids[:, 1:],

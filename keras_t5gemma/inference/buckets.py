@@ -18,7 +18,10 @@ _AXES = {
     "labels": ("batch", "decoder"),
     "label_mask": ("batch", "decoder"),
     "limits": ("batch",),
+    "prompt_rows": ("batch",),
 }
+# If a prompt has several rows in the decoder, the encoder's batch has a size of its own.
+_ENCODER_AXES = {"encoder_token_ids": ("prompts", "encoder"), "encoder_padding_mask": ("prompts", "encoder")}
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -123,15 +126,15 @@ def rounded(
     Returns:
         A dict with the same names; `prefill` is cut to the decoder's length.
     """
-    sizes = {}
-    for name in _AXES.keys() & arrays.keys():
-        sizes |= zip(_AXES[name], arrays[name].shape, strict=True)
+    sizes, axes = {}, _AXES | (_ENCODER_AXES if "prompt_rows" in arrays else {})
+    for name in axes.keys() & arrays.keys():
+        sizes |= zip(axes[name], arrays[name].shape, strict=True)
     # Scoring computes every decoder position, so added positions cost as much as in the encoder. In decoding they are
     # room in the cache only.
-    rounded_like = {"decoder": "encoder"} if "labels" in arrays else {}
+    rounded_like = {"prompts": "batch"} | ({"decoder": "encoder"} if "labels" in arrays else {})
     sizes = {axis: buckets.size(rounded_like.get(axis, axis), size, limits.get(axis)) for axis, size in sizes.items()}
-    sizes["batch"] += -sizes["batch"] % multiple
-    padded = {name: _padded(x, [sizes[axis] for axis in _AXES[name]]) for name, x in arrays.items() if name in _AXES}
+    sizes |= {axis: sizes[axis] + -sizes[axis] % multiple for axis in sizes.keys() & {"batch", "prompts"}}
+    padded = {name: _padded(x, [sizes[axis] for axis in axes[name]]) for name, x in arrays.items() if name in axes}
     if "limits" in arrays:
         padded["limits"][len(arrays["limits"]) :] = 0
     if "prefill" in arrays:
