@@ -201,6 +201,12 @@ def remove_variable(layer: keras.Layer, name: str) -> None:
     object.__delattr__(layer, name)
 
 
+def forget_compiled_metrics(model: keras.Model) -> None:
+    """Removes the metrics of an earlier `compile`, which Keras keeps if the next one has none."""
+    if getattr(model, "_compile_metrics", None) is not None:
+        object.__setattr__(model, "_compile_metrics", None)
+
+
 @contextlib.contextmanager
 def short_garbage_collections():
     """A context in which collecting garbage looks only at objects made within it.

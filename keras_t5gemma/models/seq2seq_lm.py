@@ -7,7 +7,7 @@ from pathlib import Path
 import keras
 import keras_hub
 
-from keras_t5gemma._keras_internals import track_loss_in_float32
+from keras_t5gemma._keras_internals import forget_compiled_metrics, track_loss_in_float32
 from keras_t5gemma.checkpoints.sources import open_t5gemma
 from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, PresetFolder
 from keras_t5gemma.inference.buckets import Buckets
@@ -28,6 +28,7 @@ from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FI
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 from keras_t5gemma.training.batches.fitting import Fits
+from keras_t5gemma.training.losses.checks import check_reads_logits
 from keras_t5gemma.training.losses.cross_entropy import ChunkedLoss, VocabularyCrossEntropy
 from keras_t5gemma.training.losses.distillation import Distillation
 from keras_t5gemma.training.optimizers.checks import check_optimizer
@@ -170,14 +171,15 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
                 compiles the decoding loops of models with ten million weights or more by XLA, on CPUs too.
 
         Raises:
-            ValueError: if `sampler` is invalid, if `accumulation_steps` is not a positive integer or not available
-                with the loss, or if a teacher's vocabulary is not the model's.
+            ValueError: if `sampler` is invalid, if the loss takes probabilities, if `accumulation_steps` is not a
+                positive integer or not available with the loss, or if a teacher's vocabulary is not the model's.
         """
         sampler = resolve_sampler(sampler)
         self._replaced_counts = None
         if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = default_optimizer(warmup_steps=0)
         loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
+        check_reads_logits(loss)
         has_custom_metrics = weighted_metrics != "auto" or kwargs.get("metrics")
         self.accumulation = Accumulation(accumulation_steps, loss)
         self._chunked = None
@@ -200,6 +202,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
             if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
                 optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         self.jit_compile_is_auto = kwargs.get("jit_compile", "auto") == "auto"
+        forget_compiled_metrics(self)
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
         # Discards programs that were compiled for another sampler or other options.
         self.programs = Programs()
@@ -248,13 +251,24 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
 
     @property
     def keeps_own_loss(self) -> bool:
-        """Whether loss and accuracy are means over tokens that the chunked loss itself updates."""
+        """Whether loss and accuracy are means over tokens."""
         return self._chunked is not None
+
+    def track_own_loss(self, loss) -> None:
+        """Updates the mean of the losses over tokens with the result of `compute_loss`."""
+        self._chunked.track(loss)
 
     @property
     def trains_without_logits(self) -> bool:
-        """Whether steps never compute the logits [B, T, V]: the loss projects one chunk of hidden states at a time."""
-        return self._chunked is not None and not self.head.is_quantized
+        """Whether steps never compute the logits [B, T, V]: the loss projects one chunk of hidden states at a time.
+
+        A subclass that overrides `compute_loss` or `compute_metrics` gets logits, as Keras documents it.
+        """
+        if self._chunked is None or self.head.is_quantized:
+            return False
+        own, given = T5GemmaSeq2SeqLM, type(self)
+        is_overridden = (given.compute_loss, given.compute_metrics) != (own.compute_loss, own.compute_metrics)
+        return not is_overridden or isinstance(self._chunked.loss, Distillation)  # whose logits are made in chunks only
 
     def hidden_states(self, inputs, training=None):
         """The decoder's last hidden states, which `head` projects to logits.
@@ -269,12 +283,13 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         return self.backbone(inputs, training=training)["decoder_sequence_output"]
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss of a step. The chunked loss also updates its own means of loss and accuracy.
+        """The loss of a step. The chunked loss also updates its accuracy.
 
         Args:
             x: the model's four inputs, a dict.
             y: labels [B, T], or other targets of the loss.
-            y_pred: logits [B, T, V]; None if the model `trains_without_logits`.
+            y_pred: logits [B, T, V]; or None, if the loss is `VocabularyCrossEntropy` or `Distillation`, to run the
+                model on x without making them. An override that needs no logits passes None on.
             sample_weight: [B] or [B, T], or None.
             training: whether gradients will be computed.
 
@@ -288,7 +303,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         y = self._chunked.loss.labels_of(y, y_pred.shape[-1]) if self._chunked else y
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if self._chunked:
-            self._chunked.update_from_logits(loss, y_pred, y, sample_weight)
+            self._chunked.update_from_logits(y_pred, y, sample_weight)
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):

@@ -49,7 +49,7 @@ RULES = (
         "[optimizer] warmup_steps:",
         lambda r: r.optimizer.decay_steps is not None and r.optimizer.warmup_steps <= r.optimizer.decay_steps,
         "expected at most decay_steps={optimizer.decay_steps}, which is [training] steps unless stated. Received: "
-        "{optimizer.warmup_steps}.",
+        "{optimizer.warmup_steps}; 100 is the default. Add `warmup_steps` to [optimizer].",
     ),
     Rule(
         "[optimizer] beta_1 and beta_2",

@@ -20,6 +20,7 @@ from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.recipes.components import compiled_model, held_out_batches, training_data
 from keras_t5gemma.recipes.devices import distribution, process
 from keras_t5gemma.recipes.objective_section import make_objective
+from keras_t5gemma.recipes.reading import read_recipe
 from keras_t5gemma.recipes.run_folder import MODEL_FOLDER, begin, locked
 from keras_t5gemma.recipes.schema import Recipe
 from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
@@ -32,7 +33,7 @@ from keras_t5gemma.training.checkpointing.weights import load_training_weights, 
 CHECKPOINTS_FOLDER = "checkpoints"
 
 
-def run_recipe(recipe: Recipe, console: Console | None = None) -> Path:
+def run_recipe(recipe: Recipe | str | Path, console: Console | None = None) -> Path:
     """Trains a model by a recipe. If the recipe's folder holds a run that was stopped, the run continues.
 
     The folder of the run holds the recipe, which states every key; `log.csv`; `tensorboard/` if the recipe asks for it;
@@ -42,7 +43,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Path:
     differences. Only keys that do not change the result of a step may differ: see `run_folder.MAY_CHANGE`.
 
     Args:
-        recipe: a `Recipe` of `read_recipe`.
+        recipe: a `Recipe` of `read_recipe`, or what `read_recipe` takes.
         console: a `rich.console.Console`, by default one on standard output.
 
     Returns:
@@ -54,6 +55,7 @@ def run_recipe(recipe: Recipe, console: Console | None = None) -> Path:
         FloatingPointError: if loss or weights are not finite; the message names the last good checkpoint.
     """
     console = console or Console()
+    recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
     folder = Path(recipe.output.folder)
     distributed = distribution(recipe.hardware)  # first: processes connect before anything else is computed
     index = process(recipe.hardware)

@@ -30,6 +30,11 @@ class TopKTopPSampler(keras_hub.samplers.Sampler):
     """
 
     def __init__(self, k: int | None = None, p: float | None = None, temperature: float = 1.0, seed: int | None = None):
+        if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
+            raise ValueError(
+                f"`temperature` must be a number above 0; the likeliest token at each step is the sampler "
+                f'"greedy". Received: temperature={temperature!r}.'
+            )
         super().__init__(temperature=temperature)
         k = integer(k, "k", optional=True, none_means="for all tokens")
         seed = integer(seed, "seed", least=0, optional=True)

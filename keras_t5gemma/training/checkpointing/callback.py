@@ -387,11 +387,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._number = self._saved = content["data"]["number"]
         self._epoch, self._offset = content["epoch"], content["batch"]
         if (ended_by := content.get("ended_by")) and not self.continue_stopped:
-            warnings.warn(
-                f"The run in {self.folder} is over: {ended_by['class']} on {ended_by['monitor']} ended it after "
-                f"{ended_by['epochs']} epochs. Nothing is trained; `TrainingCheckpoint(..., continue_stopped=True)` "
-                f"trains on.",
-                stacklevel=2,
-            )
+            why = f"{ended_by['class']} on {ended_by['monitor']} ended it after {ended_by['epochs']} epochs"
+            self._warn_of_end(why, "`TrainingCheckpoint(..., continue_stopped=True)` trains on")
             self._epoch = max(self._epoch, self.params["epochs"])
+        elif self._epoch >= self.params["epochs"]:
+            self._warn_of_end(f"it has trained {self._epoch} epochs", "more `epochs` train on")
         begin_with_epoch(self.model, self._epoch)
+
+    def _warn_of_end(self, why: str, remedy: str):
+        warnings.warn(f"The run in {self.folder} is over: {why}. Nothing is trained; {remedy}.", stacklevel=3)

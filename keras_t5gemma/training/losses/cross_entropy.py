@@ -5,6 +5,8 @@ gradients with respect to hidden states and table, so that nothing is computed t
 vocabulary x width, as many as the plain loss takes.
 """
 
+from collections.abc import Mapping
+
 import keras
 from keras import ops
 
@@ -118,6 +120,11 @@ class VocabularyCrossEntropy(keras.losses.Loss):
 
     def labels_of(self, y, vocabulary_size: int | None = None):  # noqa: ARG002 for losses whose y holds more
         """The labels [B, T] of a batch's y, which is checked; against the vocabulary too, if its size is passed."""
+        if isinstance(y, Mapping):
+            raise ValueError(
+                f"`{type(self).__name__}` takes labels [B, T]. Received: a dict of {', '.join(y)}. For batches of "
+                f"`distillation_dataset` or of a `StoredTeacher`, compile with `loss=kt.Distillation(teacher)`."
+            )
         return y
 
     def token_loss(self, cap: float | None, y, labels, shares):  # noqa: ARG002 for losses whose y holds more
@@ -184,7 +191,7 @@ class ChunkedLoss:
         self.metrics = [keras.metrics.Mean(name=name, dtype="float32") for name in ("loss", "accuracy")]
 
     def __call__(self, head, hidden, labels, weights, training: bool, more=0.0):
-        """The loss of hidden states, and updates the metrics.
+        """The loss of hidden states. Updates the accuracy.
 
         Args:
             head: the `VocabularyProjection`.
@@ -206,14 +213,13 @@ class ChunkedLoss:
             training=training,
             train_table=bool(head.embedding.trainable_variables),
         )
-        self._update(loss + more, accuracy, total)
-        return loss / replicas() + more
+        self._update_accuracy(accuracy, total)
+        return (loss + more) / replicas()
 
-    def update_from_logits(self, loss, logits, labels, weights):
-        """Updates the metrics from logits.
+    def update_from_logits(self, logits, labels, weights):
+        """Updates the accuracy from logits.
 
         Args:
-            loss: their loss, a float32 scalar.
             logits: [B, T, V].
             labels: int [B, T].
             weights: the batch's sample weights, or None.
@@ -222,11 +228,20 @@ class ChunkedLoss:
         picked = ops.take_along_axis(logits, ops.expand_dims(labels, -1), axis=-1)[..., 0]
         correct = ops.cast(picked >= ops.max(logits, axis=-1), "float32")
         total = ops.sum(weights)
-        self._update(loss * replicas(), ops.divide_no_nan(ops.sum(correct * weights), total), total)
+        self._update_accuracy(ops.divide_no_nan(ops.sum(correct * weights), total), total)
 
-    def _update(self, loss, accuracy, total):
-        for metric, value in zip(self.metrics, (loss, accuracy), strict=True):
-            metric.update_state(ops.stop_gradient(value), sample_weight=total)
+    def track(self, loss):
+        """Updates the mean of the losses with the loss of a batch, weighted by the batch's tokens.
+
+        Args:
+            loss: the result of the model's `compute_loss`, which a subclass may have changed.
+        """
+        total, self._total = self._total, None
+        self.metrics[0].update_state(ops.stop_gradient(loss * replicas()), sample_weight=total)
+
+    def _update_accuracy(self, accuracy, total):
+        self._total = total
+        self.metrics[1].update_state(ops.stop_gradient(accuracy), sample_weight=total)
 
 
 def _with_gradients(chunks, token_loss, targets, hidden, table, train_table):

@@ -14,7 +14,10 @@ def outputs_and_loss(model, x, y, sample_weight, training):
         `(y_pred, loss)`: the model's outputs, or None if the loss does without logits; and the loss, a scalar.
     """
     y_pred = None if model.trains_without_logits else model(x, training=training)
-    return y_pred, model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+    loss = model.compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=training)
+    if model.keeps_own_loss:
+        model.track_own_loss(loss)
+    return y_pred, loss
 
 
 def track_loss(model, loss, rows):

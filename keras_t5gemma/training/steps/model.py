@@ -31,7 +31,8 @@ class OwnSteps:
     Attributes:
         accumulation: the `Accumulation` of a training step.
         trains_without_logits: whether `compute_loss` takes None for the outputs, and runs the model itself.
-        keeps_own_loss: whether `compute_loss` updates a mean of the losses, which Keras's own then does not count.
+        keeps_own_loss: whether the model has a mean of the losses of its own, which `track_own_loss` updates, instead
+            of Keras's.
     """
 
     accumulation: Accumulation = Accumulation(1, None)

@@ -74,6 +74,15 @@ def test_run_that_early_stopping_ended_trains_no_more_and_has_the_weights_it_end
         assert_same(again, first)
 
 
+def test_run_that_has_all_its_epochs_says_so_and_trains_no_more(tmp_path):
+    first, epochs, _ = run(tmp_path, epochs=2)
+    assert epochs == 2
+    with pytest.warns(UserWarning, match=r"is over: it has trained 2 epochs\. Nothing is trained; more `epochs`"):
+        again, epochs, _ = run(tmp_path, epochs=2)
+    assert epochs == 0
+    assert_same(again, first)
+
+
 def test_run_that_early_stopping_ended_goes_on_if_told_to(tmp_path):
     run(tmp_path)
     with warnings.catch_warnings():
