@@ -72,6 +72,7 @@ def generate(
             `embed`, and does not affect the training.
     """
     num_samples = integer(num_samples, "num_samples", optional=True)
+    max_length = integer(max_length, "max_length", optional=True)
     options = {"processors": processors, "num_samples": num_samples or 1, "log_probs": bool(return_log_probs)}
     options["stop_token_ids"] = stop_ids(lm, stop_token_ids)
     batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]

@@ -59,6 +59,7 @@ def stream(
         MemoryError: as for `generate`, raised when the iteration begins.
     """
     chunk_size = integer(default_chunk_size() if chunk_size is None else chunk_size, "chunk_size")
+    max_length = integer(max_length, "max_length", optional=True)
     check_streamable(lm.sampler)
     options = {"stop_token_ids": stop_ids(lm, stop_token_ids), "processors": processors}
     if lm.preprocessor is not None:

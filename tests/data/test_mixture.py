@@ -67,6 +67,7 @@ def test_objective_by_name_is_the_value():
         (lambda: Mixture([]), "empty"),
         (lambda: Mixture([(PrefixLM(8, 8), 0.5)]), "whole numbers"),
         (lambda: Mixture([(PrefixLM(8, 8), True)]), "whole numbers"),
+        (lambda: Mixture([PrefixLM(8, 8)]), "must be pairs of an objective and its weight"),
         (lambda: Mixture([("ul2", 1)]), "must be pairs of an objective and a weight"),
         (lambda: PrefixLM(1, 4, mode_token=5), "`encoder_length`"),
         (lambda: PrefixLM(4, 4, mode_token=-1), "`mode_token`"),

@@ -70,7 +70,7 @@ def test_bad_request_of_ids_is_one_clear_error(lm, changed, message):
             {"inputs": {"encoder_text": "a", "decoder_text": "aaaa"}, "max_length": 4},
             "takes 5 tokens, more than `max_length`",
         ),
-        ({"max_length": 0}, "must be a positive integer"),
+        ({"max_length": 0}, "`max_length` must be a positive integer"),
         ({"stop_token_ids": (512,)}, r"`stop_token_ids` must be in \[0, 512\)"),
     ],
 )

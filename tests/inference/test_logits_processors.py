@@ -94,6 +94,8 @@ def test_equal_processors_are_one_key():
         (lambda: kt.MinimumLength(-1), "`tokens` must be a positive integer"),
         (lambda: kt.ForcedTokens([1]), "`tokens` must map positions to ids"),
         (lambda: kt.TopKTopPSampler(k=0), "`k` must be a positive integer"),
+        (lambda: kt.TopKTopPSampler(temperature=-1), "`temperature` must be a number above 0"),
+        (lambda: kt.TopKTopPSampler(temperature="hot"), "`temperature` must be a number above 0"),
         (lambda: kt.TopKTopPSampler(p=1.5), r"`p` must be in \(0, 1\]"),
     ],
 )

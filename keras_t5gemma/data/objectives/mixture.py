@@ -76,6 +76,12 @@ class Mixture(Mixed):
     objectives: Sequence[tuple[Objective, int]]
 
     def __post_init__(self) -> None:
+        for entry in self.objectives:
+            if not isinstance(entry, (tuple, list)) or len(entry) != 2:
+                raise ValueError(
+                    f"`objectives` must be pairs of an objective and its weight, e.g. [(PrefixLM(512, 512), 1)]. "
+                    f"Received: {entry!r}."
+                )
         # Computes the parts now, so that errors come from the constructor and not from the first use.
         if not self.parts:
             raise ValueError("`objectives` is empty: it needs at least one pair of an objective and its weight.")

@@ -68,6 +68,8 @@ def optimizer(
         ValueError: if an argument is out of range.
     """
     check_choice(name, "name", OPTIMIZERS)
+    if "lr" in kwargs:
+        raise ValueError(f"`lr` is not an argument: use `learning_rate={kwargs['lr']!r}`.")
     steps = None if steps is None else integer(steps, "steps")
     if warmup_steps is None:
         warmup_steps = WARMUP_STEPS if steps is None else min(WARMUP_STEPS, steps // 10)

@@ -55,6 +55,7 @@ def test_gradients_are_clipped_at_their_global_norm():
         ({"warmup_steps": 11}, "at most steps=10"),
         ({"learning_rate": 0}, "`learning_rate`"),
         ({"final_fraction": 1.5}, "`final_fraction`"),
+        ({"lr": 0.5}, "`lr` is not an argument: use `learning_rate=0.5`"),
     ],
 )
 def test_argument_out_of_range_is_refused_by_name(changes, message):
