@@ -214,12 +214,11 @@ def short_garbage_collections():
     Keras collects for each variable that it deletes, and so for each layer that it quantizes: 0.2 to 0.5 s each, as
     long as all of the program's objects are looked at. The deleted variables are in no cycle and need no collection.
     """
-    if gc.get_freeze_count():  # what the program froze must stay frozen
-        yield
-        return
+    was_frozen = gc.get_freeze_count() > 0
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not was_frozen:  # what the program froze stays frozen
+            gc.unfreeze()

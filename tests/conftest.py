@@ -1,6 +1,7 @@
 """One backend a run, chosen by KERAS_BACKEND as for any Keras program; no network."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -37,6 +38,13 @@ _SLOW = (
     "test_notebook.py",
     "test_contract.py",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_garbage_collections():
+    """Garbage collections, Python's own among them, look at what a file makes, not at all that was made before it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
