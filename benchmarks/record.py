@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from topics import problems
+from rows import problems
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results"

@@ -15,7 +15,7 @@ FOLDER = ROOT / "benchmarks"
 README = (FOLDER / "README.md").read_text(encoding="utf-8")
 FILES = sorted((FOLDER / "results").glob("*.jsonl"))
 LOG = sorted((FOLDER / "log").iterdir())
-HELPERS = {"own_process.py", "record.py", "report.py", "topics.py"}
+HELPERS = {"own_process.py", "record.py", "report.py", "rows.py", "topics.py"}
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def module(monkeypatch):
     """`name -> module` of benchmarks/, which are scripts beside each other."""
     monkeypatch.syspath_prepend(str(FOLDER))
     yield importlib.import_module
-    for name in ("record", "report", "topics"):
+    for name in ("record", "report", "rows", "topics"):
         sys.modules.pop(name, None)
 
 
@@ -43,7 +43,7 @@ def test_tables_are_those_of_the_results():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_each_row_has_its_topics_fields_in_their_types(path, module):
-    problems = module("topics").problems
+    problems = module("rows").problems
     assert [found for row in rows(path) if (found := problems(row, path.stem))] == []
 
 
@@ -62,17 +62,17 @@ def test_each_row_has_its_topics_fields_in_their_types(path, module):
     ],
 )
 def test_a_row_with_a_wrong_field_is_refused(change, module):
-    problems = module("topics").problems
+    problems = module("rows").problems
     (row, *_) = rows(FOLDER / "results" / "train.jsonl")
     assert not problems(row, "train")
     assert problems(row | change, "train")
 
 
 def test_a_row_without_a_required_field_is_refused(module):
-    topics = module("topics")
+    checks = module("rows")
     (row, *_) = rows(FOLDER / "results" / "train.jsonl")
-    for name in topics.REQUIRED:
-        assert topics.problems({key: value for key, value in row.items() if key != name}, "train")
+    for name in checks.REQUIRED:
+        assert checks.problems({key: value for key, value in row.items() if key != name}, "train")
 
 
 def test_each_file_of_results_has_a_topic(module):

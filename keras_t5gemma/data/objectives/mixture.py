@@ -1,5 +1,6 @@
 """Several objectives in given proportions, as one objective."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -12,13 +13,13 @@ from keras_t5gemma.checks import is_integer
 from keras_t5gemma.data.objectives.example import Example, Objective, Part, check_ids
 
 
-class Mixed:
+class Mixed(abc.ABC):
     """Base class of objectives with several parts. A subclass has `parts`, see `Example`."""
 
     @property
+    @abc.abstractmethod
     def parts(self) -> Sequence[tuple[Part, int]]:
         """Pairs of a part and its weight, a whole number."""
-        raise NotImplementedError
 
     @cached_property
     def raw_length(self) -> int:

@@ -1,5 +1,6 @@
 """Rows of a source: the text in a row, and streams of rows that can be shared and can save their position."""
 
+import abc
 import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -88,21 +89,21 @@ class RowIterator(grain.DatasetIterator):
         self.rows = rows
         self.number = 0
 
+    @abc.abstractmethod
     def next_row(self) -> Callable[[], Any]:
         """Reads the next row, and returns a function that parses it, which is called only for rows of this process.
 
         Raises:
             StopIteration: if there are no more rows.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def get_position(self) -> dict:
         """The position of the next row in the source, as a JSON object."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def set_position(self, state: dict) -> None:
         """Continues from a position in the source."""
-        raise NotImplementedError
 
     def __next__(self) -> Any:
         while True:

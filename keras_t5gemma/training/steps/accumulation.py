@@ -1,9 +1,9 @@
 """Gradient accumulation within a step: the batch runs in parts, and the step is that of the whole batch.
 
-Keras's `gradient_accumulation_steps` takes the plain mean over batches, whatever number of target tokens each has, and
-keeps its sums from step to step. Here a part's loss counts by its share of the whole batch's weight, which is known
-beforehand, and the optimizer sees one gradient a batch: clipping, schedules, counts of steps and checkpoints know
-nothing of it.
+Keras's `gradient_accumulation_steps` is the plain mean over batches, even if they have different numbers of target
+tokens, and keeps its sums from step to step. Here a part's loss counts by its share of the whole batch's weight, which
+is known beforehand. The optimizer sees one gradient per batch, so clipping, schedules, counts of steps and checkpoints
+are those of a whole batch.
 """
 
 import keras
@@ -29,7 +29,7 @@ class Accumulation:
         loss: what the model is compiled with; its `reduction` says how the losses of parts add up.
 
     Raises:
-        ValueError: if `steps` is not a positive integer, or where it is more than one and `loss` is not a single one
+        ValueError: if `steps` is not a positive integer, or it is more than one and `loss` is not a single loss
             that sums or averages.
     """
 

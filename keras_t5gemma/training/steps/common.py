@@ -63,7 +63,7 @@ def for_optimizer(model, gradients, dtypes):
 
 
 def added(sums, gradients):
-    """Float32 sums of gradients of whatever dtype: small ones are not lost in a large sum."""
+    """Float32 sums of gradients of any dtype, so that small ones are not lost in a large sum."""
     return [
         total if more is None else ops.add(total, ops.cast(more, "float32"))
         for total, more in zip(sums, gradients, strict=True)
