@@ -25,6 +25,9 @@ ROOMS = {
     "training": "Training",
     "inference": "Inference",
     "checkpoints": "Checkpoints",
+    "heads": "Heads",
+    "evaluation": "Evaluation",
+    "reinforcement": "Reinforcement",
     "recipes": "Recipes",
 }
 # Sections of README.md that have a page of their own, or that the site's navigation takes the place of.

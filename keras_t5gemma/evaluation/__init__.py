@@ -1,0 +1,1 @@
+"""Benchmarks by lm-evaluation-harness, and metrics of generated texts during `fit`."""

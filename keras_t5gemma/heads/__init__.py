@@ -1,0 +1,1 @@
+"""Classifiers of texts and of tokens, and embedders, on top of the stacks."""
