@@ -4,6 +4,7 @@ checks          Checks of the loss that a model is compiled with
 cross_entropy   Cross-entropy over a large vocabulary without its logits: [B, T, 256000] of float32 never exists
 distillation    Learning from a teacher's logits (Hinton et al., arXiv 1503.02531) without a tensor of all logits
 labels          Labels and their weights: -100 has weight 0, and a label of weight 0 may be any number
+log_probs       The log-probabilities of target tokens, differentiable, without the logits [R, T, V]
 stored_teacher  A teacher's logits on disk: computed once, and read in place of the teacher
 teachers        Teachers of `Distillation`: the arrays that each provides for a batch
 """
