@@ -1,7 +1,9 @@
 """`quantize`, and dtypes such as "int8_from_bfloat16"."""
 
 import functools
+import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import keras
@@ -69,6 +71,19 @@ def quantize(
         raise ValueError(f"`filters` matches no layer that can be quantized. Received: {filters!r}. They are: {names}.")
     with short_garbage_collections():
         keras_quantize(mode, config=config, filters=lambda layer: id(layer) in selected, **kwargs)
+
+
+def warn_of_quantized_weights(model: keras.Model) -> None:
+    """Warns if `fit` would train little more than norms, because quantized weights are not trained."""
+    layers = [layer for layer in flatten_layers(model) if getattr(layer, "quantization_mode", None)]
+    if not layers or any(getattr(layer, "lora_enabled", False) for layer in layers):
+        return
+    rest = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    warnings.warn(
+        f"Quantized weights are not trained: `fit` changes {rest:,} numbers in other layers, such as norms. Call "
+        f"`enable_lora` on the backbone first to train LoRA on top of quantized weights.",
+        stacklevel=2,
+    )
 
 
 def unquantized(

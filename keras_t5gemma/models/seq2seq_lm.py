@@ -21,7 +21,7 @@ from keras_t5gemma.inference.stream import stream
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.quantization import QuantizationMixin, quantize
+from keras_t5gemma.models.quantization import QuantizationMixin, quantize, warn_of_quantized_weights
 from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
@@ -219,6 +219,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         """
         if self.train_function is None or force:
             check_optimizer(self.optimizer, self.trainable_variables)
+            warn_of_quantized_weights(self)
         return super().make_train_function(force)
 
     def quantize(

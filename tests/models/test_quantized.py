@@ -2,10 +2,12 @@
 
 import gc
 import math
+import warnings
 
 import keras
 import numpy as np
 import pytest
+from helpers.one_step import language_model
 from helpers.peers import loud_inputs, tiny_config
 from helpers.tiny import loud_backbone
 from keras import ops
@@ -141,3 +143,18 @@ def test_quantizing_many_layers_collects_the_garbage_of_the_whole_program_once(m
     backbone = loud_backbone(tiny_config(num_layers=2))
     backbone.quantize("int8")
     assert gc.get_freeze_count() > 0  # a program's own choice stays
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_training_of_quantized_weights_without_lora_warns_that_only_other_layers_change(lora):
+    lm = language_model()
+    lm.quantize("int8")
+    if lora:
+        lm.backbone.enable_lora(2)
+    numbers = sum(np.prod(variable.shape) for variable in lm.trainable_variables)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lm.make_train_function()
+    told = [str(warning.message) for warning in caught if "enable_lora" in str(warning.message)]
+    assert len(told) == (0 if lora else 1)
+    assert lora or f"changes {numbers:,} numbers" in told[0]
