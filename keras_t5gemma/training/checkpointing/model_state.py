@@ -23,6 +23,9 @@ from keras_t5gemma.training.checkpointing import shards
 from keras_t5gemma.training.checkpointing.process_folders import part_of
 from keras_t5gemma.training.checkpointing.step_folder import MODEL_FOLDER
 
+# A value in an error message is cut here.
+_MOST_CHARACTERS = 200
+
 
 def host_copy(model: keras.Model) -> tuple[dict, dict[str, np.ndarray], dict | None]:
     """Copies the state of a training model to the host's memory, for another thread to write.
@@ -97,8 +100,8 @@ def check(model: keras.Model, expected: dict, path: Path) -> None:
         if difference := _first_difference(actual[part], expected[part]):
             name, now, before = difference
             raise CheckpointError(
-                f"{path} is of another {title}: {name} was {before}, and is {now}. Compile the model of that run to "
-                f"resume it, or choose another `folder` to begin anew."
+                f"{path} is of another {title}: {name} was {_short(before)}, and is {_short(now)}. Compile the model "
+                f"of that run to resume it, or choose another `folder` to begin anew."
             )
     for group in actual["variables"]:
         check_variables(actual["variables"][group], expected["variables"][group], group, path)
@@ -359,6 +362,12 @@ def _without_names_and_rates(value):
             if name != "name" and not (name == "learning_rate" and isinstance(item, (int, float)))
         }
     return value
+
+
+def _short(value) -> str:
+    """A value as text, cut if it is long, such as the layers of LoRA."""
+    text = str(value)
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]} ..."
 
 
 def _first_difference(actual, expected, name: str = "") -> tuple | None:

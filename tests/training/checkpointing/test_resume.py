@@ -364,5 +364,8 @@ def test_saved_weights_with_lora_fill_a_model_to_export(tmp_path):
         training_weights(tmp_path)
     with pytest.raises(CheckpointError, match="another model"):
         load_training_weights(with_t5gemma(), tmp_path)
+    with pytest.raises(CheckpointError, match=r"another model's config: lora was .* \.\.\., and is None") as raised:
+        fit(with_t5gemma(), tmp_path, epochs=1, steps_per_epoch=3)
+    assert len(str(raised.value)) < 600  # the layers with LoRA are cut short
     with pytest.raises(CheckpointError, match=r"steps \[1, 2, 3\]. Received: step=9"):
         load_training_weights(other, tmp_path, step=9)
