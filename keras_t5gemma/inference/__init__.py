@@ -10,5 +10,6 @@ generate           `generate`: texts or token ids from prompts
 logits_processors  Logits processors: change which token may come next. They compose, and work with every sampler
 memory             Out-of-memory errors: recognized, and explained by the size of the request
 score              `score`: the log-probabilities of given targets
+stops              Stop strings: rows of tokens that end with a text
 stream             `stream`: generated text, chunk by chunk
 """

@@ -12,8 +12,9 @@ from keras_t5gemma.checkpoints.sources import open_t5gemma
 from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, PresetFolder
 from keras_t5gemma.inference.buckets import Buckets
 from keras_t5gemma.inference.decoding.loop import resolve_sampler
+from keras_t5gemma.inference.decoding.programs import decoding_step
 from keras_t5gemma.inference.embed import embed
-from keras_t5gemma.inference.generate import decoding_step, generate, generate_step
+from keras_t5gemma.inference.generate import generate, generate_step
 from keras_t5gemma.inference.programs.compiled import Programs
 from keras_t5gemma.inference.programs.recorded_torch import recorded
 from keras_t5gemma.inference.score import score, score_step
