@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import keras_t5gemma as kt
 from keras_t5gemma.cli import app
 from keras_t5gemma.cli.generation import sampler_of
-from keras_t5gemma.cli.options import InferenceDtype, Truncate
+from keras_t5gemma.cli.options import InferenceDtype
 from keras_t5gemma.cli.prompts import read_prompts, write_answers
 from keras_t5gemma.cli.session import inference_dtype, load_for_inference
 
@@ -156,10 +156,10 @@ def test_prompt_that_is_too_long_is_an_error_or_cut_as_asked(model):
     long = TEXTS[0] + TEXTS[1]
     refused = run(model, long, *SHORT)
     assert (refused.exit_code, 'truncate="left"' in refused.output) == (1, True)
-    loaded = load_for_inference(str(model), None, None, Truncate.left)
+    loaded = load_for_inference(str(model), None, None)
     assert loaded.backbone.dtype_policy.name == "float32"  # on a CPU
     result = run(model, long, *SHORT, "--truncate", "left")
-    assert result.stdout == f"{loaded.generate(long, max_length=6)}\n"
+    assert result.stdout == f"{loaded.generate(long, max_length=6, truncate='left')}\n"
 
 
 @pytest.mark.parametrize(

@@ -75,13 +75,14 @@ def generate(
         drawing = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
         check_sampling(sampler, num_beams, drawing)
         rows = read_prompts(prompts or [], file or [])
-        options = {"max_length": max_length, **({"stop": list(checked_stops(stop))} if stop else {})}
+        given = {"stop": list(checked_stops(stop)) or None, "truncate": None if truncate is None else str(truncate)}
+        options = {"max_length": max_length, **{name: value for name, value in given.items() if value is not None}}
         if out is not None and out.exists():
             raise ValueError(f"{out} exists already. Choose another file, or remove it first.")
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"{out.parent}, the folder of --out, does not exist. Make it first.")
         # Any: type checkers infer the type of an argument of `compile` from its default alone.
-        lm = cast(Any, load_for_inference(model, dtype, backend, truncate))
+        lm = cast(Any, load_for_inference(model, dtype, backend))
         lm.compile(sampler=sampler_of(sampler, num_beams, temperature, top_k, top_p, seed))
         if out is not None:
             write_answers(lm, rows, out, batch_size, **options)

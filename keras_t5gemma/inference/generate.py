@@ -22,11 +22,13 @@ from keras_t5gemma.inference.decoding.loop import (
 )
 from keras_t5gemma.inference.decoding.programs import decoding_stream, encoder_output_of
 from keras_t5gemma.inference.decoding.stopping import output_mask
+from keras_t5gemma.inference.encode import prompt_inputs
 from keras_t5gemma.inference.logits_processors import Request, check_processors
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.programs.compiled import Program
 from keras_t5gemma.inference.samplers.top_k_top_p import Draws
 from keras_t5gemma.inference.stops import StopWatch, cut_at_stops, stop_texts
+from keras_t5gemma.text.cuts import cuts_reported
 
 
 def generate(
@@ -37,6 +39,7 @@ def generate(
     strip_prompt: bool = False,
     *,
     stop: str | Sequence[str] | None = None,
+    truncate: str | None = None,
     max_new_tokens: int | Sequence[int] | None = None,
     processors: Sequence[Callable] = (),
     num_samples: int | None = None,
@@ -50,7 +53,8 @@ def generate(
         inputs: with a preprocessor a string, a list of strings, a conversation if the preprocessor is for chats, or a
             dict of `encoder_text` and, to start the answer with, `decoder_text`. Without a preprocessor a dict of
             `encoder_token_ids` [B, S] and optionally `encoder_padding_mask`, `decoder_token_ids` [B, T] (prompts;
-            `<bos>` if left out) and `decoder_padding_mask`. Or a `tf.data.Dataset` of batches of either.
+            `<bos>` if left out) and `decoder_padding_mask`. Or the result of `lm.encode`, or a `tf.data.Dataset`
+            of batches of texts or ids.
         max_length: L, the length of the result in tokens with its decoder prompt; the preprocessor's
             `decoder_sequence_length` if left out, or the width of `decoder_token_ids` without a preprocessor.
         stop_token_ids: ids that end a sequence; "auto" for the tokenizer's `<eos>` and `<end_of_turn>`; None to
@@ -62,6 +66,8 @@ def generate(
             contrastive search and samplers with a loop of their own run to their end, and the results are cut then. Of
             the ids, their mask and `log_probs`, the tokens that begin before the stop string remain. A token that
             begins before it and reaches into it remains whole, so the ids may have more text than `text`.
+        truncate: "left" or "right" to cut prompts that are too long at that end, for this call only; None for the
+            preprocessor's own setting. One warning says how many were cut.
         max_new_tokens: instead of `max_length`, how many tokens may follow the decoder prompt: an integer, or one per
             prompt.
         processors: logits processors, applied in this order: `RepetitionPenalty`, `NoRepeatNgrams`,
@@ -95,14 +101,16 @@ def generate(
     options["stop_token_ids"] = stop_ids(lm, stop_token_ids)
     stops = stop_texts(lm, stop)
     batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]
-    lengths = {"max_length": max_length, "max_new_tokens": max_new_tokens}
+    lengths = {"max_length": max_length, "max_new_tokens": max_new_tokens, "truncate": truncate}
     form = {"strip_prompt": strip_prompt, "stops": stops, "has_samples_axis": num_samples is not None}
-    with reading(lm, "generate"), Draws(lm.sampler, seed) as draws:
+    with cuts_reported(stacklevel=2), reading(lm, "generate"), Draws(lm.sampler, seed) as draws:
         results = [_generate_batch(lm, batch, options, draws, **lengths, **form) for batch in batches]
     return results[0] if len(results) == 1 else _concatenated(results)
 
 
-def _generate_batch(lm, batch, options, draws, *, max_length, max_new_tokens, strip_prompt, stops, has_samples_axis):
+def _generate_batch(
+    lm, batch, options, draws, *, max_length, max_new_tokens, truncate, strip_prompt, stops, has_samples_axis
+):
     """`generate` for one batch: converts the prompts to arrays, runs the program, and converts the results back.
 
     Args:
@@ -112,6 +120,7 @@ def _generate_batch(lm, batch, options, draws, *, max_length, max_new_tokens, st
         draws: the `Draws` of this call, which the program advances.
         max_length: as for `generate`.
         max_new_tokens: as for `generate`.
+        truncate: as for `generate`.
         strip_prompt: as for `generate`.
         stops: the result of `stop_texts`.
         has_samples_axis: whether the user set `num_samples`, so that results have an axis of n.
@@ -119,8 +128,7 @@ def _generate_batch(lm, batch, options, draws, *, max_length, max_new_tokens, st
     Returns:
         As `generate` returns it.
     """
-    if lm.preprocessor is not None:
-        batch = lm.preprocessor.generate_preprocess(batch, sequence_length=max_length)
+    batch = prompt_inputs(lm, batch, max_length=max_length, truncate=truncate)
     prompts = prompt_arrays(batch, max_length, lm.backbone.config.vocabulary_size, max_new_tokens)
     control = control_of(lm, prompts, **options)
     arrays = rounded_for(lm, prompts)
@@ -233,7 +241,8 @@ def generate_step(
 
     Args:
         lm: a `T5GemmaSeq2SeqLM`.
-        inputs: `encoder_token_ids` and `encoder_padding_mask` [B, S]; `decoder_token_ids` and
+        inputs: `encoder_token_ids` and `encoder_padding_mask` [B, S], or the encoder's output as `encoder_output`
+            [B, S, E] and `encoder_padding_mask`; `decoder_token_ids` and
             `decoder_padding_mask` [B, L], prompts padded on the right; optionally `prefill` [P], whose length says
             how many positions to run at once before the loop; optionally `limits` [B], the maximum length of each row
             in tokens.

@@ -13,10 +13,12 @@ from keras_t5gemma.inference.arrays import prompt_arrays
 from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.decoding.chunks import DecodingStream, check_streamable, default_chunk_size
 from keras_t5gemma.inference.decoding.programs import decoding_stream
+from keras_t5gemma.inference.encode import prompt_inputs
 from keras_t5gemma.inference.generate import control_of, stop_ids
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.samplers.top_k_top_p import Draws
 from keras_t5gemma.inference.stops import AnswerText, stop_texts
+from keras_t5gemma.text.cuts import cuts_reported
 
 
 def stream(
@@ -27,6 +29,7 @@ def stream(
     strip_prompt: bool = False,
     *,
     stop: str | Sequence[str] | None = None,
+    truncate: str | None = None,
     max_new_tokens: int | Sequence[int] | None = None,
     processors: Sequence[Callable] = (),
     seed: int | None = None,
@@ -39,11 +42,12 @@ def stream(
 
     Args:
         lm: a `T5GemmaSeq2SeqLM`.
-        inputs: as for `generate`, one prompt.
+        inputs: as for `generate`, one prompt, encoded or not.
         max_length: as for `generate`.
         stop_token_ids: as for `generate`.
         strip_prompt: as for `generate`.
         stop: as for `generate`. Text that may be the beginning of a stop string is held back until that is decided.
+        truncate: as for `generate`.
         max_new_tokens: as for `generate`.
         processors: as for `generate`.
         seed: as for `generate`.
@@ -64,8 +68,8 @@ def stream(
     check_streamable(lm.sampler)
     stops = stop_texts(lm, stop)
     options = {"stop_token_ids": stop_ids(lm, stop_token_ids), "processors": processors}
-    if lm.preprocessor is not None:
-        inputs = lm.preprocessor.generate_preprocess(inputs, sequence_length=max_length)
+    with cuts_reported(stacklevel=2):
+        inputs = prompt_inputs(lm, inputs, max_length=max_length, truncate=truncate)
     prompts = prompt_arrays(inputs, max_length, lm.backbone.config.vocabulary_size, max_new_tokens)
     if (rows := len(prompts["encoder_token_ids"])) != 1:
         raise ValueError(f"`stream()` takes one prompt at a time. Received: {rows}. `generate()` takes several.")

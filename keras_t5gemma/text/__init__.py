@@ -1,6 +1,7 @@
 """Text to ids and back: tokenizer, preprocessor, chat turns.
 
 chat              Gemma's turns: formats a conversation as the string that an instruction-tuned model was trained on
+cuts              Texts that were cut because they were too long: counted, and reported in one warning
 encoding          Texts to padded arrays of ids, one batch at a time, in numpy: the work of the preprocessor
 preprocessor      Strings and conversations to the model's four inputs, for `fit` and for `generate`
 stop_strings      Where a text ends that must not hold any of several strings

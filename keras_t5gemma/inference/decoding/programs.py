@@ -41,8 +41,10 @@ def start_decoding(lm, inputs: dict, samples: int = 1) -> tuple:
 
 
 def encoder_output_of(lm, inputs: dict) -> tuple:
-    """`(output [B, S, E], mask [B, S])` of the encoder for a program's inputs."""
+    """`(output [B, S, E], mask [B, S])` of the encoder for a program's inputs, which may contain its output already."""
     mask = inputs["encoder_padding_mask"]
+    if "encoder_output" in inputs:
+        return inputs["encoder_output"], mask
     return lm.backbone.encoder(inputs["encoder_token_ids"], mask, training=False), mask
 
 
