@@ -19,7 +19,7 @@ def stop_texts(lm, stop: str | Sequence[str] | None) -> tuple[str, ...]:
     if stops and lm.preprocessor is None:
         raise ValueError(
             f"`stop` looks for texts, and this model has no `preprocessor` whose tokenizer makes text of ids. Pass the "
-            f"ids that end a sequence as `stop_token_ids`. Received: stop={stop!r:.200}."
+            f"ids that end a sequence as `stop_token_ids`. Received: stop={str(stop)[:200]}."
         )
     return stops
 

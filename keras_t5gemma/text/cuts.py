@@ -23,7 +23,7 @@ class Cuts:
         """
         cut, total, longest, *_ = self._of_kind.get(kind, (0, 0, 0))
         cut += sum(size > limit for size in sizes)
-        self._of_kind[kind] = (cut, total + len(sizes), max(longest, *sizes), limit, side)
+        self._of_kind[kind] = (cut, total + len(sizes), max([longest, *sizes]), limit, side)
 
     def message(self) -> str:
         """The text of the warning; empty if nothing was cut."""

@@ -80,7 +80,8 @@ class Packer:
                 check_no_turn_tokens(text, _place("decoder_text", i, batched))
         rows = [ids + ends for ids in self._encode(texts)]
         bos_places = 0 if closed else 1  # a closed row has room for <bos>: its last id is a label, but not an input
-        count_cuts("answers", list(map(len, rows)), limit - bos_places, self.truncate)
+        sizes = [len(row) for text, row in zip(texts, rows, strict=True) if text]  # most prompts begin no answer
+        count_cuts("answers", sizes, limit - bos_places, self.truncate)
         for i, row in enumerate(rows):
             if len(row) + bos_places > limit:
                 name = "decoder_sequence_length" if closed else "`max_length` (decoder_sequence_length)"

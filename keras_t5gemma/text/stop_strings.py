@@ -18,7 +18,7 @@ def checked_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     stops = [stop] if isinstance(stop, str) else stop
     is_sequence = isinstance(stops, (list, tuple))
     if not is_sequence or len(stops) > MOST_STOPS or not all(isinstance(text, str) and text for text in stops):
-        received = f"{len(stops)} of them" if is_sequence and len(stops) > MOST_STOPS else f"{stop!r:.200}"
+        received = f"{len(stops)} of them" if is_sequence and len(stops) > MOST_STOPS else f"{stop!r}"[:200]
         raise ValueError(
             f'`stop` must be a string or a list of strings such as ["\\n\\n", "Question:"], none of them empty and at '
             f"most {MOST_STOPS}. Received: {received}."
