@@ -10,7 +10,6 @@ from keras_t5gemma._keras_internals import callbacks_of_the_same_fit, variable_a
 from keras_t5gemma.checks import integer, is_integer
 from keras_t5gemma.evaluation.text_metrics import Metric, text_metrics
 
-_EPOCH = "epoch"
 _KEYS = ("encoder_text", "decoder_text")
 _SHOWN = 200  # characters of a sample
 
@@ -53,7 +52,7 @@ class GenerationMetrics(keras.callbacks.Callback):
         validation: Mapping[str, Sequence] | Sequence[tuple],
         metrics: Sequence[str | Metric] = ("exact_match",),
         *,
-        every: str | int = _EPOCH,
+        every: str | int = "epoch",
         samples: int = 3,
         batch_size: int = 8,
         **options: Any,
@@ -61,7 +60,7 @@ class GenerationMetrics(keras.callbacks.Callback):
         super().__init__()
         self.prompts, self.references = _pairs(validation)
         self.functions = text_metrics(metrics)
-        if every != _EPOCH and not (is_integer(every) and every > 0):
+        if every != "epoch" and not (is_integer(every) and every > 0):
             raise ValueError(f'`every` must be "epoch" or a number of steps. Received: every={every!r}.')
         self.every = every
         self.samples = integer(samples, "samples", least=0)
@@ -100,12 +99,12 @@ class GenerationMetrics(keras.callbacks.Callback):
         before = self._start + self._batches
         self._batches += batch + 1 - self._in_epoch
         self._in_epoch = batch + 1
-        if self.every != _EPOCH and (self._start + self._batches) // self.every > before // self.every:
+        if self.every != "epoch" and (self._start + self._batches) // self.every > before // self.every:
             self._evaluate()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:  # noqa: ARG002
         """Evaluates if it is time, and adds the values to the logs."""
-        if self.every == _EPOCH:
+        if self.every == "epoch":
             self._evaluate()
         logs = {} if logs is None else logs
         if taken := sorted(logs.keys() & self._newest.keys()):
