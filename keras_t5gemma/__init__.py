@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset as distillation_dataset
     from keras_t5gemma.data.sources.open import text_source as text_source
 
+    # Evaluation
+    from keras_t5gemma.evaluation.generation_metrics import GenerationMetrics as GenerationMetrics
+
     # Inference: samplers, processors, buckets
     from keras_t5gemma.inference.buckets import Buckets as Buckets
     from keras_t5gemma.inference.logits_processors import ForbiddenTokens as ForbiddenTokens
@@ -109,6 +112,8 @@ _MODULES = {
     "supervised_dataset": "data.pipelines.supervised",
     "distillation_dataset": "data.pipelines.teacher_view",
     "text_source": "data.sources.open",
+    # Evaluation
+    "GenerationMetrics": "evaluation.generation_metrics",
     # Inference: samplers, processors, buckets
     "Buckets": "inference.buckets",
     "ForbiddenTokens": "inference.logits_processors",

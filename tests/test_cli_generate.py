@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import keras_t5gemma as kt
 from keras_t5gemma.cli import app
 from keras_t5gemma.cli.generation import sampler_of
-from keras_t5gemma.cli.options import InferenceDtype, Truncate
+from keras_t5gemma.cli.options import InferenceDtype
 from keras_t5gemma.cli.prompts import read_prompts, write_answers
 from keras_t5gemma.cli.session import inference_dtype, load_for_inference
 
@@ -85,7 +85,7 @@ def test_line_that_holds_no_prompt_or_has_an_answer_is_named(line, tmp_path):
 
 def test_answers_are_written_a_batch_at_a_time_in_order_and_the_last_batch_is_as_large(tmp_path):
     lm, out = Echo(), tmp_path / "answers.jsonl"
-    write_answers(lm, prompts("abcde"), out, 7, 2)
+    write_answers(lm, prompts("abcde"), out, 2, max_length=7)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert rows == [{"prompt": prompt, "answer": f"{prompt} in 7"} for prompt in "abcde"]
     assert lm.batches == [["a", "b"], ["c", "d"], ["e", "e"]]
@@ -94,7 +94,7 @@ def test_answers_are_written_a_batch_at_a_time_in_order_and_the_last_batch_is_as
 def test_fields_of_a_row_go_with_its_answer_and_a_prompt_without_text_keeps_its_place(tmp_path):
     lm, out = Echo(), tmp_path / "answers.jsonl"
     rows = [{"id": 3, "prompt": "a"}, {"prompt": " "}, {"prompt": ""}, {"prompt": "", "id": 4}, {"prompt": "e"}]
-    write_answers(lm, rows, out, 7, 2)
+    write_answers(lm, rows, out, 2, max_length=7)
     answers = ["a in 7", "", "", "", "e in 7"]
     written = [json.loads(line) for line in out.read_text().splitlines()]
     assert written == [{**row, "answer": answer} for row, answer in zip(rows, answers, strict=True)]
@@ -105,7 +105,7 @@ def test_fields_of_a_row_go_with_its_answer_and_a_prompt_without_text_keeps_its_
 def test_broken_run_leaves_the_whole_lines_of_the_batches_before(tmp_path):
     out = tmp_path / "answers.jsonl"
     with pytest.raises(MemoryError):
-        write_answers(Echo(breaks_at="d"), prompts("ébcd"), out, 7, 2)
+        write_answers(Echo(breaks_at="d"), prompts("ébcd"), out, 2, max_length=7)
     content = out.read_text(encoding="utf-8")
     assert content.endswith("\n")
     assert [json.loads(line)["prompt"] for line in content.splitlines()] == ["é", "b"]
@@ -156,10 +156,10 @@ def test_prompt_that_is_too_long_is_an_error_or_cut_as_asked(model):
     long = TEXTS[0] + TEXTS[1]
     refused = run(model, long, *SHORT)
     assert (refused.exit_code, 'truncate="left"' in refused.output) == (1, True)
-    loaded = load_for_inference(str(model), None, None, Truncate.left)
+    loaded = load_for_inference(str(model), None, None)
     assert loaded.backbone.dtype_policy.name == "float32"  # on a CPU
     result = run(model, long, *SHORT, "--truncate", "left")
-    assert result.stdout == f"{loaded.generate(long, max_length=6)}\n"
+    assert result.stdout == f"{loaded.generate(long, max_length=6, truncate='left')}\n"
 
 
 @pytest.mark.parametrize(
@@ -187,6 +187,14 @@ def test_model_answers_in_int8(model):
 def test_preset_that_was_saved_quantized_keeps_its_dtype(model, tmp_path):
     (tmp_path / "config.json").write_text('{"config": {"dtype": "int8_from_bfloat16"}}')
     assert inference_dtype(None, tmp_path) is None
+
+
+def test_answers_end_before_a_stop_string(model):
+    whole = run(model, TEXTS[0][:20], *SHORT).stdout[:-1]
+    expected = whole[: whole.index(whole[2:4])]
+    assert run(model, TEXTS[0][:20], *SHORT, "--stop", "never", "--stop", whole[2:4]).stdout == f"{expected}\n"
+    both = run(model, TEXTS[0][:20], TEXTS[0][:20], *SHORT, "--stop", whole[2:4]).stdout
+    assert both == f"{expected}\n" * 2
 
 
 def test_answers_drawn_with_a_seed_go_to_a_file(model, tmp_path):

@@ -142,6 +142,21 @@ def generation(_):
         assert [len(tokenizer(text)) <= most for text, most in zip(names["limited"], (64, 16), strict=True)]
         assert [len(texts) for texts in names["several"]] == [3, 3]
 
+    def stopped(names):
+        whole = names["lm"].generate(names["prompts"], max_length=128)
+        ends = [min([text.find(s) for s in ("\n", "Question:") if s in text], default=len(text)) for text in whole]
+        assert names["first_lines"] == [text[:end] for text, end in zip(whole, ends, strict=True)]
+
+    def encoded_once(names):
+        lm, prompts = names["lm"], names["prompts"]
+        assert names["drafts"] == [lm.generate(prompts, max_length=128, stop=stop) for stop in ("\n", ".")]
+        assert names["first"] == lm.generate(prompts[0], max_length=128)
+        expected = lm.score(prompts, names["choices"])["log_likelihood"]
+        np.testing.assert_allclose(names["likelihoods"], expected, rtol=1e-3)
+
+    def uncut(names):
+        assert names["cut"] == names["lm"].generate(names["prompts"], max_length=128)
+
     def scored(names):
         result, lm, prompts = names["result"], names["lm"], names["prompts"]
         assert result["log_probs"].shape == result["decoder_token_ids"].shape == (2, 128)
@@ -191,7 +206,10 @@ def generation(_):
         "kt.BeamSampler": sampled,
         "kt.ForcedTokens": controlled,
         "num_samples=3": several,
+        "stop=[": stopped,
         "return_log_probs": scored,
+        "lm.encode": encoded_once,
+        "truncate=": uncut,
         "choices =": chose,
         "kt.Buckets": rounded,
         "lm.stream": streamed,
@@ -226,8 +244,13 @@ def training(histories):
         assert len(list(names["stored"].batches())) == 1
         assert 0 < histories[-1].history["loss"][-1] < 2 * np.log(500)
 
+    def measured(names):
+        assert [entry["rougeL"] for entry in names["metrics"].results] == names["history"]
+        assert len(names["history"]) == 2
+
     return {
         "kt.average_checkpoints": averaged,
+        "kt.GenerationMetrics": measured,
         "kt.save_lora": tuned,
         "accumulation_steps": in_parts,
         "GemmaCausalLM": taught,

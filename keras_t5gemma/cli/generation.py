@@ -11,6 +11,7 @@ from keras_t5gemma.cli.prompts import answers_of, read_prompts, write_answers
 from keras_t5gemma.cli.session import load_for_inference, one_line_errors
 from keras_t5gemma.inference.samplers import SAMPLERS
 from keras_t5gemma.suggestions import check_choice
+from keras_t5gemma.text.stop_strings import checked_stops
 
 if TYPE_CHECKING:
     import keras_hub
@@ -44,6 +45,10 @@ def generate(
         Truncate | None,
         typer.Option(help="Cut a prompt that is too long at its end (right) or its start (left). Default: an error."),
     ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="End an answer before this text. May be repeated."),
+    ] = None,
     sampler: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(SAMPLERS)}, with default settings. Default: greedy.")
     ] = None,
@@ -70,21 +75,23 @@ def generate(
         drawing = {"--temperature": temperature, "--top-k": top_k, "--top-p": top_p, "--seed": seed}
         check_sampling(sampler, num_beams, drawing)
         rows = read_prompts(prompts or [], file or [])
+        given = {"stop": list(checked_stops(stop)) or None, "truncate": None if truncate is None else str(truncate)}
+        options = {"max_length": max_length, **{name: value for name, value in given.items() if value is not None}}
         if out is not None and out.exists():
             raise ValueError(f"{out} exists already. Choose another file, or remove it first.")
         if out is not None and not out.parent.is_dir():
             raise ValueError(f"{out.parent}, the folder of --out, does not exist. Make it first.")
         # Any: type checkers infer the type of an argument of `compile` from its default alone.
-        lm = cast(Any, load_for_inference(model, dtype, backend, truncate))
+        lm = cast(Any, load_for_inference(model, dtype, backend))
         lm.compile(sampler=sampler_of(sampler, num_beams, temperature, top_k, top_p, seed))
         if out is not None:
-            write_answers(lm, rows, out, max_length, batch_size)
+            write_answers(lm, rows, out, batch_size, **options)
         elif len(rows) == 1 and sampler not in _NOT_STREAMED and num_beams is None:
-            for text in lm.stream(rows[0]["prompt"], max_length=max_length):
+            for text in lm.stream(rows[0]["prompt"], **options):
                 typer.echo(text, nl=False)
             typer.echo()
         else:
-            for _, answers in answers_of(lm, rows, max_length, batch_size):
+            for _, answers in answers_of(lm, rows, batch_size, **options):
                 for answer in answers:
                     typer.echo(answer)
 

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
@@ -51,15 +51,15 @@ def read_prompts(texts: list[str], files: list[Path]) -> list[dict]:
 
 
 def answers_of(
-    lm: "T5GemmaSeq2SeqLM", rows: list[dict], max_length: int, batch_size: int
+    lm: "T5GemmaSeq2SeqLM", rows: list[dict], batch_size: int, **options: Any
 ) -> Iterator[tuple[list[dict], list[str]]]:
     """Answers the prompts, one batch at a time.
 
     Args:
         lm: the compiled model.
         rows: the rows of `read_prompts`.
-        max_length: maximum number of tokens of an answer.
         batch_size: prompts per batch.
+        **options: arguments of `generate`.
 
     Yields:
         `(rows, answers)`: the next rows, in order, and a string per row, empty for a prompt without text.
@@ -70,22 +70,22 @@ def answers_of(
         # The last prompt is repeated, because a batch of another size would need another compiled program.
         padding = batch_size - len(prompts) if len(rows) > batch_size else 0
         padded = prompts + prompts[-1:] * padding
-        answers = iter(cast(list[str], lm.generate(padded, max_length=max_length)) if prompts else [])
+        answers = iter(cast(list[str], lm.generate(padded, **options)) if prompts else [])
         yield batch, ["" if _is_blank(row) else next(answers) for row in batch]
 
 
-def write_answers(lm: "T5GemmaSeq2SeqLM", rows: list[dict], out: Path, max_length: int, batch_size: int) -> None:
+def write_answers(lm: "T5GemmaSeq2SeqLM", rows: list[dict], out: Path, batch_size: int, **options: Any) -> None:
     """Writes the answers to a new .jsonl file, one batch at a time, so that the file always holds complete lines.
 
     Args:
         lm: the compiled model.
         rows: the rows of `read_prompts`. Each is written with all its fields and its answer.
         out: a path that does not exist.
-        max_length: maximum number of tokens of an answer.
         batch_size: prompts per batch.
+        **options: arguments of `generate`.
     """
     with out.open("xb", buffering=0) as file, text_progress("Answering", len(rows)) as advance:
-        for batch, answers in answers_of(lm, rows, max_length, batch_size):
+        for batch, answers in answers_of(lm, rows, batch_size, **options):
             answered = [{**row, ANSWER: answer} for row, answer in zip(batch, answers, strict=True)]
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answered).encode())
             advance(len(batch))

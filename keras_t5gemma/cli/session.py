@@ -18,7 +18,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from keras_t5gemma.cli.options import Dtype, InferenceDtype, Truncate
+    from keras_t5gemma.cli.options import Dtype, InferenceDtype
     from keras_t5gemma.hub import PresetFolder
     from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
@@ -141,33 +141,25 @@ def load_model(model: str | PresetFolder, dtype: Dtype | str | None, backend: Ba
     return kt.T5GemmaSeq2SeqLM.from_preset(folder, **options)
 
 
-def load_for_inference(
-    model: str, dtype: InferenceDtype | None, backend: Backend | None, truncate: Truncate | None = None
-) -> T5GemmaSeq2SeqLM:
+def load_for_inference(model: str, dtype: InferenceDtype | None, backend: Backend | None) -> T5GemmaSeq2SeqLM:
     """Loads the model of a preset, by default in the dtype that suits the hardware.
 
     Args:
         model: an argument of `from_preset`.
         dtype: an `InferenceDtype`, or None for the default.
         backend: a `Backend`, or None.
-        truncate: a `Truncate`, or None for the preset's.
 
     Returns:
         A `T5GemmaSeq2SeqLM`.
 
     Raises:
-        ValueError: as for `from_preset`, and if `truncate` is not None and the preset has no preprocessor.
+        ValueError: as for `from_preset`.
     """
     from keras_t5gemma.checkpoints.sources import open_t5gemma
 
     folder = open_t5gemma(model)
     use_backend(backend)
-    lm = load_model(folder, inference_dtype(dtype, folder), backend)
-    if truncate is not None:
-        if lm.preprocessor is None:
-            raise ValueError(f"--truncate cuts texts, and {model} has no preprocessor.")
-        lm.preprocessor.truncate = str(truncate)
-    return lm
+    return load_model(folder, inference_dtype(dtype, folder), backend)
 
 
 def inference_dtype(dtype: InferenceDtype | None, folder: PresetFolder | Path) -> str | None:

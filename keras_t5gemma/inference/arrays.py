@@ -18,7 +18,8 @@ def prompt_arrays(
 
     Args:
         inputs: `encoder_token_ids` [B, S] or [S], and optionally `encoder_padding_mask`, `decoder_token_ids` ([B, T] or
-            [T]; `<bos>` if left out) and `decoder_padding_mask`.
+            [T]; `<bos>` if left out) and `decoder_padding_mask`. With `encoder_output` [B, S, E], no position of
+            S may be padding in every row.
         max_length: L, the length of the result; T if None.
         vocabulary_size: V.
         max_new_tokens: instead of `max_length`, how many tokens may follow the prompt: an integer, or one per row.
@@ -27,7 +28,8 @@ def prompt_arrays(
         A dict of int32 arrays: `encoder_token_ids`, `encoder_padding_mask` [B, S], without positions on either side
         that are padding in every row; `decoder_token_ids`, `decoder_padding_mask` [B, L], prompts moved to the left;
         `limits` [B], the maximum length of each row in tokens; `prefill` [P]. P is 0 or the power of two that covers
-        the prompt positions common to all rows, a power so that few programs are compiled; it may exceed L.
+        the prompt positions common to all rows, a power so that few programs are compiled; it may exceed L. And the
+        `encoder_output` of `inputs`, if it has one.
 
     Raises:
         ValueError: if ids are outside the vocabulary, shapes do not match, a prompt is empty, `max_length` is shorter
@@ -69,6 +71,7 @@ def prompt_arrays(
     common_length = int(lengths.min()) - 1
     prefill = 1 << (common_length - 1).bit_length() if common_length else 0
     return {
+        **({"encoder_output": inputs["encoder_output"]} if "encoder_output" in inputs else {}),
         **_without_padding(encoder_ids, encoder_mask),
         "decoder_token_ids": token_ids,
         "decoder_padding_mask": mask,
@@ -132,7 +135,8 @@ def scoring_arrays(
     Raises:
         ValueError: if targets are not as described, empty, or hold ids outside the vocabulary.
     """
-    encoder_arrays = {name: prompts[name] for name in ("encoder_token_ids", "encoder_padding_mask")}
+    names = ("encoder_token_ids", "encoder_padding_mask", "encoder_output")
+    encoder_arrays = {name: prompts[name] for name in names if name in prompts}
     if counts is not None:
         prompt_rows = np.repeat(np.arange(len(counts), dtype="int32"), counts)
         encoder_arrays["prompt_rows"] = prompt_rows

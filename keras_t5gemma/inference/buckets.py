@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_t5gemma._keras_internals import tensor_of
 from keras_t5gemma.checks import is_integer
@@ -13,6 +14,7 @@ from keras_t5gemma.checks import is_integer
 _AXES = {
     "encoder_token_ids": ("batch", "encoder"),
     "encoder_padding_mask": ("batch", "encoder"),
+    "encoder_output": ("batch", "encoder", "width"),
     "decoder_token_ids": ("batch", "decoder"),
     "decoder_padding_mask": ("batch", "decoder"),
     "labels": ("batch", "decoder"),
@@ -21,7 +23,11 @@ _AXES = {
     "prompt_rows": ("batch",),
 }
 # If a prompt has several rows in the decoder, the encoder's batch has a size of its own.
-_ENCODER_AXES = {"encoder_token_ids": ("prompts", "encoder"), "encoder_padding_mask": ("prompts", "encoder")}
+_ENCODER_AXES = {
+    "encoder_token_ids": ("prompts", "encoder"),
+    "encoder_padding_mask": ("prompts", "encoder"),
+    "encoder_output": ("prompts", "encoder", "width"),
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -118,7 +124,8 @@ def rounded(
     run. Added positions are padding.
 
     Args:
-        arrays: a dict of arrays: some of the model's four inputs, `labels`, `label_mask`, `limits`, `prefill`.
+        arrays: a dict of arrays: some of the model's four inputs, `labels`, `label_mask`, `limits`, `prefill`; and the
+            tensor `encoder_output`, whose width E stays.
         buckets: a `Buckets`.
         limits: per axis, the largest size to round up to; see `Buckets.size`.
         multiple: the number of rows becomes a multiple of it.
@@ -132,7 +139,10 @@ def rounded(
     # Scoring computes every decoder position, so added positions cost as much as in the encoder. In decoding they are
     # room in the cache only.
     rounded_like = {"prompts": "batch"} | ({"decoder": "encoder"} if "labels" in arrays else {})
-    sizes = {axis: buckets.size(rounded_like.get(axis, axis), size, limits.get(axis)) for axis, size in sizes.items()}
+    sizes = {
+        axis: size if axis == "width" else buckets.size(rounded_like.get(axis, axis), size, limits.get(axis))
+        for axis, size in sizes.items()
+    }
     sizes |= {axis: sizes[axis] + -sizes[axis] % multiple for axis in sizes.keys() & {"batch", "prompts"}}
     padded = {name: _padded(x, [sizes[axis] for axis in axes[name]]) for name, x in arrays.items() if name in axes}
     if "limits" in arrays:
@@ -176,9 +186,14 @@ def _is_compiled(model: keras.Model) -> bool:
     return bool(model.jit_compile) or torch.cuda.is_available()
 
 
-def _padded(x: np.ndarray, shape: list[int]) -> np.ndarray:
-    """`x` padded to `shape`: with copies of its last row, and with zeros on the right."""
+def _padded(x, shape: list[int]):
+    """An array or a tensor padded to `shape`: with copies of its last row, and with zeros on the right."""
     added = [(0, size - n) for size, n in zip(shape, x.shape, strict=True)]
+    if not isinstance(x, np.ndarray):
+        if not any(map(any, added)):
+            return x
+        x = ops.concatenate([x, ops.repeat(x[-1:], added[0][1], axis=0)], axis=0)
+        return ops.pad(x, [(0, 0), *added[1:]])
     x = np.pad(x, added[:1] + [(0, 0)] * (x.ndim - 1), mode="edge")
     return np.pad(x, [(0, 0), *added[1:]])
 

@@ -10,16 +10,26 @@ from keras import ops
 from keras_t5gemma.checks import check_token_ids, integer
 from keras_t5gemma.concurrency import reading
 from keras_t5gemma.inference.buckets import rounded_for
+from keras_t5gemma.inference.encode import truncation_of
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.programs.compiled import Program
 from keras_t5gemma.progress import text_progress
 from keras_t5gemma.suggestions import check_choice
-from keras_t5gemma.text.encoding import Packer, pad_rows
+from keras_t5gemma.text.cuts import cuts_reported
+from keras_t5gemma.text.encoding import pad_rows
 
 POOLINGS = ("mean", "last")
 
 
-def embed(lm, inputs, pooling: str = "mean", *, batch_size: int = 32, progress: bool = False) -> np.ndarray:
+def embed(
+    lm,
+    inputs,
+    pooling: str = "mean",
+    *,
+    batch_size: int = 32,
+    truncate: str | None = None,
+    progress: bool = False,
+) -> np.ndarray:
     """The encoder's representation of each text, in one vector.
 
     Texts are sorted by length and padded, in batches, to the model's `buckets`, so that a short text does not pay for a
@@ -33,6 +43,7 @@ def embed(lm, inputs, pooling: str = "mean", *, batch_size: int = 32, progress: 
         pooling: "mean" of all tokens, or "last" for the last token, which represents the whole text in the
             classification tasks of arXiv 2504.06225. Both ignore padding.
         batch_size: the maximum number of texts per batch.
+        truncate: as for `generate`.
         progress: whether to show a progress bar.
 
     Returns:
@@ -45,7 +56,8 @@ def embed(lm, inputs, pooling: str = "mean", *, batch_size: int = 32, progress: 
     """
     check_choice(pooling, "pooling", POOLINGS)
     batch_size = integer(batch_size, "batch_size")
-    rows, batched = _encoder_rows(lm, inputs)
+    with cuts_reported(stacklevel=2):
+        rows, batched = _encoder_rows(lm, inputs, truncate)
     program = lm.programs.get(("embed", pooling), lambda: Program(partial(_pooled, lm, pooling=pooling), lm))
     vectors = np.zeros((len(rows), lm.backbone.config.encoder.hidden_dim), "float32")
     # The longest first, so that a lack of memory shows at once.
@@ -86,11 +98,11 @@ def _pooled(lm, inputs, pooling):
     return ops.einsum("bs,bsd->bd", weights, output)
 
 
-def _encoder_rows(lm, inputs) -> tuple[list, bool]:
+def _encoder_rows(lm, inputs, truncate) -> tuple[list, bool]:
     """`(rows, batched)`: rows of ids without padding, and whether `inputs` has a batch axis."""
+    truncation = truncation_of(lm, truncate)
     if lm.preprocessor is not None:
-        packer = Packer(lm.preprocessor.tokenizer, lm.preprocessor.chat, lm.preprocessor.truncate)
-        return packer.prompts(inputs, lm.preprocessor.encoder_sequence_length)
+        return lm.preprocessor.packer(**truncation).prompts(inputs, lm.preprocessor.encoder_sequence_length)
     return _token_rows(inputs, lm.backbone.config.vocabulary_size)
 
 

@@ -10,13 +10,17 @@ from keras_t5gemma.concurrency import reading
 from keras_t5gemma.inference.arrays import left_aligned, prompt_arrays, scoring_arrays
 from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.decoding.loop import token_log_probs
+from keras_t5gemma.inference.decoding.programs import encoder_output_of
+from keras_t5gemma.inference.encode import EncodedPrompts, prompt_inputs
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.programs.compiled import Program
 from keras_t5gemma.kernels.cross_entropy.chunks import TokenChunks, default_chunk_bytes
-from keras_t5gemma.text.encoding import Packer
+from keras_t5gemma.text.cuts import cuts_reported
 
 
-def score(lm, inputs, targets, *, closed: bool = True) -> dict[str, np.ndarray | list[np.ndarray]]:
+def score(
+    lm, inputs, targets, *, closed: bool = True, truncate: str | None = None
+) -> dict[str, np.ndarray | list[np.ndarray]]:
     """The log-likelihood of each target given its input, by the model alone: no temperature, no processors.
 
     One teacher-forced pass computes it. `generate(return_log_probs=True)` returns the same numbers for the same tokens.
@@ -27,11 +31,13 @@ def score(lm, inputs, targets, *, closed: bool = True) -> dict[str, np.ndarray |
 
     Args:
         lm: a `T5GemmaSeq2SeqLM`.
-        inputs: one or more prompts, as for `generate`; a target follows the start of its answer, if the prompt has one.
+        inputs: one or more prompts, as for `generate`, encoded or not; a target follows the start of its answer, if the
+            prompt has one.
         targets: with a preprocessor a string per prompt; without one a row of ids per prompt, of any length, or the
             result of `generate(strip_prompt=True)`. Or a list of strings or of rows per prompt.
         closed: whether texts are complete answers, whose end (`<eos>`, after `<end_of_turn>` if the preprocessor is for
             chats) is scored too, or beginnings of answers. Ids are scored as they are.
+        truncate: as for `generate`; it applies to prompts and targets.
 
     Returns:
         A dict of `log_likelihood`, float32 [B], in nats; `is_greedy`, bool [B], whether each token of the target is the
@@ -42,8 +48,14 @@ def score(lm, inputs, targets, *, closed: bool = True) -> dict[str, np.ndarray |
         ValueError: if prompts or targets are not as described, or do not match in number.
         MemoryError, RuntimeError: as for `generate`.
     """
-    if lm.preprocessor is not None:
-        inputs = lm.preprocessor.generate_preprocess(inputs)
+    with cuts_reported(stacklevel=2):
+        return _scores(lm, inputs, targets, closed, truncate)
+
+
+def _scores(lm, inputs, targets, closed: bool, truncate: str | None):
+    """`score`, with the same arguments."""
+    is_encoded = isinstance(inputs, EncodedPrompts)
+    inputs = prompt_inputs(lm, inputs, truncate=None if is_encoded else truncate)
     is_single = np.ndim(inputs["encoder_token_ids"]) == 1
     vocabulary_size = lm.backbone.config.vocabulary_size
     prompts = prompt_arrays(inputs, None, vocabulary_size)
@@ -51,7 +63,7 @@ def score(lm, inputs, targets, *, closed: bool = True) -> dict[str, np.ndarray |
     if counts is not None:
         targets = [target for group in ([targets] if is_single else targets) for target in group]
     if lm.preprocessor is not None:
-        targets = _target_rows(lm.preprocessor, targets, closed)
+        targets = _target_rows(lm.preprocessor, targets, closed, truncate)
     arrays, lengths = scoring_arrays(prompts, targets, vocabulary_size, counts)
     (rows, length), rounded = arrays["labels"].shape, rounded_for(lm, arrays)
     program = lm.programs.get(("score",), lambda: Program(partial(score_step, lm), lm))
@@ -74,8 +86,8 @@ def score_step(lm, inputs):
 
     Args:
         lm: a `T5GemmaSeq2SeqLM`.
-        inputs: the model's four inputs, and `labels` [R, T]. If there is `prompt_rows` [R], decoder row r belongs to
-            prompt `prompt_rows[r]` of the encoder's B; else R is B.
+        inputs: the model's four inputs, perhaps with `encoder_output` [B, S, E], and `labels` [R, T]. If there is
+            `prompt_rows` [R], decoder row r belongs to prompt `prompt_rows[r]` of the encoder's B; else R is B.
 
     Returns:
         `(log_probs, is_top)`: float32 and bool [R, T], whether no other token has a larger logit.
@@ -99,12 +111,14 @@ def score_step(lm, inputs):
 
 def _hidden_states(lm, inputs):
     """The decoder's hidden states [R, T, D], with each prompt encoded once."""
+    if "prompt_rows" not in inputs and "encoder_output" in inputs:
+        ids, mask = inputs["decoder_token_ids"], inputs["decoder_padding_mask"]
+        return lm.backbone.decoder(ids, mask, *encoder_output_of(lm, inputs), training=False)
     if "prompt_rows" not in inputs:
         names = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
         return lm.hidden_states({name: inputs[name] for name in names}, training=False)
-    encoder, decoder = lm.backbone.encoder, lm.backbone.decoder
-    mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
-    cache = decoder.start_cache(encoder(inputs["encoder_token_ids"], mask, training=False), mask, token_ids.shape[1])
+    token_ids, decoder = inputs["decoder_token_ids"], lm.backbone.decoder
+    cache = decoder.start_cache(*encoder_output_of(lm, inputs), token_ids.shape[1])
     cache = tree.map_structure(lambda x: ops.take(x, inputs["prompt_rows"], axis=0), cache)
     return decoder.step(token_ids, inputs["decoder_padding_mask"], cache, 0)[0]
 
@@ -148,9 +162,9 @@ def _grouped(x: np.ndarray, counts: list[int]) -> np.ndarray | list[np.ndarray]:
     return np.split(x, np.cumsum(counts)[:-1])
 
 
-def _target_rows(preprocessor, texts: Sequence[str] | str, closed: bool) -> list:
+def _target_rows(preprocessor, texts: Sequence[str] | str, closed: bool, truncate: str | None) -> list:
     """Rows of token ids of texts, without `<bos>`."""
-    packer = Packer(preprocessor.tokenizer, preprocessor.chat, preprocessor.truncate)
+    packer = preprocessor.packer(truncate)
     rows, _ = packer.answers(texts, preprocessor.decoder_sequence_length, closed=closed)
     # The prompts begin with <bos> already.
     rows = [row[1:] for row in rows]

@@ -1,8 +1,8 @@
 """`stream`: generated text, chunk by chunk."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import numpy as np
 from keras import ops
@@ -12,12 +12,13 @@ from keras_t5gemma.concurrency import reading
 from keras_t5gemma.inference.arrays import prompt_arrays
 from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.decoding.chunks import DecodingStream, check_streamable, default_chunk_size
-from keras_t5gemma.inference.decoding.loop import Control
-from keras_t5gemma.inference.generate import control_of, decoding_step, stop_ids
+from keras_t5gemma.inference.decoding.programs import decoding_stream
+from keras_t5gemma.inference.encode import prompt_inputs
+from keras_t5gemma.inference.generate import control_of, stop_ids
 from keras_t5gemma.inference.memory import memory_errors_explained
-from keras_t5gemma.inference.programs.compiled import Program
 from keras_t5gemma.inference.samplers.top_k_top_p import Draws
-from keras_t5gemma.text.whole_characters import TextStream
+from keras_t5gemma.inference.stops import AnswerText, stop_texts
+from keras_t5gemma.text.cuts import cuts_reported
 
 
 def stream(
@@ -27,6 +28,8 @@ def stream(
     stop_token_ids: Sequence[int] | str | None = "auto",
     strip_prompt: bool = False,
     *,
+    stop: str | Sequence[str] | None = None,
+    truncate: str | None = None,
     max_new_tokens: int | Sequence[int] | None = None,
     processors: Sequence[Callable] = (),
     seed: int | None = None,
@@ -39,10 +42,12 @@ def stream(
 
     Args:
         lm: a `T5GemmaSeq2SeqLM`.
-        inputs: as for `generate`, one prompt.
+        inputs: as for `generate`, one prompt, encoded or not.
         max_length: as for `generate`.
         stop_token_ids: as for `generate`.
         strip_prompt: as for `generate`.
+        stop: as for `generate`. Text that may be the beginning of a stop string is held back until that is decided.
+        truncate: as for `generate`.
         max_new_tokens: as for `generate`.
         processors: as for `generate`.
         seed: as for `generate`.
@@ -61,27 +66,20 @@ def stream(
     chunk_size = integer(default_chunk_size() if chunk_size is None else chunk_size, "chunk_size")
     max_length = integer(max_length, "max_length", optional=True)
     check_streamable(lm.sampler)
+    stops = stop_texts(lm, stop)
     options = {"stop_token_ids": stop_ids(lm, stop_token_ids), "processors": processors}
-    if lm.preprocessor is not None:
-        inputs = lm.preprocessor.generate_preprocess(inputs, sequence_length=max_length)
+    with cuts_reported(stacklevel=2):
+        inputs = prompt_inputs(lm, inputs, max_length=max_length, truncate=truncate)
     prompts = prompt_arrays(inputs, max_length, lm.backbone.config.vocabulary_size, max_new_tokens)
     if (rows := len(prompts["encoder_token_ids"])) != 1:
         raise ValueError(f"`stream()` takes one prompt at a time. Received: {rows}. `generate()` takes several.")
     prompt = prompts["decoder_token_ids"][prompts["decoder_padding_mask"] == 1]
     decode = decoding_stream(lm, control_of(lm, prompts, **options))
     chunks = _chunks(lm, decode, prompts, len(prompt), chunk_size, Draws(lm.sampler, seed))
+    if lm.preprocessor is not None:
+        return _texts(lm, None if strip_prompt else prompt, chunks, stops)
     chunks = chunks if strip_prompt else itertools.chain([prompt], chunks)
-    return (int(i) for ids in chunks for i in ids) if lm.preprocessor is None else _texts(lm, chunks)
-
-
-def decoding_stream(lm, control: Control) -> DecodingStream:
-    """The compiled parts of a stream for a `Control`."""
-
-    def new_stream():
-        start = lm.programs.get(("start",), lambda: Program(partial(_start_decoding, lm), lm))
-        return DecodingStream(start, lm.recorded_step, lm.sampler, lm, control)
-
-    return lm.programs.get(("stream", control), new_stream)
+    return (int(i) for ids in chunks for i in ids)
 
 
 def _chunks(
@@ -97,27 +95,31 @@ def _chunks(
             yield ids
 
 
-def _next_chunk(lm, chunks: Iterator[np.ndarray]) -> np.ndarray | None:
+def _next_chunk(lm, chunks: Iterator) -> np.ndarray | None:
     with reading(lm, "stream"):
-        return next(chunks, None)
+        if (following := next(chunks, None)) is None:
+            return None
+        state, chunk = following
+        return ops.convert_to_numpy(state.token_ids)[0, chunk]
 
 
-def _start_decoding(lm, inputs):
-    """Reads the prompt and returns `(token_ids, prompt_mask, cache)`; see `DecodingStream`."""
-    encoder_mask, token_ids = inputs["encoder_padding_mask"], inputs["decoder_token_ids"]
-    encoder_output = lm.backbone.encoder(inputs["encoder_token_ids"], encoder_mask, training=False)
-    prefill = inputs["prefill"].shape[0]
-    cache = lm.backbone.decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1], prefill)
-    if prefill:
-        _, _, cache = decoding_step(lm, token_ids[:, :prefill], cache, 0)
-    return token_ids, ops.cast(inputs["decoder_padding_mask"], "bool"), cache
+def _texts(lm, prompt: np.ndarray | None, chunks: Iterator[np.ndarray], stops: Sequence[str]) -> Iterator[str]:
+    """Yields the new whole characters of each chunk up to a stop string, without the ids that have no text.
 
-
-def _texts(lm, chunks: Iterator[np.ndarray]) -> Iterator[str]:
-    """Yields the new whole characters of each chunk, without the ids that have no text."""
-    text = TextStream(lm.preprocessor.tokenizer.detokenize)
-    for ids in chunks:
-        if new := text.add(ids[lm.preprocessor.has_text(ids)].tolist()):
-            yield new
+    Args:
+        lm: a `T5GemmaSeq2SeqLM`.
+        prompt: ids of the decoder prompt to begin with, or None.
+        chunks: the chunks of `_chunks`.
+        stops: the result of `stop_texts`.
+    """
+    text = AnswerText(lm.preprocessor, stops, prompt)
+    if text.prompt:
+        yield text.prompt
+    with contextlib.closing(chunks):
+        for ids in chunks:
+            if new := text.add(ids):
+                yield new
+            if text.stopped:
+                return
     if rest := text.finish():
         yield rest

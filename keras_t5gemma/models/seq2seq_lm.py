@@ -12,8 +12,10 @@ from keras_t5gemma.checkpoints.sources import open_t5gemma
 from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, PresetFolder
 from keras_t5gemma.inference.buckets import Buckets
 from keras_t5gemma.inference.decoding.loop import resolve_sampler
+from keras_t5gemma.inference.decoding.programs import decoding_step
 from keras_t5gemma.inference.embed import embed
-from keras_t5gemma.inference.generate import decoding_step, generate, generate_step
+from keras_t5gemma.inference.encode import encode
+from keras_t5gemma.inference.generate import generate, generate_step
 from keras_t5gemma.inference.programs.compiled import Programs
 from keras_t5gemma.inference.programs.recorded_torch import recorded
 from keras_t5gemma.inference.score import score, score_step
@@ -71,6 +73,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
     score = score
     score_step = score_step
     embed = embed
+    encode = encode
 
     def __init__(
         self,
@@ -104,7 +107,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
 
     @property
     def buckets(self) -> Buckets:
-        """The `Buckets` of `generate`, `stream`, `score` and `embed`; others may be assigned at any time."""
+        """The `Buckets` of `generate`, `stream`, `score`, `embed` and `encode`; others may be assigned at any time."""
         return self._buckets
 
     @buckets.setter

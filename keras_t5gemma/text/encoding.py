@@ -12,6 +12,7 @@ from keras_t5gemma.text.chat import (
     format_turns,
     is_conversation,
 )
+from keras_t5gemma.text.cuts import count_cuts
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 
 
@@ -45,6 +46,7 @@ class Packer:
         prompts, batched = _as_list(value, "encoder_text")
         texts = [self._prompt_text(prompt, _place("encoder_text", i, batched)) for i, prompt in enumerate(prompts)]
         rows = self._encode(texts)
+        count_cuts("prompts", list(map(len, rows)), limit, self.truncate)
         for i, row in enumerate(rows):
             if len(row) > limit:
                 place = _place("encoder_text", i, batched)
@@ -78,6 +80,8 @@ class Packer:
                 check_no_turn_tokens(text, _place("decoder_text", i, batched))
         rows = [ids + ends for ids in self._encode(texts)]
         bos_places = 0 if closed else 1  # a closed row has room for <bos>: its last id is a label, but not an input
+        sizes = [len(row) for text, row in zip(texts, rows, strict=True) if text]  # most prompts begin no answer
+        count_cuts("answers", sizes, limit - bos_places, self.truncate)
         for i, row in enumerate(rows):
             if len(row) + bos_places > limit:
                 name = "decoder_sequence_length" if closed else "`max_length` (decoder_sequence_length)"
@@ -132,7 +136,7 @@ class Packer:
         if self.truncate is None:
             raise ValueError(
                 f"{place} takes {size} tokens, more than {name}={limit}. Raise it, shorten the text, or have it cut by "
-                f'truncate="left" or truncate="right" in the preprocessor.'
+                f'truncate="left" or truncate="right", in the preprocessor or in this call.'
             )
 
 

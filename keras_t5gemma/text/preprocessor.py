@@ -75,8 +75,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         _check_tokenizer(tokenizer)
         if not isinstance(chat, bool):
             raise ValueError(f"`chat` must be True or False. Received: {chat!r}.")
-        if truncate is not None:
-            check_choice(truncate, "truncate", ("left", "right"), others=", or None")
+        _check_truncate(truncate)
         super().__init__(
             tokenizer,
             integer(encoder_sequence_length, "encoder_sequence_length"),
@@ -148,6 +147,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         encoder_sequence_length: int | None = None,
         decoder_sequence_length: int | None = None,
         sequence_length: int | None = None,
+        truncate: str | None = None,
     ) -> dict:
         """Converts prompts to the inputs of generation.
 
@@ -157,6 +157,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             encoder_sequence_length: the maximum number of tokens of a prompt, instead of the layer's.
             decoder_sequence_length: T, instead of the layer's.
             sequence_length: another name of `decoder_sequence_length`; `generate` passes its `max_length` here.
+            truncate: "left" or "right" to cut texts that are too long, instead of the layer's.
 
         Returns:
             The inputs `encoder_token_ids`, `encoder_padding_mask` [B, S], with S the length of the longest prompt, and
@@ -169,8 +170,9 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         prompts, starts = _texts(x)
         encoder_length = self._encoder_length(encoder_sequence_length)
         decoder_length = self._decoder_length(decoder_sequence_length, sequence_length)
+        lengths = {"encoder_length": encoder_length, "decoder_length": decoder_length}
         arrays = _run(
-            partial(self._generation_arrays, encoder_length=encoder_length, decoder_length=decoder_length),
+            partial(self._generation_arrays, **lengths, packer=self.packer(truncate)),
             (prompts,) if starts is None else (prompts, starts),
             widths=(None, None, decoder_length, decoder_length),
             dtypes=("int32",) * 4,
@@ -194,6 +196,18 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         rows = zip(np.atleast_2d(ids), np.atleast_2d(mask.astype(bool) & self.has_text(ids)), strict=True)
         texts = [self.tokenizer.detokenize(row[keep].tolist()) for row, keep in rows]
         return texts if ids.ndim > 1 else texts[0]
+
+    def packer(self, truncate: str | None = None) -> Packer:
+        """The `Packer` that encodes texts as this layer does.
+
+        Args:
+            truncate: "left" or "right", instead of the layer's.
+
+        Raises:
+            ValueError: if `truncate` is invalid.
+        """
+        _check_truncate(truncate)
+        return Packer(self.tokenizer, self.chat, self.truncate if truncate is None else truncate)
 
     def has_text(self, ids: np.ndarray) -> np.ndarray:
         """Whether ids [...] stand for text: bool [...], False for special and turn tokens and beyond the vocabulary."""
@@ -236,24 +250,24 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         return integer(self.decoder_sequence_length if value is None else value, "decoder_sequence_length")
 
     def _training_arrays(self, prompts, answers, *, encoder_length: int, decoder_length: int) -> tuple[np.ndarray, ...]:
-        encoder, decoder, batched = self._rows(prompts, answers, encoder_length, decoder_length, closed=True)
+        lengths = (encoder_length, decoder_length)
+        encoder, decoder, batched = self._rows(self.packer(), prompts, answers, *lengths, closed=True)
         ids, mask = pad_rows(decoder, decoder_length + 1, self.tokenizer.pad_token_id)
         labels, weights = ids[:, 1:], mask[:, 1:].astype("float32")
         encoder_arrays = pad_rows(encoder, encoder_length, self.tokenizer.pad_token_id)
         return _unbatch((*encoder_arrays, ids[:, :-1], mask[:, :-1], labels, weights), batched)
 
     def _generation_arrays(
-        self, prompts, starts=None, *, encoder_length: int, decoder_length: int
+        self, prompts, starts=None, *, encoder_length: int, decoder_length: int, packer: Packer
     ) -> tuple[np.ndarray, ...]:
-        encoder, decoder, batched = self._rows(prompts, starts, encoder_length, decoder_length, closed=False)
+        encoder, decoder, batched = self._rows(packer, prompts, starts, encoder_length, decoder_length, closed=False)
         encoder_arrays = pad_rows(encoder, max(map(len, encoder)), self.tokenizer.pad_token_id)
         return _unbatch((*encoder_arrays, *pad_rows(decoder, decoder_length, self.tokenizer.pad_token_id)), batched)
 
     def _rows(
-        self, prompts, answers, encoder_length: int, decoder_length: int, *, closed: bool
+        self, packer: Packer, prompts, answers, encoder_length: int, decoder_length: int, *, closed: bool
     ) -> tuple[list[list[int]], list[list[int]], bool]:
         """The encoder's rows of ids, the decoder's, and whether the texts were batches."""
-        packer = Packer(self.tokenizer, self.chat, self.truncate)
         encoder, batched = packer.prompts(prompts, encoder_length)
         if answers is None:
             answers = [""] * len(encoder) if batched else ""
@@ -337,6 +351,11 @@ def _unbatch(arrays: tuple[np.ndarray, ...], batched: bool) -> tuple[np.ndarray,
 
 def _to_numpy(value) -> np.ndarray:
     return np.asarray(keras.ops.convert_to_numpy(value) if keras.ops.is_tensor(value) else value)
+
+
+def _check_truncate(truncate: object) -> None:
+    if truncate is not None:
+        check_choice(truncate, "truncate", ("left", "right"), others=", or None")
 
 
 def _check_tokenizer(tokenizer: object) -> None:

@@ -11,7 +11,7 @@ from keras import ops
 
 import keras_t5gemma as kt
 from keras_t5gemma.inference import buckets as shapes
-from keras_t5gemma.inference import stream
+from keras_t5gemma.inference.decoding import programs
 from keras_t5gemma.inference.decoding.chunks import DecodingStream
 
 CONFIG = tiny_config(balanced=False, num_layers=1)
@@ -234,14 +234,14 @@ def random_requests(count):
 def counted(monkeypatch, owner, name):
     """A list that grows with each call of a method: with each trace, where it is compiled."""
     calls, original = [], getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *arguments: calls.append(1) or original(*arguments))
+    monkeypatch.setattr(owner, name, lambda *arguments, **options: calls.append(1) or original(*arguments, **options))
     return calls
 
 
 def test_hundred_prompts_of_random_shape_compile_as_many_programs_as_buckets_and_give_the_results_of_one(
     lm, monkeypatch
 ):
-    traced = counted(monkeypatch, stream, "_start_decoding")
+    traced = counted(monkeypatch, programs, "start_decoding")
     traced_chunks = counted(monkeypatch, DecodingStream, "_run_to")
     lm.compile()
     requests = list(random_requests(10 if ON_TORCH else 100))  # PyTorch compiles none, and rounds nothing

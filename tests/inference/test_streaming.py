@@ -10,9 +10,9 @@ from helpers.tiny_tokenizer import train_tiny_tokenizer
 from keras import ops
 
 from keras_t5gemma.inference.decoding.loop import Control, resolve_sampler
+from keras_t5gemma.inference.decoding.programs import decoding_stream
 from keras_t5gemma.inference.logits_processors import ForbiddenTokens, NoRepeatNgrams
 from keras_t5gemma.inference.programs.compiled import Programs
-from keras_t5gemma.inference.stream import decoding_stream
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer

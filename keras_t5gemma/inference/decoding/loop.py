@@ -136,7 +136,7 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
     if samples > 1 and not isinstance(sampler, BeamSampler):
         # Repeated after the prompts were read, so that each is read once. A beam search repeats rows for its beams
         # itself.
-        token_ids, prompt_mask, cache, limits = _repeat((token_ids, prompt_mask, cache, limits), samples)
+        token_ids, prompt_mask, cache, limits = repeated((token_ids, prompt_mask, cache, limits), samples)
     process = _chained_processors(control, prompt_mask, limits)
     index = ops.min(ops.sum(ops.cast(prompt_mask, "int32"), axis=1))
     common = {"prompt": token_ids, "cache": cache, "index": index, "mask": prompt_mask, "model": model}
@@ -146,7 +146,7 @@ def decode(step, sampler, token_ids, prompt_mask, cache, *, prefill=0, limits=No
         beams = sampler.search(next_logits, process=process, limits=limits, log_probs=control.log_probs, **common)
         best = {name: ops.reshape(x[:, :samples], (-1, x.shape[2])) for name, x in beams.items()}
         token_ids, log_probs = best["token_ids"], best.get("log_probs")
-        prompt_mask, limits = _repeat((prompt_mask, limits), samples)
+        prompt_mask, limits = repeated((prompt_mask, limits), samples)
     elif has_common_loop(sampler):
         state = start_state(token_ids, cache, index, limits, log_probs=control.log_probs)
         end, options = token_ids.shape[1], {"limits": limits, "control": control, "model": model}
@@ -191,7 +191,7 @@ def _with_limits(sampler, limits, index):
     return limited
 
 
-def _repeat(structure, times):
+def repeated(structure, times):
     """Repeats each row of each tensor, the copies of a row next to each other."""
     if times == 1:
         return structure
@@ -209,7 +209,7 @@ def _chained_processors(control, prompt_mask, limits):
     limits = ops.full_like(prompt_lengths, prompt_mask.shape[1]) if limits is None else limits
 
     def process(logits, token_ids, index):
-        lengths = _repeat((prompt_lengths, limits), token_ids.shape[0] // prompt_lengths.shape[0])
+        lengths = repeated((prompt_lengths, limits), token_ids.shape[0] // prompt_lengths.shape[0])
         sequences = Sequences(token_ids, index, *lengths, control.stop_token_ids)
         for processor in application_order(control.processors):
             logits = processor(logits, sequences)
