@@ -111,6 +111,47 @@ class StackConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class T5GemmaEncoderConfig:
+    """The encoder of a T5Gemma without its decoder.
+
+    Attributes:
+        encoder: the encoder's `StackConfig`, or a mapping of its fields.
+        vocabulary_size: V, rows of the embedding table.
+        encoder_attention: "bidirectional", or "causal" (an ablation in arXiv 2504.06225).
+
+    Raises:
+        ValueError: if a value is out of range; the message names the field.
+    """
+
+    encoder: StackConfig
+    vocabulary_size: int = 256_000
+    encoder_attention: str = "bidirectional"
+
+    def __post_init__(self) -> None:
+        _check_stack(self, "encoder")
+        check_integer_fields(self, vocabulary_size=1)
+        check_choice(self.encoder_attention, "encoder_attention", ENCODER_ATTENTIONS)
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks of the model: the encoder alone."""
+        return ("encoder",)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values; `T5GemmaEncoderConfig.from_dict` reads them back."""
+        return {**vars(self), "encoder": self.encoder.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds a config from a mapping of fields.
+
+        Raises:
+            ValueError: if a field is unknown, a required field is missing, or a value is out of range.
+        """
+        return cls(**_known_fields(cls, values))
+
+
+@dataclasses.dataclass(frozen=True)
 class T5GemmaConfig:
     """A whole model: an encoder, a decoder and the settings that both share.
 
@@ -135,18 +176,23 @@ class T5GemmaConfig:
     tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("encoder", "decoder"):
-            stack = getattr(self, name)
-            if isinstance(stack, Mapping):
-                object.__setattr__(self, name, StackConfig.from_dict(stack))
-            elif not isinstance(stack, StackConfig):
-                raise ValueError(f"`{name}` must be a StackConfig or a mapping of its fields. Received: {stack!r}.")
+        for name in self.stacks:
+            _check_stack(self, name)
         check_integer_fields(self, vocabulary_size=1)
         if self.final_logit_soft_cap is not None:
             _check_positive(self, "final_logit_soft_cap")
         check_choice(self.encoder_attention, "encoder_attention", ENCODER_ATTENTIONS)
         if not isinstance(self.tie_embeddings, bool):
             raise ValueError(f"`tie_embeddings` must be True or False. Received: {self.tie_embeddings!r}.")
+
+    @property
+    def stacks(self) -> tuple[str, ...]:
+        """The stacks of the model."""
+        return ("encoder", "decoder")
+
+    def encoder_alone(self) -> T5GemmaEncoderConfig:
+        """The config of the model's encoder without the decoder."""
+        return T5GemmaEncoderConfig(self.encoder, self.vocabulary_size, self.encoder_attention)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values; `T5GemmaConfig.from_dict` reads them back."""
@@ -166,7 +212,18 @@ class T5GemmaConfig:
         return cls(**_known_fields(cls, values))
 
 
-def _known_fields(cls: type[StackConfig] | type[T5GemmaConfig], values: Mapping[str, Any]) -> dict[str, Any]:
+def _check_stack(instance: T5GemmaConfig | T5GemmaEncoderConfig, name: str) -> None:
+    """Checks that a field is a `StackConfig`, and builds one from a mapping of its fields."""
+    stack = getattr(instance, name)
+    if isinstance(stack, Mapping):
+        object.__setattr__(instance, name, StackConfig.from_dict(stack))
+    elif not isinstance(stack, StackConfig):
+        raise ValueError(f"`{name}` must be a StackConfig or a mapping of its fields. Received: {stack!r}.")
+
+
+def _known_fields(
+    cls: type[StackConfig] | type[T5GemmaConfig] | type[T5GemmaEncoderConfig], values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Copies a mapping into a dict, after checking that it holds a dataclass's fields and every required one."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(fields)):

@@ -8,6 +8,7 @@ atomic_folder   A folder that appears under its name only when it is complete
 checks          Checks that a source has the tensors of its config
 convert         Files to files: adapt, average and convert checkpoints of any size
 load            Tensors into a model's variables; every tensor and every variable is accounted for
+parts           Parts of a checkpoint under a T5Gemma's names: its encoder alone, its stacks without a head
 processes       Multi-process helpers (JAX): rank, agreement between processes, and gathering of sharded tensors
 sources         Opens the sources of weights: folders, hubs, presets and models in memory
 tensor_source   `TensorSource`, the interface of every checkpoint: named tensors that are read one at a time

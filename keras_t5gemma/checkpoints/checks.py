@@ -4,14 +4,14 @@ from collections.abc import Mapping
 
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource
 from keras_t5gemma.checkpoints.tensor_table import tensor_specs
-from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from keras_t5gemma.config import StackConfig, T5GemmaConfig, T5GemmaEncoderConfig
 
 
-def check_source(config: T5GemmaConfig, source: TensorSource) -> list[str]:
+def check_source(config: T5GemmaConfig | T5GemmaEncoderConfig, source: TensorSource) -> list[str]:
     """Compares names, shapes and dtypes of a source with those of a config.
 
     Args:
-        config: a `T5GemmaConfig`.
+        config: a `T5GemmaConfig` or a `T5GemmaEncoderConfig`.
         source: a `TensorSource` under the names of Hugging Face's T5Gemma.
 
     Returns:
@@ -20,7 +20,7 @@ def check_source(config: T5GemmaConfig, source: TensorSource) -> list[str]:
     Raises:
         CheckpointError: if source and config differ; the message names file, tensor, found and expected.
     """
-    for stack in ("encoder", "decoder"):
+    for stack in config.stacks:
         check_depth(source, stack, getattr(config, stack))
     return check_tensors(source, {tensor.name: tensor.stored_shape for tensor in tensor_specs(config)}, "T5Gemma")
 

@@ -16,11 +16,20 @@ from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
 from keras_t5gemma.checkpoints.hugging_face.tokenizer import read_proto
-from keras_t5gemma.checkpoints.sources import gemma2_source, open_gemma2, open_t5gemma, t5gemma_source
+from keras_t5gemma.checkpoints.sources import (
+    encoder_source,
+    gemma2_source,
+    open_gemma2,
+    open_t5gemma,
+    t5gemma_source,
+)
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
 from keras_t5gemma.checkpoints.transforms import MeanTensors, cast_tensors
-from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.config import T5GemmaConfig, T5GemmaEncoderConfig
 from keras_t5gemma.hub import PresetFolder
+from keras_t5gemma.suggestions import check_choice
+
+PARTS = ("all", "encoder")
 
 
 def adapt_gemma2_files(
@@ -146,6 +155,7 @@ def convert_checkpoint(
     checkpoint: str | Path,
     folder: str | os.PathLike[str],
     *,
+    part: str = "all",
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     allow_non_finite: bool = False,
@@ -153,8 +163,10 @@ def convert_checkpoint(
     """Converts any T5Gemma to a Hugging Face folder that `transformers` loads, from files to files.
 
     Args:
-        checkpoint: a name or folder that `T5GemmaBackbone.from_preset` takes.
+        checkpoint: a name or folder that `T5GemmaBackbone.from_preset` takes, or `T5GemmaEncoder.from_preset` for an
+            encoder.
         folder: the path to create.
+        part: "all", or "encoder" to write the encoder alone, for `transformers.T5GemmaEncoderModel`.
         dtype: as for `adapt_gemma2_files`.
         max_shard_size: as for `adapt_gemma2_files`.
         allow_non_finite: as for `adapt_gemma2_files`.
@@ -162,14 +174,15 @@ def convert_checkpoint(
     Raises:
         ValueError, CheckpointError, ConnectionError: as for `adapt_gemma2_files`.
     """
+    check_choice(part, "part", PARTS)
     origin = open_t5gemma(checkpoint)
-    source = t5gemma_source(origin)
+    source = t5gemma_source(origin) if part == "all" else encoder_source(origin)
     _write(
         folder,
         source.config,
         cast_tensors(source.tensors, dtype),
         origin=origin,
-        title="T5Gemma",
+        title="T5Gemma" if part == "all" else "The encoder of a T5Gemma",
         facts={"converted from": checkpoint, "dtype": dtype or "as the source"},
         max_shard_size=max_shard_size,
         allow_non_finite=allow_non_finite,
@@ -178,7 +191,7 @@ def convert_checkpoint(
 
 def _write(
     folder: str | os.PathLike[str],
-    config: T5GemmaConfig,
+    config: T5GemmaConfig | T5GemmaEncoderConfig,
     source: TensorSource,
     *,
     origin: PresetFolder,

@@ -12,14 +12,18 @@ from keras_t5gemma.checkpoints.checks import check_source
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, TensorSource, check_finite
 from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.checkpoints.to_device import to_tensor
-from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.config import T5GemmaConfig, T5GemmaEncoderConfig
 from keras_t5gemma.layers.initialization import weights_from
 
 Model = TypeVar("Model", bound=keras.layers.Layer)
 
 
 def load(
-    make: Callable[[], Model], config: T5GemmaConfig, source: TensorSource, *, allow_non_finite: bool = False
+    make: Callable[[], Model],
+    config: T5GemmaConfig | T5GemmaEncoderConfig,
+    source: TensorSource,
+    *,
+    allow_non_finite: bool = False,
 ) -> Model:
     """Builds a model with a checkpoint's weights: a variable is created from its tensor when its layer is built.
 
@@ -29,7 +33,7 @@ def load(
     Args:
         make: a function that builds the model, e.g. a `T5GemmaBackbone` or a model with the same `weights`; called
             once.
-        config: the model's `T5GemmaConfig`.
+        config: the model's `T5GemmaConfig` or `T5GemmaEncoderConfig`.
         source: a `TensorSource` under the names of Hugging Face's T5Gemma, e.g. a `CheckpointFolder`.
         allow_non_finite: whether tensors may hold infinities and NaNs.
 
@@ -63,7 +67,11 @@ def load(
 
 
 def load_into(
-    model: keras.layers.Layer, config: T5GemmaConfig, source: TensorSource, *, allow_non_finite: bool = False
+    model: keras.layers.Layer,
+    config: T5GemmaConfig | T5GemmaEncoderConfig,
+    source: TensorSource,
+    *,
+    allow_non_finite: bool = False,
 ) -> list[str]:
     """Assigns every tensor of a T5Gemma to its variable in an existing model.
 

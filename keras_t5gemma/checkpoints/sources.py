@@ -9,14 +9,27 @@ from typing import TYPE_CHECKING, Any, Generic
 
 from keras_t5gemma import hub, presets
 from keras_t5gemma.checkpoints.checks import check_depth, check_source, check_tensors
-from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, read_gemma2_config, read_t5gemma_config
+from keras_t5gemma.checkpoints.hugging_face.config import (
+    Gemma2Config,
+    read_gemma2_config,
+    read_stacks_config,
+    read_t5gemma_config,
+)
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
-from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2, KERAS_HUB_T5GEMMA, OWN, AnyConfig, expected_tensors
+from keras_t5gemma.checkpoints.keras_formats.layouts import (
+    GEMMA2,
+    KERAS_HUB_T5GEMMA,
+    OWN,
+    OWN_ENCODER,
+    AnyConfig,
+    expected_tensors,
+)
 from keras_t5gemma.checkpoints.keras_formats.presets import KerasPreset
 from keras_t5gemma.checkpoints.orbax.files import is_orbax
 from keras_t5gemma.checkpoints.orbax.parameters import read_orbax_t5gemma
+from keras_t5gemma.checkpoints.parts import of_encoder, of_stacks
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource
-from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.config import T5GemmaConfig, T5GemmaEncoderConfig
 from keras_t5gemma.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -28,7 +41,7 @@ class Source(Generic[AnyConfig]):
     """An opened checkpoint, whose tensors are those of its config. Its numbers are not read yet.
 
     Attributes:
-        config: the model's `T5GemmaConfig` or `Gemma2Config`.
+        config: the model's `T5GemmaConfig`, `T5GemmaEncoderConfig` or `Gemma2Config`.
         tensors: the tensors, under Hugging Face's names and in Hugging Face's layout, whatever the checkpoint's format.
     """
 
@@ -70,6 +83,50 @@ def t5gemma_source(
             source = Source(read_t5gemma_config(tensors.config, str(folder / "config.json")), tensors)
     check_source(source.config, source.tensors)
     return source
+
+
+def stacks_source(origin: str | Path | hub.PresetFolder) -> Source[Any]:
+    """Opens the stacks of any model of T5Gemma: a generator, an encoder alone, or a classifier without its head.
+
+    Args:
+        origin: a name or folder as for `t5gemma_source`; or a folder of an encoder or a classifier, in Hugging Face's
+            or Keras's format.
+
+    Returns:
+        A `Source` with a `T5GemmaConfig`, or with a `T5GemmaEncoderConfig` if the model has no decoder.
+
+    Raises:
+        ValueError, ConnectionError, CheckpointError: as for `t5gemma_source`.
+    """
+    folder = open_t5gemma(origin)
+    if folder.config is None:
+        source = Source(*read_orbax_t5gemma(folder.path))
+    elif not _is_hugging_face(folder):
+        preset = KerasPreset(folder, (KERAS_HUB_T5GEMMA, OWN, OWN_ENCODER), folder.config)
+        source = Source(preset.config, preset)
+    else:
+        tensors = CheckpointFolder(folder, folder.config)
+        source = Source(read_stacks_config(tensors.config, str(folder / "config.json")), of_stacks(tensors))
+    check_source(source.config, source.tensors)
+    return source
+
+
+def encoder_source(origin: str | Path | hub.PresetFolder) -> Source[T5GemmaEncoderConfig]:
+    """Opens the encoder of any model of T5Gemma, and checks names, shapes and dtypes of the whole model.
+
+    Args:
+        origin: as for `stacks_source`.
+
+    Returns:
+        A `Source` with a `T5GemmaEncoderConfig`. The decoder's tensors are not among its tensors.
+
+    Raises:
+        ValueError, ConnectionError, CheckpointError: as for `t5gemma_source`.
+    """
+    source = stacks_source(origin)
+    config = source.config
+    encoder = config.encoder_alone() if isinstance(config, T5GemmaConfig) else config
+    return Source(encoder, of_encoder(encoder, source.tensors))
 
 
 def gemma2_source(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.config import T5GemmaConfig, T5GemmaEncoderConfig
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,27 +131,28 @@ class TensorSpec:
         return array.T if self.row.transposed else array
 
 
-def tensor_specs(config: T5GemmaConfig) -> list[TensorSpec]:
+def tensor_specs(config: T5GemmaConfig | T5GemmaEncoderConfig) -> list[TensorSpec]:
     """Every tensor of a T5Gemma once: the encoder's, then the decoder's, each from its embedding to its last norm.
 
     Args:
-        config: a `T5GemmaConfig`.
+        config: a `T5GemmaConfig`, or a `T5GemmaEncoderConfig` for the encoder's alone.
 
     Returns:
         A `TensorSpec` per tensor.
     """
     specs = []
-    for stack in STACKS:
+    for stack in config.stacks:
         sizes = _letters(config, stack)
-        rows = [row for row in TABLE if stack in row.stacks and not (row.untied_only and config.tie_embeddings)]
+        tied = getattr(config, "tie_embeddings", True)  # an encoder has no output projection
+        rows = [row for row in TABLE if stack in row.stacks and not (row.untied_only and tied)]
         for per_layer, group in _runs(rows):
             for layer in range(getattr(config, stack).num_layers) if per_layer else (None,):
                 specs += [_tensor(row, stack, layer, sizes) for row in group]
     return specs
 
 
-def parameter_count(config: T5GemmaConfig) -> int:
-    """The number of parameters of a `T5GemmaConfig`, computed from the table without allocating any.
+def parameter_count(config: T5GemmaConfig | T5GemmaEncoderConfig) -> int:
+    """The number of parameters of a model by its config, computed from the table without allocating any.
 
     A tied output projection counts once, as in the published counts.
     """
@@ -179,7 +180,7 @@ def _runs(rows: Iterable[Row]) -> list[tuple[bool, list[Row]]]:
     return runs
 
 
-def _letters(config: T5GemmaConfig, stack: str) -> dict[str, int]:
+def _letters(config: T5GemmaConfig | T5GemmaEncoderConfig, stack: str) -> dict[str, int]:
     """The size of each letter in the shapes of a stack."""
     sizes = getattr(config, stack)
     return {

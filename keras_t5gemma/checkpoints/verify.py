@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
-from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
+from keras_t5gemma.checkpoints.parts import Renamed
+from keras_t5gemma.checkpoints.sources import gemma2_source, stacks_source, t5gemma_source
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError, TensorSource, check_finite
 from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.checkpoints.transforms import equal_pieces
@@ -36,7 +37,8 @@ def read_all(checkpoint: str | Path) -> tuple[int, int]:
     """Reads every tensor of a T5Gemma, and checks that it is finite and has the checksum that the file states, if any.
 
     Args:
-        checkpoint: a name or folder that `T5GemmaBackbone.from_preset` takes.
+        checkpoint: a name or folder that `T5GemmaBackbone.from_preset` takes, or the folder of an encoder or a
+            classifier.
 
     Returns:
         (number of tensors, number of tensors whose checksum was compared).
@@ -44,7 +46,9 @@ def read_all(checkpoint: str | Path) -> tuple[int, int]:
     Raises:
         CheckpointError: at the first tensor that is damaged or not finite.
     """
-    source = t5gemma_source(checkpoint).tensors
+    source = stacks_source(checkpoint).tensors
+    if isinstance(source, Renamed):
+        source = source.whole  # with the head of a classifier
     names = source.names()
     with byte_progress("Reading", sum(map(source.nbytes, names))) as advance:
         for name in names:

@@ -10,6 +10,7 @@ feed_forward     The gated feed-forward of Gemma 2
 initialization   Initial values of a layer's weights: random numbers, or the checkpoint that is being read
 lora             LoRA (arXiv 2106.09685): chooses layers and ranks, and merges LoRA into the weights
 norm             RMSNorm with a `1 + scale` weight, as Gemma stores it
+pooling          From a stack's output to one vector per text: the mean of its tokens, or its last token
 projection       From the decoder's hidden states to logits over the vocabulary
 rope             Rotary position embeddings (RoPE, arXiv 2104.09864)
 saved_variables  Layers that are saved and loaded unchanged: with their quantizers and with LoRA

@@ -1,7 +1,8 @@
 """LoRA (arXiv 2106.09685): chooses layers and ranks, and merges LoRA into the weights."""
 
+import contextlib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import keras
 from keras import ops
@@ -114,6 +115,19 @@ def merge(backbone: keras.Model) -> None:
             remove_variable(layer, lora)
 
 
+@contextlib.contextmanager
+def without_lora(backbone: keras.Model) -> Iterator[None]:
+    """A context in which the layers compute without their LoRA, as before `enable_lora`. Its matrices stay."""
+    layers = list(lora_layers(backbone).values())
+    try:
+        for layer in layers:
+            layer.lora_enabled = False
+        yield
+    finally:
+        for layer in layers:
+            layer.lora_enabled = True
+
+
 def trainable_paths(backbone: keras.Model) -> list[str]:
     """The paths of the weights that a training step changes."""
     return [variable.path for variable in backbone.trainable_weights]
@@ -145,12 +159,11 @@ def _matches(target: str, path: str, layer: keras.layers.Layer) -> bool:
 def _describe(layers: Mapping[str, keras.layers.Layer]) -> str:
     """The end of an error message: which layers there are."""
     names = sorted({layer.name for layer in layers.values()})
+    # The last layer inside a block of each stack, as an example; an encoder alone has no decoder.
+    inside = [[path for path in layers if path.startswith(f"{name}/layer_")] for name in ("decoder", "encoder")]
+    examples = " and ".join(repr(paths[-1]) for paths in inside if paths)
+    pattern = "decoder/*/cross_attention/*" if inside[0] else "encoder/*/self_attention/*"
     return (
-        f"Layers are named {', '.join(names)}, and have paths such as {_last(layers, 'decoder')!r} and "
-        f"{_last(layers, 'encoder')!r}, which patterns such as 'decoder/*/cross_attention/*' match."
+        f"Layers are named {', '.join(names)}, and have paths such as {examples}, which patterns such as {pattern!r} "
+        f"match."
     )
-
-
-def _last(layers: Mapping[str, keras.layers.Layer], stack: str) -> str:
-    """The path of a stack's last layer inside a block, as an example."""
-    return [path for path in layers if path.startswith(f"{stack}/") and "layer_" in path][-1]

@@ -65,7 +65,7 @@ def quantize(
         ValueError: if `filters` matches no layer that can be quantized.
     """
     layers = [layer for layer in flatten_layers(model) if isinstance(layer, QUANTIZABLE)]
-    selected = {id(layer) for layer in layers if _is_selected(layer, filters)}
+    selected = {id(layer) for layer in layers if is_selected(layer, filters)}
     if not selected:
         names = ", ".join(sorted({layer.name for layer in layers}))
         raise ValueError(f"`filters` matches no layer that can be quantized. Received: {filters!r}. They are: {names}.")
@@ -116,7 +116,7 @@ def unquantized(
     return policy.name.partition("_from_")[2], mode, config
 
 
-def _is_selected(layer: keras.layers.Layer, filters: str | Sequence[str] | Callable | None) -> bool:
+def is_selected(layer: keras.layers.Layer, filters: str | Sequence[str] | Callable | None) -> bool:
     """Whether `filters` selects a layer, by Keras's rules."""
     if filters is None:
         return True

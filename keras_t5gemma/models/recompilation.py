@@ -32,6 +32,10 @@ class RecompilationMixin(EvaluatesWithoutOptimizer):
         self._refresh(trains=True)
         return super().train_on_batch(*args, **kwargs)
 
+    def renew_for_training(self) -> None:
+        """Discards outdated compiled functions and renews an outdated optimizer, for code that trains without `fit`."""
+        self._refresh(trains=True)
+
     def evaluate(self, *args, **kwargs):
         """Evaluates the model as Keras does, without creating the optimizer's state."""
         self._refresh()

@@ -8,6 +8,7 @@ import keras
 import keras_hub
 
 from keras_t5gemma._keras_internals import forget_compiled_metrics, track_loss_in_float32
+from keras_t5gemma.checkpoints.keras_formats.presets import check_task
 from keras_t5gemma.checkpoints.sources import open_t5gemma
 from keras_t5gemma.hub import PREPROCESSOR_OPTIONS, PresetFolder
 from keras_t5gemma.inference.buckets import Buckets
@@ -30,6 +31,7 @@ from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FI
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 from keras_t5gemma.training.batches.fitting import Fits
+from keras_t5gemma.training.losses.answers import AnswerLoss, AnswerMeans
 from keras_t5gemma.training.losses.checks import check_reads_logits
 from keras_t5gemma.training.losses.cross_entropy import ChunkedLoss, VocabularyCrossEntropy
 from keras_t5gemma.training.losses.distillation import Distillation
@@ -136,6 +138,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         """
         _check_keywords(kwargs, ("dtype", "preprocessor", "buckets"))  # before anything is read
         folder = open_t5gemma(preset)
+        check_task(folder, "T5GemmaSeq2SeqLM")
         backbone_kwargs = {name: kwargs.pop(name) for name in ("dtype",) if name in kwargs}
         backbone = cls.backbone_cls.from_preset(folder, load_weights=load_weights, **backbone_kwargs)
         if "preprocessor" not in kwargs:
@@ -162,7 +165,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
                 in bfloat16 need an optimizer of this package. Training raises an error if another optimizer would not
                 change them.
             loss: "auto" for `VocabularyCrossEntropy()`, the mean over target tokens; a `VocabularyCrossEntropy` with
-                other options; any `keras.losses.Loss` on logits; or a `Distillation`.
+                other options; any `keras.losses.Loss` on logits; a `Distillation`; or a `PreferenceLoss`.
             weighted_metrics: "auto" for the accuracy of tokens, or a list. Custom metrics and losses on logits need the
                 logits [B, T, V], which are not computed otherwise.
             accumulation_steps: number of parts in which a training step runs its batch, one after the other, with
@@ -191,6 +194,13 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         if isinstance(loss, VocabularyCrossEntropy) and is_mean and not has_custom_metrics:
             weighted_metrics = None
             self._chunked = ChunkedLoss(loss)
+        if isinstance(loss, AnswerLoss):
+            if has_custom_metrics:
+                raise ValueError(
+                    f"`{type(loss).__name__}` makes no logits for metrics of your own: it reports its own. Leave out "
+                    f"`metrics` and `weighted_metrics`."
+                )
+            weighted_metrics, self._chunked = None, AnswerMeans(loss)
         if isinstance(loss, Distillation):
             if self._chunked is None or self.head.is_quantized:
                 raise ValueError(
@@ -263,11 +273,18 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         self._chunked.track(loss)
 
     @property
+    def has_no_outputs(self) -> bool:
+        """Whether the loss is of several answers per prompt, for which the model has no outputs."""
+        return isinstance(self._chunked, AnswerMeans)
+
+    @property
     def trains_without_logits(self) -> bool:
         """Whether steps never compute the logits [B, T, V]: the loss projects one chunk of hidden states at a time.
 
         A subclass that overrides `compute_loss` or `compute_metrics` gets logits, as Keras documents it.
         """
+        if self.has_no_outputs:
+            return True
         if self._chunked is None or self.head.is_quantized:
             return False
         own, given = T5GemmaSeq2SeqLM, type(self)
@@ -292,14 +309,17 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         Args:
             x: the model's four inputs, a dict.
             y: labels [B, T], or other targets of the loss.
-            y_pred: logits [B, T, V]; or None, if the loss is `VocabularyCrossEntropy` or `Distillation`, to run the
-                model on x without making them. An override that needs no logits passes None on.
+            y_pred: logits [B, T, V]; or None, if the loss is `VocabularyCrossEntropy`, `Distillation` or
+                `PreferenceLoss`, to run the model on x without making them. An override that needs no logits passes on
+                None.
             sample_weight: [B] or [B, T], or None.
             training: whether gradients will be computed.
 
         Returns:
             A float32 scalar.
         """
+        if self.has_no_outputs:
+            return self._chunked.of_batch(self, x, y, sample_weight, training, more=lambda: sum(self.losses))
         if y_pred is None:
             hidden = self.hidden_states(x, training=training)
             return self._chunked(self.head, hidden, y, sample_weight, training, more=sum(self.losses))

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import keras
 
 from keras_t5gemma.checkpoints.tensor_table import TABLE, tensor_specs
-from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from keras_t5gemma.config import StackConfig, T5GemmaConfig, T5GemmaEncoderConfig
 
 # Letters of `TABLE`: the axis of a matrix that tensor parallelism divides. The other axis is D or E, the width of a
 # stack; full sharding divides that one.
@@ -25,7 +25,7 @@ _TEACHER = {
 
 def layout_map(
     device_mesh: keras.distribution.DeviceMesh,
-    config: T5GemmaConfig | None = None,
+    config: T5GemmaConfig | T5GemmaEncoderConfig | None = None,
     *,
     data_axis: str = "batch",
     model_axis: str = "model",
@@ -77,7 +77,7 @@ def layout_map(
 
     Args:
         device_mesh: a `keras.distribution.DeviceMesh`.
-        config: the model's `T5GemmaConfig`; None assumes that every size divides by its axis of the mesh.
+        config: the model's `config`; None assumes that every size divides by its axis of the mesh.
         data_axis: the axis of the mesh along which the batch is divided.
         model_axis: the axis along which the work of each example is divided; the mesh may lack it.
         fully_sharded: whether weights are also divided along `data_axis`.

@@ -12,12 +12,19 @@ from typing import Any, TypeVar
 
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
-from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, StackConfig, T5GemmaConfig
+from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, StackConfig, T5GemmaConfig, T5GemmaEncoderConfig
 
 LAYER_TYPES = {"sliding_attention": "sliding", "full_attention": "global"}
 # Positions that Gemma 2 was trained on. `transformers` stores the number and does not use it for default RoPE.
 MAX_POSITIONS = 8192
-ARCHITECTURE = "T5GemmaForConditionalGeneration"
+ARCHITECTURE, ENCODER_ARCHITECTURE = "T5GemmaForConditionalGeneration", "T5GemmaEncoderModel"
+# What `transformers` names a T5Gemma, and the class of this package that loads it.
+ARCHITECTURES = {
+    ARCHITECTURE: "T5GemmaSeq2SeqLM",
+    ENCODER_ARCHITECTURE: "T5GemmaEncoder",
+    "T5GemmaForSequenceClassification": "T5GemmaTextClassifier",
+    "T5GemmaForTokenClassification": "T5GemmaTokenClassifier",
+}
 # The model type of a model with a causal encoder. `transformers` has no field for that: under its own model type it
 # would silently run the encoder bidirectionally. It refuses this one.
 OWN_MODEL_TYPE = "keras_t5gemma"
@@ -82,12 +89,39 @@ def read_t5gemma_config(values: Mapping[str, Any], where: str = "config.json") -
         CheckpointError: if the architecture is another one, or a field is missing, inconsistent or has a value that we
             do not compute.
     """
-    own = values.get("model_type") == OWN_MODEL_TYPE
-    _check_architecture(values, OWN_MODEL_TYPE if own else "t5gemma", ARCHITECTURE, where)
-    for name in ("encoder", "decoder"):
-        if not isinstance(values.get(name), dict):
-            raise _wrong(where, name, values.get(name), "an object")
-    encoder, decoder = values["encoder"], values["decoder"]
+    _check_t5gemma(values, where, (ARCHITECTURE,))
+    return _read_both_stacks(values, where)
+
+
+def read_stacks_config(values: Mapping[str, Any], where: str = "config.json") -> T5GemmaConfig | T5GemmaEncoderConfig:
+    """Converts Hugging Face's config of any model of a T5Gemma's stacks: generator, encoder or classifier.
+
+    Args:
+        values: the parsed `config.json`.
+        where: the file's path, for messages.
+
+    Returns:
+        A `T5GemmaConfig`, or a `T5GemmaEncoderConfig` if the model has no decoder.
+
+    Raises:
+        CheckpointError: as for `read_t5gemma_config`.
+    """
+    _check_t5gemma(values, where, tuple(ARCHITECTURES))
+    if not _is_encoder_alone(values):
+        return _read_both_stacks(values, where)
+    encoder = _section(values, "encoder", where)
+    return _build(
+        T5GemmaEncoderConfig,
+        where,
+        encoder=_read_stack(encoder, f"{where}: encoder", values.get("dropout_rate", 0.0)),
+        vocabulary_size=_vocabulary_size({**values, **encoder}, f"{where}: encoder"),
+        **_own_fields(values),
+    )
+
+
+def _read_both_stacks(values: Mapping[str, Any], where: str) -> T5GemmaConfig:
+    """`read_t5gemma_config` of any architecture with both stacks."""
+    encoder, decoder = (_section(values, name, where) for name in ("encoder", "decoder"))
     vocabulary_size = _vocabulary_size(decoder, f"{where}: decoder")
     for name, section in (("encoder.vocab_size", encoder), ("vocab_size", values)):
         if section.get("vocab_size", vocabulary_size) != vocabulary_size:
@@ -105,7 +139,7 @@ def read_t5gemma_config(values: Mapping[str, Any], where: str = "config.json") -
         vocabulary_size=vocabulary_size,
         final_logit_soft_cap=decoder.get("final_logit_softcapping", 30.0),
         tie_embeddings=values.get("tie_word_embeddings", True),
-        **({"encoder_attention": values.get("encoder_attention")} if own else {}),
+        **_own_fields(values),
         **stacks,
     )
 
@@ -121,7 +155,7 @@ def read_gemma2_config(values: Mapping[str, Any], where: str = "config.json") ->
         CheckpointError: if the architecture is another one (Gemma 1 and 3 included), or a field is missing,
             inconsistent or has a value that we do not compute.
     """
-    _check_architecture(values, "gemma2", "Gemma2ForCausalLM", where)
+    _check_architecture(values, "gemma2", ("Gemma2ForCausalLM",), where)
     if values.get("tie_word_embeddings", True) is not True:
         raise _wrong(where, "tie_word_embeddings", values["tie_word_embeddings"], "true, as in every Gemma 2")
     stack = _read_stack(values, where, 0.0)
@@ -134,13 +168,15 @@ def read_gemma2_config(values: Mapping[str, Any], where: str = "config.json") ->
     )
 
 
-def write_t5gemma_config(config: T5GemmaConfig, dtype: str, eos_ids: Sequence[int] = (EOS_ID,)) -> dict[str, Any]:
-    """Converts a `T5GemmaConfig` to Hugging Face's `config.json`, for `transformers` 4.53 and later, 5 included.
+def write_t5gemma_config(
+    config: T5GemmaConfig | T5GemmaEncoderConfig, dtype: str, eos_ids: Sequence[int] = (EOS_ID,)
+) -> dict[str, Any]:
+    """Converts a config to Hugging Face's `config.json`, for `transformers` 4.53 and later, 5 included.
 
     RoPE's base is written twice: as `rope_theta` for version 4 and in `rope_parameters` for version 5.
 
     Args:
-        config: the config to convert.
+        config: a `T5GemmaConfig`; or a `T5GemmaEncoderConfig`, whose file has no section for a decoder.
         dtype: the weights' dtype, e.g. "bfloat16".
         eos_ids: the ids at which generation stops.
 
@@ -155,26 +191,27 @@ def write_t5gemma_config(config: T5GemmaConfig, dtype: str, eos_ids: Sequence[in
     shared = {
         "attention_dropout": 0.0,
         "classifier_dropout_rate": 0.0,
-        "dropout_rate": config.decoder.dropout,
+        "dropout_rate": getattr(config, config.stacks[-1]).dropout,
         "dtype": dtype,
         "torch_dtype": dtype,
-        "tie_word_embeddings": config.tie_embeddings,
         "vocab_size": config.vocabulary_size,
-        "initializer_range": config.decoder.initializer_range,
+        "initializer_range": getattr(config, config.stacks[-1]).initializer_range,
     }
     stacks = {
-        name: _write_stack(getattr(config, name), name)
-        | {"vocab_size": config.vocabulary_size, **special}
-        | {"final_logit_softcapping": _optional_float(config.final_logit_soft_cap)}
-        for name in ("encoder", "decoder")
+        name: _write_stack(getattr(config, name), name) | {"vocab_size": config.vocabulary_size, **special}
+        for name in config.stacks
     }
-    stacks["decoder"]["cross_attention_hidden_size"] = config.encoder.hidden_dim
+    if isinstance(config, T5GemmaConfig):
+        shared["tie_word_embeddings"] = config.tie_embeddings
+        for section in stacks.values():
+            section["final_logit_softcapping"] = _optional_float(config.final_logit_soft_cap)
+        stacks["decoder"]["cross_attention_hidden_size"] = config.encoder.hidden_dim
     causal = config.encoder_attention != "bidirectional"
     return {
-        "architectures": [ARCHITECTURE],
+        "architectures": [ARCHITECTURE if isinstance(config, T5GemmaConfig) else ENCODER_ARCHITECTURE],
         "model_type": OWN_MODEL_TYPE if causal else "t5gemma",
         **({"encoder_attention": config.encoder_attention} if causal else {}),
-        "is_encoder_decoder": True,
+        "is_encoder_decoder": isinstance(config, T5GemmaConfig),
         **shared,
         **special,
         **stacks,
@@ -284,11 +321,48 @@ def _write_stack(stack: StackConfig, name: str) -> dict[str, Any]:
     }
 
 
-def _check_architecture(values: Mapping[str, Any], model_type: str, architecture: str, where: str) -> None:
+def _check_architecture(values: Mapping[str, Any], model_type: str, architectures: Sequence[str], where: str) -> None:
     if values.get("model_type") != model_type:
         raise _wrong(where, "model_type", values.get("model_type"), repr(model_type))
-    if values.get("architectures") not in (None, [architecture]):
-        raise _wrong(where, "architectures", values["architectures"], [architecture])
+    found = values.get("architectures")
+    if found is None or (isinstance(found, list) and len(found) == 1 and found[0] in architectures):
+        return
+    expected = f"[{' or '.join(map(repr, architectures))}]"
+    loader = ARCHITECTURES.get(found[0]) if isinstance(found, list) and len(found) == 1 else None
+    if isinstance(loader, str):
+        expected += f". A {found[0]} is loaded by `{loader}.from_preset`"
+    raise _wrong(where, "architectures", found, expected)
+
+
+def _check_t5gemma(values: Mapping[str, Any], where: str, architectures: Sequence[str]) -> None:
+    """Checks that a config is one of T5Gemma, of one of the architectures; a config that names none is of the first."""
+    own = values.get("model_type") == OWN_MODEL_TYPE
+    _check_architecture(values, OWN_MODEL_TYPE if own else "t5gemma", architectures, where)
+    if ENCODER_ARCHITECTURE not in architectures and _is_encoder_alone(values):
+        loader = ARCHITECTURES[ENCODER_ARCHITECTURE]
+        raise _wrong(
+            where, "is_encoder_decoder", False, f"true. A T5Gemma without a decoder is loaded by `{loader}.from_preset`"
+        )
+
+
+def _is_encoder_alone(values: Mapping[str, Any]) -> bool:
+    """Whether the model of a config has no decoder. A generator has one, whatever the field says."""
+    if values.get("architectures") == [ENCODER_ARCHITECTURE]:
+        return True
+    return values.get("architectures") != [ARCHITECTURE] and values.get("is_encoder_decoder") is False
+
+
+def _own_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that only a config of this package's own model type has."""
+    own = values.get("model_type") == OWN_MODEL_TYPE
+    return {"encoder_attention": values.get("encoder_attention")} if own else {}
+
+
+def _section(values: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """The section of one stack."""
+    if not isinstance(values.get(name), dict):
+        raise _wrong(where, name, values.get(name), "an object")
+    return values[name]
 
 
 def _vocabulary_size(values: Mapping[str, Any], where: str) -> int:

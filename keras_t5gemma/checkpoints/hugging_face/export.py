@@ -12,15 +12,18 @@ import numpy as np
 from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.hugging_face.config import write_t5gemma_config
+from keras_t5gemma.checkpoints.hugging_face.heads import Head, WithHead, head_fields
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
+from keras_t5gemma.checkpoints.hugging_face.modules import options_of, write_modules
 from keras_t5gemma.checkpoints.hugging_face.tokenizer import stop_ids, write_tokenizer
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json, write_tensors
+from keras_t5gemma.checkpoints.parts import as_saved_alone
 from keras_t5gemma.checkpoints.processes import gathered, write_on_first
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, TensorSource
 from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.checkpoints.transforms import cast_tensors
 from keras_t5gemma.concurrency import reading
-from keras_t5gemma.config import BOS_ID, T5GemmaConfig
+from keras_t5gemma.config import BOS_ID, T5GemmaConfig, T5GemmaEncoderConfig
 from keras_t5gemma.hub import PREPROCESSOR_FILE, PREPROCESSOR_OPTIONS
 
 if TYPE_CHECKING:
@@ -38,10 +41,13 @@ def export_to_hugging_face(
     max_shard_size: int | str = "5GB",
     allow_non_finite: bool = False,
 ) -> None:
-    """Writes `config.json`, `generation_config.json`, safetensors and, if there is a tokenizer, its files.
+    """Writes `config.json`, safetensors, `generation_config.json` (if it generates) and the tokenizer's files (if any).
 
     The preprocessor's lengths, `chat` and `truncate` are written to a file of their own. `from_preset` of this package
     reads it, other programs ignore it.
+
+    The folder of a `T5GemmaTextEmbedder` also has the files by which
+    `sentence_transformers.SentenceTransformer(folder)` gives the same vectors.
 
     LoRA is merged into the kernels. The encoder's `sliding_window` is written as in published checkpoints,
     `|q - k| < sliding_window`. `transformers` 5.23 then sees one key more on each side of the window (4.53 to 4.57 do
@@ -52,7 +58,9 @@ def export_to_hugging_face(
     them: each tensor in turn is gathered, and the first process writes it. This also works in a callback of `fit`.
 
     Args:
-        model: a `T5GemmaBackbone`, or a `T5GemmaSeq2SeqLM`, whose preprocessor then gives `tokenizer` and `chat`.
+        model: a `T5GemmaBackbone`; a `T5GemmaSeq2SeqLM`, whose preprocessor then gives `tokenizer` and `chat`; a
+            `T5GemmaEncoder` or a `T5GemmaTextEmbedder`, for `transformers.T5GemmaEncoderModel`; or a classifier, for
+            `T5GemmaForSequenceClassification` and `T5GemmaForTokenClassification`.
         folder: the path to create. It appears when it is complete; an existing folder is refused.
         tokenizer: a tokenizer with a SentencePiece `proto`, or `None`.
         chat: whether the model reads prompts in Gemma's turns. If so, their chat template is written, and
@@ -63,7 +71,8 @@ def export_to_hugging_face(
 
     Raises:
         TypeError: if the folder is passed before the model.
-        ValueError: if the model is quantized, or an argument is invalid.
+        ValueError: if the model is quantized, or an argument is invalid; or if an embedder has no tokenizer, or reads
+            its texts in Gemma's turns, which sentence-transformers does not do.
         CheckpointError: if the folder exists, a `query_scalar` is not a whole number (`transformers` reads no others),
             or a weight does not fit in float16 or is not finite.
         RuntimeError: if another thread trains the model.
@@ -71,24 +80,34 @@ def export_to_hugging_face(
     if isinstance(model, (str, Path)):
         raise TypeError(f"`model` comes before `folder`: export_to_hugging_face(model, folder). Received: {model!r}.")
     backbone: Any = getattr(model, "backbone", model)  # A `T5GemmaBackbone`: `keras.Model` has no `config`.
+    head, head_options = model.hugging_face_head() if hasattr(model, "hugging_face_head") else (None, None)
     preprocessor = getattr(model, "preprocessor", None)
     tokenizer = getattr(preprocessor, "tokenizer", None) if tokenizer is None else tokenizer
     chat = bool(getattr(preprocessor, "chat", False)) if chat is None else chat
     options = {name: getattr(preprocessor, name) for name in PREPROCESSOR_OPTIONS if hasattr(preprocessor, name)}
-    options = {**options, "chat": chat} if options else None
+    options = {**options, "chat": chat} if options and head is None else head_options
     proto = None if tokenizer is None else tokenizer.proto
     if tokenizer is not None and not isinstance(proto, bytes):
         raise ValueError(f"`tokenizer` must have its SentencePiece model as `proto`. Received: {tokenizer!r}.")
+
+    embedder = options_of(model)
+    if embedder is not None and (chat or proto is None):
+        raise ValueError(
+            f"sentence-transformers needs a tokenizer, and reads texts as they are. Pass a `preprocessor` to the "
+            f"embedder, with chat=False; or export its `backbone`. Received: chat={chat}, tokenizer={tokenizer!r}."
+        )
 
     def write(source: TensorSource) -> None:
         """Writes the folder from the model's tensors, on one process."""
         write_checkpoint(
             folder,
             backbone.config,
-            cast_tensors(source, dtype),
+            cast_tensors(source if head is None else WithHead(source, head), dtype),
+            head=head,
             proto=proto,
             chat=chat,
             preprocessor=options,
+            embedder=embedder,
             max_shard_size=max_shard_size,
             allow_non_finite=allow_non_finite,
             card=model_card("A T5Gemma exported from Keras", {"model": backbone.name}),
@@ -100,12 +119,14 @@ def export_to_hugging_face(
 
 def write_checkpoint(
     folder: str | os.PathLike[str],
-    config: T5GemmaConfig,
+    config: T5GemmaConfig | T5GemmaEncoderConfig,
     source: TensorSource,
     *,
+    head: Head | None = None,
     proto: bytes | None = None,
     chat: bool = False,
     preprocessor: Mapping[str, Any] | None = None,
+    embedder: Mapping[str, Any] | None = None,
     max_shard_size: int | str = "5GB",
     allow_non_finite: bool = False,
     card: str | None = None,
@@ -114,11 +135,13 @@ def write_checkpoint(
 
     Args:
         folder: the path to create.
-        config: the model's config.
-        source: the model's tensors, under Hugging Face's names.
+        config: the model's config; a `T5GemmaEncoderConfig` for an encoder alone.
+        source: the model's tensors, under the names of Hugging Face's T5Gemma.
+        head: a classifier's head, whose tensors the source has too; None for a model without one.
         proto: the tokenizer's SentencePiece model, bytes, or None.
         chat: whether the model reads prompts in Gemma's turns.
         preprocessor: the options of this package's preprocessor by name, or None.
+        embedder: the options of a `T5GemmaTextEmbedder`, or None for other models.
         max_shard_size: bytes per file, an int or a text such as "5GB".
         allow_non_finite: whether tensors may hold infinities and NaNs.
         card: the text of the model card, or None.
@@ -131,15 +154,30 @@ def write_checkpoint(
         raise ValueError("`chat=True` needs a `tokenizer`: Gemma's turns are tokens of its vocabulary.")
     # The dtype of the first tensor, an embedding, is written for all: a model has one dtype unless policies were mixed.
     dtype = str(source.dtype(source.names()[0]))
+    generates = isinstance(config, T5GemmaConfig) and head is None
     hf_config = write_t5gemma_config(config, dtype, stop_ids(proto, chat))
+    if head is not None:
+        hf_config |= head_fields(head, isinstance(config, T5GemmaConfig))
+    elif not generates:
+        source = as_saved_alone(source)
     with new_folder(folder) as partial:
         write_json(partial / "config.json", hf_config)
-        special = {name: hf_config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        write_json(partial / "generation_config.json", {**special, "decoder_start_token_id": BOS_ID})
+        if generates:
+            special = {name: hf_config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+            write_json(partial / "generation_config.json", {**special, "decoder_start_token_id": BOS_ID})
         if proto is not None:
             write_tokenizer(partial, proto, chat, config.vocabulary_size)
         if preprocessor:
             write_json(partial / PREPROCESSOR_FILE, preprocessor)
+        if embedder:
+            limits = preprocessor or {}
+            write_modules(
+                partial,
+                **embedder,
+                width=config.encoder.hidden_dim,
+                truncate=limits.get("truncate"),
+                max_length=limits.get("encoder_sequence_length"),
+            )
         if card is not None:
             (partial / "README.md").write_text(card, encoding="utf-8")
         write_tensors(
@@ -151,13 +189,13 @@ class ModelTensors(TensorSource):
     """The weights of a backbone as a `TensorSource` under Hugging Face's names, LoRA merged.
 
     Args:
-        backbone: a `T5GemmaBackbone`.
+        backbone: a `T5GemmaBackbone` or a `T5GemmaEncoder`.
 
     Raises:
         ValueError: if the backbone is quantized.
     """
 
-    def __init__(self, backbone: Any):  # A `T5GemmaBackbone`, which this module may not import.
+    def __init__(self, backbone: Any):  # A `StackModel`, which this module may not import.
         dtypes = {str(dtype): dtype for dtype in DTYPES.values()}
         self._title = f"the model {backbone.name!r}"
         self._tensors = {tensor.name: tensor for tensor in tensor_specs(backbone.config)}

@@ -16,9 +16,9 @@ import numpy as np
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config, layer_pattern
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.checkpoints.tensor_table import TABLE, TensorSpec, tensor_specs
-from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from keras_t5gemma.config import StackConfig, T5GemmaConfig, T5GemmaEncoderConfig
 
-AnyConfig = TypeVar("AnyConfig", bound=T5GemmaConfig | Gemma2Config)
+AnyConfig = TypeVar("AnyConfig", bound=T5GemmaConfig | T5GemmaEncoderConfig | Gemma2Config)
 
 # The path of our layer within a block, then its path in keras-hub's Gemma and in keras-hub's T5Gemma. After the colon
 # are the kernel's axes, one letter per axis as in `tensor_table`: keras-hub's einsum layers keep the heads as an axis.
@@ -133,7 +133,7 @@ def to_stored(array: np.ndarray, letters: str, stored: str) -> np.ndarray:
     return array.transpose([axes.index(axis) for axis in order]).reshape(stored_shape(array.shape, letters, stored))
 
 
-def expected_tensors(config: T5GemmaConfig | Gemma2Config) -> dict[str, TensorSpec]:
+def expected_tensors(config: T5GemmaConfig | T5GemmaEncoderConfig | Gemma2Config) -> dict[str, TensorSpec]:
     """The tensors of a config, by their names in Hugging Face's checkpoints."""
     if isinstance(config, Gemma2Config):
         return {tensor.gemma2: tensor for tensor in config.tensors() if tensor.gemma2 is not None}
@@ -220,8 +220,19 @@ def _keras_hub_stack(values: Mapping[str, Any], stack: str) -> StackConfig:
 def _own_config(values: Mapping[str, Any], where: str) -> T5GemmaConfig:
     """Takes the fields of a `T5GemmaConfig` from the config of our own backbone."""
     del where
-    names = {field.name for field in dataclasses.fields(T5GemmaConfig)}
-    return T5GemmaConfig.from_dict({name: value for name, value in values.items() if name in names})
+    return _own_fields(T5GemmaConfig, values)
+
+
+def _own_encoder_config(values: Mapping[str, Any], where: str) -> T5GemmaEncoderConfig:
+    """Takes the fields of a `T5GemmaEncoderConfig` from the config of our own encoder."""
+    del where
+    return _own_fields(T5GemmaEncoderConfig, values)
+
+
+def _own_fields(cls: Any, values: Mapping[str, Any]) -> Any:
+    """An instance of a config's class from those values that are its fields."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return cls.from_dict({name: value for name, value in values.items() if name in names})
 
 
 GEMMA2 = Layout(
@@ -259,4 +270,7 @@ OWN = Layout(
     },
     {stack: (f"{stack}/blocks/block", f"{stack}/blocks") for stack in ("encoder", "decoder")},
     _OWN,
+)
+OWN_ENCODER = dataclasses.replace(
+    OWN, registered_names=("keras_t5gemma>T5GemmaEncoder",), read_config=_own_encoder_config
 )

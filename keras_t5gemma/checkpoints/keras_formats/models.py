@@ -18,7 +18,7 @@ from keras_t5gemma.checkpoints.keras_formats.layouts import (
     to_stored,
 )
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource
-from keras_t5gemma.config import T5GemmaConfig
+from keras_t5gemma.config import T5GemmaConfig, T5GemmaEncoderConfig
 
 
 class KerasModelTensors(TensorSource):
@@ -34,7 +34,13 @@ class KerasModelTensors(TensorSource):
         CheckpointError: if the model has superfluous variables, e.g. those of LoRA or of quantization.
     """
 
-    def __init__(self, backbone: keras.Model, layout: Layout, config: T5GemmaConfig | Gemma2Config, title: str):
+    def __init__(
+        self,
+        backbone: keras.Model,
+        layout: Layout,
+        config: T5GemmaConfig | T5GemmaEncoderConfig | Gemma2Config,
+        title: str,
+    ):
         self._title = title
         self._variables = {}
         for name, tensor in expected_tensors(config).items():

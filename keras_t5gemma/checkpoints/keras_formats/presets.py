@@ -17,10 +17,12 @@ import numpy as np
 from keras_t5gemma.checkpoints.hugging_face.reader import is_plain_name, read_json
 from keras_t5gemma.checkpoints.keras_formats.layouts import AnyConfig, Layout, expected_tensors, stored_shape, to_stored
 from keras_t5gemma.checkpoints.tensor_source import CHUNK_BYTES, DTYPES, CheckpointError, TensorSource
+from keras_t5gemma.hub import PresetFolder
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.weights.h5"
 INDEX_FILE = "model.weights.json"
+TASK_FILE = "task.json"
 _REMEDIES = {
     "quantization": "Read the model from before `quantize`.",
     "lora": "Load it, call `backbone.merge_lora()`, and save the result.",
@@ -53,6 +55,8 @@ class KerasPreset(TensorSource, Generic[AnyConfig]):
         layout = next((layout for layout in layouts if name in layout.registered_names), None)
         if layout is None:
             expected = " or ".join(layout.registered_names[0] for layout in layouts)
+            if isinstance(name, str) and name.startswith("keras_t5gemma>"):
+                expected += f". This one is loaded by `{name.partition('>')[2]}.from_preset`"
             raise CheckpointError(f"{path}: a Keras preset of {name!s:.200}. Expected {expected}.")
         try:
             self.config = layout.read_config(saved["config"], str(path))
@@ -151,6 +155,30 @@ class KerasPreset(TensorSource, Generic[AnyConfig]):
                     raise CheckpointError(f"{self.folder / file}: {group!r} is in {files[group][0].name} too.")
                 files[group] = place
         return files
+
+
+def saved_task(folder: PresetFolder) -> dict[str, Any]:
+    """The `task.json` of a task of this package; empty if the folder has none, or keras-hub's own."""
+    saved = read_json(folder / TASK_FILE) if (folder / TASK_FILE).is_file() else {}
+    return saved if str(saved.get("registered_name")).startswith("keras_t5gemma>") else {}
+
+
+def check_task(folder: PresetFolder, name: str) -> None:
+    """Refuses the Keras preset of another task of this package, such as a classifier that is loaded as a generator.
+
+    Args:
+        folder: a checkpoint's.
+        name: the name of the task's class.
+
+    Raises:
+        CheckpointError: if the folder is another task's; the message names the class that loads it.
+    """
+    found = str(saved_task(folder).get("registered_name", name)).rpartition(">")[2]
+    if found != name:
+        raise CheckpointError(
+            f"{folder / TASK_FILE}: a Keras preset of a {found}. Expected a {name}. It is loaded by "
+            f"`{found}.from_preset`."
+        )
 
 
 class _OpenDataset:
