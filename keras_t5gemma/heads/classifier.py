@@ -1,0 +1,268 @@
+"""`Classifier`: what the classifiers of texts and of tokens have in common."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import keras
+import numpy as np
+
+from keras_t5gemma._keras_internals import forget_compiled_metrics, track_loss_in_float32
+from keras_t5gemma.checks import integer, is_number
+from keras_t5gemma.heads.any_backbone import BACKBONES
+from keras_t5gemma.heads.labelled_data import IDS, MASK, FitsLabelled
+from keras_t5gemma.heads.loading import classifier_from_preset
+from keras_t5gemma.heads.pooling import ShiftedInputs
+from keras_t5gemma.heads.targets import check_labels
+from keras_t5gemma.hub import PresetFolder
+from keras_t5gemma.models.backbone import T5GemmaBackbone
+from keras_t5gemma.models.encoder import T5GemmaEncoder
+from keras_t5gemma.models.guarded import Guarded
+from keras_t5gemma.models.quantization import QuantizationMixin, is_selected, quantize
+from keras_t5gemma.models.recompilation import RecompilationMixin
+from keras_t5gemma.presets import PRESETS
+from keras_t5gemma.suggestions import check_choice
+from keras_t5gemma.training.optimizers.checks import check_optimizer
+from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
+from keras_t5gemma.training.steps.accumulation import Accumulation
+from keras_t5gemma.training.steps.model import OwnSteps
+
+STACKS = ("encoder", "decoder")
+
+
+class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, QuantizationMixin):
+    """Mixed into a keras-hub task: a dense layer `logits` on the hidden states of a stack.
+
+    The head computes in float32, whatever the dtype of the stacks, and is not quantized.
+
+    Attributes:
+        labels_each_position: whether labels are [B, S] rather than one row per text.
+    """
+
+    backbone_cls = BACKBONES
+    presets = PRESETS
+    labels_each_position = False
+
+    def _build(
+        self,
+        backbone: T5GemmaBackbone | T5GemmaEncoder,
+        num_classes: int,
+        preprocessor,
+        pool: Callable,
+        *,
+        stack: str,
+        dropout: float,
+        labels: Sequence[str] | None,
+        kwargs: Mapping,
+    ) -> None:
+        """Checks the arguments that all classifiers share, and builds the model.
+
+        Args:
+            backbone: of `__init__`, like the following arguments.
+            num_classes: the number of classes.
+            preprocessor: the preprocessor or None.
+            pool: `(hidden states [B, S, D], mask [B, S], ahead) -> x`, what the head reads.
+            stack: "encoder" or "decoder".
+            dropout: the rate.
+            labels: names of the classes, or None.
+            kwargs: further keyword arguments.
+        """
+        if unknown := sorted(set(kwargs) - {"name", "trainable", "compile"}):  # Keras would silently accept them
+            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}.")
+        check_choice(stack, "stack", STACKS)
+        if not isinstance(backbone, (T5GemmaBackbone, T5GemmaEncoder)):
+            raise ValueError(f"`backbone` must be a T5GemmaBackbone or a T5GemmaEncoder. Received: {backbone!r:.80}.")
+        if stack == "decoder" and not isinstance(backbone, T5GemmaBackbone):
+            raise ValueError('stack="decoder" needs a T5GemmaBackbone. Received: a T5GemmaEncoder, which has none.')
+        if not is_number(dropout) or not 0 <= dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout!r}.")
+        self.num_classes = integer(num_classes, "num_classes")
+        self.labels = check_labels(labels, self.num_classes)
+        self.stack, self.dropout_rate = stack, float(dropout)
+        if stack == "encoder" and isinstance(backbone, T5GemmaBackbone):
+            backbone = T5GemmaEncoder.from_backbone(backbone)  # the decoder's weights would not be trained
+        self.backbone, self.preprocessor = backbone, preprocessor
+        _check_vocabulary(backbone, preprocessor)
+        inputs = {name: keras.Input((None,), dtype="int32", name=name) for name in (IDS, MASK)}
+        if stack == "encoder":
+            config, hidden, ahead = backbone.config.encoder, backbone(inputs), 0
+        else:
+            config, ahead = backbone.config.decoder, 1
+            ids, mask = ShiftedInputs(name="shifted", dtype="int32")(inputs[IDS])
+            hidden = backbone(
+                {
+                    "encoder_token_ids": inputs[IDS],
+                    "encoder_padding_mask": inputs[MASK],
+                    "decoder_token_ids": ids,
+                    "decoder_padding_mask": mask,
+                }
+            )["decoder_sequence_output"]
+        x = keras.layers.Dropout(self.dropout_rate, dtype="float32", name="head_dropout")(
+            pool(hidden, inputs[MASK], ahead)
+        )
+        # As in `transformers`: normal with initializer_range / sqrt(num_labels), and a bias of zeros.
+        normal = keras.initializers.RandomNormal(stddev=config.initializer_range * self.num_classes**-0.5)
+        head = keras.layers.Dense(self.num_classes, kernel_initializer=normal, dtype="float32", name="logits")
+        super().__init__(inputs=inputs, outputs=head(x), **kwargs)
+        self.head = head
+        self.backbone = backbone  # again: above, PyTorch's module did not exist yet and would miss its parameters
+
+    def auto_loss(self) -> keras.losses.Loss:
+        """The loss of `compile(loss="auto")`."""
+        raise TypeError(f"{type(self).__name__} has no loss.")
+
+    def auto_metrics(self) -> list:
+        """The metrics of `compile(weighted_metrics="auto")`."""
+        return []
+
+    def compile(
+        self,
+        optimizer: str | keras.optimizers.Optimizer = "auto",
+        loss: str | keras.losses.Loss = "auto",
+        *,
+        weighted_metrics: str | Sequence | None = "auto",
+        accumulation_steps: int = 1,
+        **kwargs,
+    ) -> None:
+        """Configures training.
+
+        Args:
+            optimizer: "auto" for this package's AdamW, see `keras_t5gemma.optimizer`; or a name or a
+                `keras.optimizers.Optimizer`. Weights in bfloat16 need an optimizer of this package.
+            loss: "auto" for the loss of the problem; or any loss on logits.
+            weighted_metrics: "auto" for the metric of the problem, or a list.
+            accumulation_steps: number of parts in which a training step runs its batch.
+            **kwargs: further arguments of `keras.Model.compile`, such as `metrics`.
+
+        Raises:
+            ValueError: if `accumulation_steps` is not a positive integer or not available with the loss.
+        """
+        self._replaced_counts = None
+        if isinstance(optimizer, str) and optimizer == "auto":
+            optimizer = default_optimizer(warmup_steps=0)
+        loss = self.auto_loss() if isinstance(loss, str) and loss == "auto" else loss
+        if isinstance(weighted_metrics, str) and weighted_metrics == "auto":
+            weighted_metrics = self.auto_metrics()
+        self.accumulation = Accumulation(accumulation_steps, loss)
+        if self.dtype_policy.name == "float16" and optimizer is not None and kwargs.get("auto_scale_loss", True):
+            # LoRA on float16 weights: gradients are float16 too. Keras scales the loss only for "mixed_float16".
+            optimizer = keras.optimizers.get(optimizer)
+            if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        forget_compiled_metrics(self)
+        keras.Model.compile(self, optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
+        track_loss_in_float32(self)
+
+    def make_train_function(self, force: bool = False) -> None:
+        """Builds Keras's training function, after a check that the optimizer can train the weights.
+
+        Raises:
+            ValueError: if the optimizer cannot train the weights.
+        """
+        if self.train_function is None or force:
+            check_optimizer(self.optimizer, self.trainable_variables)
+        super().make_train_function(force)
+
+    def quantize(
+        self,
+        mode: str | None = None,
+        config: keras.quantizers.QuantizationConfig | None = None,
+        filters: str | Sequence[str] | Callable | None = None,
+        **kwargs,
+    ) -> None:
+        """Quantizes the backbone's dense layers and embedding tables; the head stays in float32.
+
+        Args:
+            mode: as in `T5GemmaBackbone.quantize`, like the other arguments.
+            config: a `keras.quantizers.QuantizationConfig`.
+            filters: selects the layers.
+            **kwargs: further arguments of `keras.Model.quantize`.
+        """
+        quantize(
+            self,
+            super().quantize,
+            mode,
+            config,
+            lambda layer: layer is not self.head and is_selected(layer, filters),
+            **kwargs,
+        )
+
+    def names_of(self, ids: np.ndarray) -> list:
+        """Ids of classes as a list of the same shape: of names if the model has `labels`, else of integers."""
+        if self.labels is None:
+            return ids.tolist()
+        return np.asarray(self.labels, object)[ids].tolist()
+
+    def save_task_weights(self, filepath: str) -> None:
+        """Saves the head's weights alone. keras-hub would add the optimizer's state of all weights."""
+        with self._without_optimizer():
+            super().save_task_weights(filepath)
+
+    def load_task_weights(self, filepath: str) -> None:
+        """Loads the head's weights, as `save_task_weights` saved them."""
+        with self._without_optimizer():
+            super().load_task_weights(filepath)
+
+    @contextlib.contextmanager
+    def _without_optimizer(self) -> Iterator[None]:
+        optimizer = self.optimizer
+        self.optimizer = None
+        try:
+            yield
+        finally:
+            self.optimizer = optimizer
+
+    def get_config(self) -> dict:
+        """The constructor's arguments, JSON-ready."""
+        config = {
+            **super().get_config(),
+            "trainable": self.trainable,
+            "num_classes": self.num_classes,
+            "stack": self.stack,
+            "dropout": self.dropout_rate,
+            "labels": None if self.labels is None else list(self.labels),
+        }
+        return config if self.compiled else {**config, "compile": False}
+
+    def get_compile_config(self) -> dict | None:
+        """The arguments of `compile`, JSON-ready; None if the model is not compiled."""
+        if not self.compiled:
+            return None
+        return {**super().get_compile_config(), "accumulation_steps": self.accumulation.steps}
+
+    def compile_from_config(self, config: Mapping) -> None:
+        """Compiles the model from `get_compile_config`, and builds the optimizer if its state was saved."""
+        config = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
+        is_built = config.pop("optimizer_is_built", True)
+        self.compile(**config)
+        if is_built:
+            self.optimizer.build(self.trainable_variables)
+
+    @classmethod
+    def from_preset(cls, preset: str | Path | PresetFolder, load_weights: bool = True, **kwargs) -> Self:
+        """Loads a classifier, or puts a new head on a T5Gemma.
+
+        Args:
+            preset: the folder of a classifier, of `save_to_preset` or in Hugging Face's format, whose head is read; or
+                any T5Gemma that `T5GemmaEncoder.from_preset` takes, with `num_classes`. Of a plain T5Gemma,
+                `stack="encoder"` reads only the encoder's tensors.
+            load_weights: False for the architecture with random weights.
+            **kwargs: arguments of the class, which replace saved ones; and `dtype`. With `num_classes` the head is
+                new, as in keras-hub.
+
+        Raises:
+            ValueError: if the preset has no head and `num_classes` is not passed, or the preset is unknown.
+            ConnectionError: if a download failed.
+            CheckpointError: if the folder's tensors are not those of its config.
+        """
+        return classifier_from_preset(cls, preset, load_weights, kwargs)
+
+
+def _check_vocabulary(backbone, preprocessor) -> None:
+    """Refuses a tokenizer with more pieces than the backbone embeds. That of a saved model is read only later."""
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    if tokenizer is not None and tokenizer.proto is not None:
+        size, rows = tokenizer.vocabulary_size(), backbone.config.vocabulary_size
+        if size > rows:
+            raise ValueError(f"The tokenizer has {size} pieces, but the backbone embeds only vocabulary_size={rows}.")
