@@ -1,7 +1,9 @@
 """Builds the model, the data and the optimizer of a recipe."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import grain
@@ -10,6 +12,7 @@ import keras_hub
 
 from keras_t5gemma.data.objectives.example import Objective
 from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
+from keras_t5gemma.data.pipelines.preferences import preference_dataset
 from keras_t5gemma.data.pipelines.supervised import supervised_dataset
 from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset
 from keras_t5gemma.data.sources.open import text_source
@@ -22,6 +25,8 @@ from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
 from keras_t5gemma.training.evaluation import first_batches, held_out_by_part
 from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
 from keras_t5gemma.training.losses.distillation import Distillation
+from keras_t5gemma.training.losses.preference import PreferenceLoss
+from keras_t5gemma.training.losses.reference import ReferenceLogProbs, reference_log_probs
 from keras_t5gemma.training.optimizers.factory import optimizer
 
 
@@ -56,8 +61,30 @@ def compiled_model(recipe: Recipe) -> T5GemmaSeq2SeqLM:
     return lm
 
 
+def reference(recipe: Recipe, lm: T5GemmaSeq2SeqLM, folder: Path) -> ReferenceLogProbs:
+    """Computes what a reference gives to all answers of a `Recipe`, held-out ones too.
+
+    Args:
+        recipe: a `Recipe` that `precomputes_reference`.
+        lm: its model, before it is trained.
+        folder: the folder to keep the numbers in; what it has already is not computed again.
+
+    Returns:
+        The `ReferenceLogProbs`.
+    """
+    preprocessor = cast(Any, lm.preprocessor)
+    once = {"shuffle": False, "num_epochs": 1, "drop_remainder": False}
+    for paths in filter(None, (recipe.data.sources, recipe.data.validation)):
+        stored = reference_log_probs(lm, _dataset(recipe, paths, preprocessor, None, 0, **once), folder)
+    return stored
+
+
 def training_data(
-    recipe: Recipe, preprocessor: T5GemmaSeq2SeqLMPreprocessor, objective: Objective | None, index: int
+    recipe: Recipe,
+    preprocessor: T5GemmaSeq2SeqLMPreprocessor,
+    objective: Objective | None,
+    index: int,
+    stored: ReferenceLogProbs | None = None,
 ) -> grain.MapDataset | grain.IterDataset:
     """Makes the endless dataset of a `Recipe`.
 
@@ -66,15 +93,21 @@ def training_data(
         preprocessor: the model's.
         objective: made by `make_objective`; None for "supervised".
         index: this process's, which reads a share of the texts.
+        stored: the result of `reference`, or None.
 
     Returns:
         A Grain dataset of batches for `fit`.
     """
-    return _dataset(recipe, recipe.data.sources, preprocessor, objective, index)
+    data = _dataset(recipe, recipe.data.sources, preprocessor, objective, index)
+    return data if stored is None else stored.join(data)
 
 
 def held_out_batches(
-    recipe: Recipe, preprocessor: T5GemmaSeq2SeqLMPreprocessor, objective: Objective | None, index: int
+    recipe: Recipe,
+    preprocessor: T5GemmaSeq2SeqLMPreprocessor,
+    objective: Objective | None,
+    index: int,
+    stored: ReferenceLogProbs | None = None,
 ) -> dict[str, tuple] | None:
     """Makes the held-out batches of a `Recipe`, for `TrainingLog`.
 
@@ -83,6 +116,7 @@ def held_out_batches(
         preprocessor: the model's.
         objective: made by `make_objective`; None for "supervised".
         index: this process's, which reads a share of the texts.
+        stored: the result of `reference`, or None.
 
     Returns:
         Name -> (batches, weight), the `held_out` of `TrainingLog`; None if the recipe has no validation texts.
@@ -92,7 +126,9 @@ def held_out_batches(
         return None
     if objective is None:
         batches = _dataset(recipe, data.validation, preprocessor, None, index, shuffle=False, num_epochs=1)
-        return {"supervised": (first_batches(batches, training.evaluate_batches), 1)}
+        name = "preferences" if recipe.preference.loss else "supervised"
+        batches = batches if stored is None else stored.join(batches)
+        return {name: (first_batches(batches, training.evaluate_batches), 1)}
     return held_out_by_part(
         _source(recipe, data.validation, index),
         preprocessor.tokenizer,
@@ -128,7 +164,13 @@ def _optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
     )
 
 
-def _loss(recipe: Recipe) -> Distillation | VocabularyCrossEntropy:
+def _loss(recipe: Recipe) -> Distillation | PreferenceLoss | VocabularyCrossEntropy:
+    if recipe.preference.loss:
+        options = {name: value for name, value in dataclasses.asdict(recipe.preference).items() if name != "loss"}
+        try:
+            return PreferenceLoss(recipe.preference.loss, **options)
+        except ValueError as error:
+            raise ValueError(f"[preference]: {error}") from error
     training, section = recipe.training, recipe.distillation
     if section.teacher:
         teacher = keras_hub.models.GemmaCausalLM.from_preset(section.teacher, dtype=section.dtype)
@@ -169,22 +211,25 @@ def _dataset(
         preprocessor: the model's.
         objective: made by `make_objective`; None for "supervised".
         index: the process's.
-        **options: further arguments of `pretraining_dataset` or `supervised_dataset`.
+        **options: further arguments of the function that makes the dataset.
 
     Returns:
         A Grain dataset of batches.
     """
     data, training = recipe.data, recipe.training
     source = _source(recipe, paths, index)
-    options |= {
+    options = {
         "batch_size": training.batch_size // recipe.hardware.processes,
         "seed": training.seed,
-        "pack": data.pack,
         "num_workers": data.num_workers,
         "shuffle_buffer": data.shuffle_buffer,
-        "pack_buffer": data.pack_buffer,
         "drop_remainder": True,  # processes and devices take batches of one shape
+        **options,
     }
+    lengths = {name: getattr(recipe.objective, name) for name in ("encoder_length", "decoder_length")}
+    if recipe.preference.loss:
+        return preference_dataset(source, preprocessor, **lengths, **options)
+    options |= {"pack": data.pack, "pack_buffer": data.pack_buffer}
     tokenizer = preprocessor.tokenizer
     if objective is not None:
         batches = pretraining_dataset(source, tokenizer, objective, documents=data.documents, **options)
@@ -192,8 +237,7 @@ def _dataset(
         batches = supervised_dataset(
             source,
             preprocessor,
-            encoder_length=recipe.objective.encoder_length,
-            decoder_length=recipe.objective.decoder_length,
+            **lengths,
             fields=data.pair_fields,
             answers=data.answers,
             **options,

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
-from keras_t5gemma.recipes.schema import Recipe
+from keras_t5gemma.recipes.objective_section import SUPERVISED
+from keras_t5gemma.recipes.schema import PREFERENCES_WITH_REFERENCE, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,11 +107,53 @@ RULES = (
         "a teacher would see one example from the next. Set it to false to distil.",
     ),
     Rule(
+        "[preference] loss:",
+        lambda r: r.preference.loss is None or r.objective.name == SUPERVISED,
+        'needs [objective] name = "supervised": its rows are prompts and answers. Received: loss={preference.loss!r}.',
+    ),
+    Rule(
+        "[preference] loss:",
+        lambda r: not (r.preference.loss and r.distillation.teacher),
+        "and a [distillation] teacher are two losses. State one of them. Received: loss={preference.loss!r}.",
+    ),
+    Rule(
+        "[preference] reference:",
+        lambda r: r.preference.reference is None or r.preference.loss in (None, *PREFERENCES_WITH_REFERENCE),
+        "loss={preference.loss!r} reads no reference. Leave it out. Received: reference={preference.reference!r}.",
+    ),
+    Rule(
+        "[preference] reference:",
+        lambda r: r.preference.reference != "lora_off" or r.model.lora_rank,
+        "the model without its LoRA needs [model] lora_rank. Received: reference={preference.reference!r}.",
+    ),
+    Rule(
+        "[preference] reference:",
+        lambda r: not precomputes_reference(r) or r.hardware.processes == 1,
+        'several processes cannot compute it beforehand. Set it to "lora_off", or train in one process. Received: '
+        "processes={hardware.processes}.",
+    ),
+    Rule(
+        "[data] pack:",
+        lambda r: not (r.preference.loss and r.data.pack),
+        "a row holds one prompt. Set it to false for preferences.",
+    ),
+    Rule(
+        "[training] z_loss and label_smoothing",
+        lambda r: not (r.preference.loss and (r.training.z_loss or r.training.label_smoothing)),
+        "are of the loss of tokens. Leave them out; preferences have [preference] label_smoothing.",
+    ),
+    Rule(
         "[training] z_loss and label_smoothing",
         lambda r: r.distillation.teacher is None or not (r.training.z_loss or r.training.label_smoothing),
         "are of the loss without a teacher. Leave them out to distil.",
     ),
 )
+
+
+def precomputes_reference(recipe: Recipe) -> bool:
+    """Whether a run computes the log-probabilities of a reference before it trains."""
+    section = recipe.preference
+    return section.loss in PREFERENCES_WITH_REFERENCE and section.reference != "lora_off"
 
 
 def broken_rules(recipe: Recipe) -> Iterator[str]:

@@ -17,8 +17,8 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
     (
         "data",
         ("pair_fields", "answers"),
-        lambda recipe: recipe.objective.name == SUPERVISED,
-        'it is for the objective "supervised".',
+        lambda recipe: recipe.objective.name == SUPERVISED and not recipe.preference.loss,
+        'it is for the objective "supervised", whose rows are pairs and not preferences.',
     ),
     (
         "data",
@@ -45,6 +45,12 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
         ("dtype", "temperature", "hard_weight"),
         lambda recipe: recipe.distillation.teacher,
         "there is no `teacher`.",
+    ),
+    (
+        "preference",
+        ("beta", "label_smoothing", "gamma", "alpha", "desirable_weight", "undesirable_weight", "reference"),
+        lambda recipe: recipe.preference.loss,
+        "there is no `loss`.",
     ),
     ("hardware", ("fully_sharded",), lambda recipe: recipe.hardware.mesh, "there is no `mesh`."),
 )

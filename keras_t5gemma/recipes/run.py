@@ -17,7 +17,8 @@ from keras_t5gemma.checkpoints.hugging_face.export import export_to_hugging_face
 from keras_t5gemma.checkpoints.hugging_face.peft import save_lora
 from keras_t5gemma.checkpoints.processes import gather, on_all_processes
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
-from keras_t5gemma.recipes.components import compiled_model, held_out_batches, training_data
+from keras_t5gemma.recipes.components import compiled_model, held_out_batches, reference, training_data
+from keras_t5gemma.recipes.cross_checks import precomputes_reference
 from keras_t5gemma.recipes.devices import distribution, process
 from keras_t5gemma.recipes.objective_section import make_objective
 from keras_t5gemma.recipes.reading import read_recipe
@@ -30,14 +31,14 @@ from keras_t5gemma.training.callbacks.training_log import TrainingLog
 from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
 from keras_t5gemma.training.checkpointing.weights import load_training_weights, training_weights
 
-CHECKPOINTS_FOLDER = "checkpoints"
+CHECKPOINTS_FOLDER, REFERENCE_FOLDER = "checkpoints", "reference"
 
 
 def run_recipe(recipe: Recipe | str | Path, console: Console | None = None) -> Path:
     """Trains a model by a recipe. If the recipe's folder holds a run that was stopped, the run continues.
 
     The folder of the run holds the recipe, which states every key; `log.csv`; `tensorboard/` if the recipe asks for it;
-    `checkpoints/`; and at the end `model/`, which `from_preset` takes.
+    `checkpoints/`; `reference/` if preferences need one; and at the end `model/`, which `from_preset` takes.
 
     A run continues with the recipe with which it began. A different recipe is refused with a message that names the
     differences. Only keys that do not change the result of a step may differ: see `run_folder.MAY_CHANGE`.
@@ -84,8 +85,9 @@ def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> T5GemmaS
     keras.utils.set_random_seed(training.seed)
     objective = make_objective(recipe.objective)
     lm = cast(Any, compiled_model(recipe))  # keras-hub's class does not say the type of `preprocessor`
-    data = training_data(recipe, lm.preprocessor, objective, index)
-    held_out = held_out_batches(recipe, lm.preprocessor, objective, index)
+    stored = reference(recipe, lm, folder / REFERENCE_FOLDER) if precomputes_reference(recipe) else None
+    data = training_data(recipe, lm.preprocessor, objective, index, stored)
+    held_out = held_out_batches(recipe, lm.preprocessor, objective, index, stored)
     checkpoint = TrainingCheckpoint(folder / CHECKPOINTS_FOLDER, save_every=training.save_every, keep=training.keep)
     callbacks = []
     if training.cross_attention_steps:

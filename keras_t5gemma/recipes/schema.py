@@ -3,6 +3,9 @@
 import dataclasses
 from typing import Any
 
+# The kinds of `PreferenceLoss`, whose module needs Keras; the first ones have a reference.
+PREFERENCES_WITH_REFERENCE = ("dpo", "ipo", "hinge", "robust", "apo_zero", "kto")
+PREFERENCE_LOSSES = (*PREFERENCES_WITH_REFERENCE, "simpo", "cpo", "orpo")
 DTYPES = ("float32", "bfloat16", "float16", "mixed_bfloat16", "mixed_float16")
 
 
@@ -202,6 +205,34 @@ class DistillationSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferenceSection:
+    """`[preference]`: learns from preferences if `loss` is stated, see `keras_t5gemma.PreferenceLoss`.
+
+    The rows of `[data]` are then those of `keras_t5gemma.preference_dataset`, and the objective is "supervised".
+
+    Attributes:
+        loss: the kind of loss.
+        beta: how strongly the loss holds the model to the reference.
+        label_smoothing: the share of preferences that are assumed to be wrong, for dpo, robust, simpo and cpo.
+        gamma: the margin of simpo.
+        alpha: the weight of the cross-entropy of cpo.
+        desirable_weight: the weight of desirable answers of kto.
+        undesirable_weight: the weight of the other answers of kto.
+        reference: "precomputed" to compute the reference once, into reference/ in the folder of the run; "lora_off" for
+            the model without its LoRA. For losses with a reference, the former if left out.
+    """
+
+    loss: str | None = _key(None, choices=PREFERENCE_LOSSES)
+    beta: float = _key(0.1, above=0)
+    label_smoothing: float | None = _key(None, least=0, most=0.5)
+    gamma: float | None = _key(None, least=0)
+    alpha: float | None = _key(None, least=0)
+    desirable_weight: float | None = _key(None, least=0)
+    undesirable_weight: float | None = _key(None, least=0)
+    reference: str | None = _key(None, choices=("precomputed", "lora_off"))
+
+
+@dataclasses.dataclass(frozen=True)
 class HardwareSection:
     """`[hardware]`: sharding over devices and processes, on JAX; see `keras_t5gemma.layout_map`.
 
@@ -246,6 +277,7 @@ class Recipe:
         training: a `TrainingSection`.
         output: an `OutputSection`.
         distillation: a `DistillationSection`.
+        preference: a `PreferenceSection`.
         hardware: a `HardwareSection`.
     """
 
@@ -256,4 +288,5 @@ class Recipe:
     training: TrainingSection
     output: OutputSection
     distillation: DistillationSection = DistillationSection()
+    preference: PreferenceSection = PreferenceSection()
     hardware: HardwareSection = HardwareSection()

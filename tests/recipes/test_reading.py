@@ -110,6 +110,11 @@ WITHOUT_EFFECT = {
     "[distillation] dtype": ("[output]", '[distillation]\ndtype = "float32"\n[output]'),
     "[distillation] temperature": ("[output]", "[distillation]\ntemperature = 2\n[output]"),
     "[distillation] hard_weight": ("[output]", "[distillation]\nhard_weight = 0.5\n[output]"),
+    **{
+        f"[preference] {key}": ("[output]", f"[preference]\n{key} = 0.25\n[output]")
+        for key in ("beta", "label_smoothing", "gamma", "alpha", "desirable_weight", "undesirable_weight")
+    },
+    "[preference] reference": ("[output]", '[preference]\nreference = "precomputed"\n[output]'),
     "[hardware] fully_sharded": ("[output]", "[hardware]\nfully_sharded = false\n[output]"),
 }
 

@@ -5,15 +5,14 @@ from functools import partial
 from typing import Any
 
 import grain
-import numpy as np
 
 from keras_t5gemma.checks import integer
-from keras_t5gemma.data.objectives.example import Example, SpecialIds
+from keras_t5gemma.data.objectives.example import Example
+from keras_t5gemma.data.pipelines.pairs import ANSWERING_ROLES, pair_encoding, rows_of
 from keras_t5gemma.data.pipelines.streams import batches, in_order
 from keras_t5gemma.suggestions import check_choice
 
 MESSAGES = "messages"
-_ANSWERING_ROLES = ("assistant", "model")
 
 
 def supervised_dataset(
@@ -81,17 +80,10 @@ def supervised_dataset(
     seed = integer(seed, "seed", least=0)
     num_epochs = integer(num_epochs, "num_epochs", optional=True)
     check_choice(answers, "answers", ("last", "all"))
-    is_preprocessor = hasattr(preprocessor, "encoder_sequence_length")
-    tokenizer: Any = preprocessor
-    if is_preprocessor:
-        tokenizer = preprocessor.tokenizer
-        encoder_length = preprocessor.encoder_sequence_length if encoder_length is None else encoder_length
-        decoder_length = preprocessor.decoder_sequence_length if decoder_length is None else decoder_length
-    lengths = integer(encoder_length, "encoder_length"), integer(decoder_length, "decoder_length")
-    encode = partial(_preprocessed if is_preprocessor else _tokenized, preprocessor, lengths)
+    encoding = pair_encoding(preprocessor, encoder_length, decoder_length)
     example_lists = in_order(
-        _rows(pairs),
-        partial(_examples, encode=encode, fields=tuple(fields), answers=answers),
+        rows_of(pairs, "pairs"),
+        partial(_examples, encode=encoding.encode, fields=tuple(fields), answers=answers),
         seed=seed,
         shuffle=shuffle,
         num_epochs=num_epochs,
@@ -100,8 +92,8 @@ def supervised_dataset(
     )
     return batches(
         grain.experimental.FlatMapIterDataset(example_lists, _Flatten()),
-        lengths,
-        SpecialIds.of(tokenizer),
+        encoding.lengths,
+        encoding.special,
         batch_size=batch_size,
         seed=seed,
         pack=pack,
@@ -113,23 +105,6 @@ def supervised_dataset(
 class _Flatten(grain.experimental.FlatMapTransform):
     def flat_map(self, element: list[Example]) -> list[Example]:
         return element
-
-
-def _rows(pairs: Iterable) -> grain.MapDataset | grain.IterDataset:
-    """The rows of `pairs`, in any of its forms, as a Grain dataset."""
-    if isinstance(pairs, (grain.MapDataset, grain.IterDataset)):
-        return pairs
-    if isinstance(pairs, Mapping):
-        columns = {name: list(column) for name, column in pairs.items()}
-        if len({len(column) for column in columns.values()}) > 1:
-            counts = {name: len(column) for name, column in columns.items()}
-            raise ValueError(f"The columns of `pairs` must have the same number of rows. Received: {counts}.")
-        pairs = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if isinstance(pairs, (str, bytes)):
-        raise ValueError(
-            f"`pairs` must hold rows, not be a string. To read files, pass `text_source({pairs!r:.80}, field=None)`."
-        )
-    return grain.MapDataset.source(list(pairs))
 
 
 def _examples(row: Any, *, encode: Callable[..., Example], fields: tuple[str, ...], answers: str) -> list[Example]:
@@ -161,64 +136,9 @@ def _pairs(row: Any, fields: tuple[str, ...], answers: str) -> list[tuple]:
 def _turns(messages: Iterable[Mapping], answers: str) -> list[tuple]:
     """Pairs of (messages before an answer, answer): for the last answer of a conversation, or for all."""
     messages = list(messages)
-    ends = [i for i, message in enumerate(messages) if message.get("role") in _ANSWERING_ROLES]
+    ends = [i for i, message in enumerate(messages) if message.get("role") in ANSWERING_ROLES]
     if not ends or ends[0] == 0 or ends[-1] != len(messages) - 1:
         raise ValueError(
             "A conversation of `pairs` must start with the user and end with an answer of the assistant's."
         )
     return [(messages[:end], messages[end]["content"]) for end in (ends if answers == "all" else ends[-1:])]
-
-
-def _preprocessed(preprocessor: Any, lengths: tuple[int, int], prompt: Any, answer: str) -> Example:
-    """A pair as an `Example`, by a preprocessor.
-
-    Args:
-        preprocessor: a `T5GemmaSeq2SeqLMPreprocessor`.
-        lengths: `(S, T)`.
-        prompt: a text, or a conversation.
-        answer: a text.
-
-    Returns:
-        An `Example`.
-    """
-    x, y, sample_weight = preprocessor.call(
-        {"encoder_text": prompt, "decoder_text": answer},
-        encoder_sequence_length=lengths[0],
-        decoder_sequence_length=lengths[1],
-    )
-    inputs = x["encoder_token_ids"][x["encoder_padding_mask"] > 0]
-    # The preprocessor has closed the target already, unless it was cut.
-    return Example(inputs, y[sample_weight > 0], complete=False)
-
-
-def _tokenized(tokenizer: Callable, lengths: tuple[int, int], prompt: str, answer: str) -> Example:
-    """A pair of texts as an `Example`, by a tokenizer.
-
-    Args:
-        tokenizer: a function of a string that returns ids.
-        lengths: `(S, T)`.
-        prompt: a text.
-        answer: a text.
-
-    Returns:
-        An `Example`.
-
-    Raises:
-        ValueError: if a value is not a text, the prompt is empty, or a text is too long.
-    """
-    for name, text in (("input", prompt), ("target", answer)):
-        if not isinstance(text, str):
-            raise ValueError(
-                f"The {name} must be a string if `preprocessor` is a tokenizer. Received: {text!r:.80}. Conversations "
-                f"need a preprocessor with `chat=True`."
-            )
-    inputs, targets = (np.asarray(tokenizer(text), "int32") for text in (prompt, answer))
-    if not len(inputs):
-        raise ValueError("The input is empty: the encoder needs at least one token.")
-    if len(inputs) > lengths[0] or len(targets) + 1 > lengths[1]:
-        raise ValueError(
-            f"The input takes {len(inputs)} tokens and the target {len(targets) + 1}, <eos> included; they must fit "
-            f"encoder_length={lengths[0]} and decoder_length={lengths[1]}. Raise them, or pass a preprocessor with "
-            f"`truncate`."
-        )
-    return Example(inputs, targets, complete=True)

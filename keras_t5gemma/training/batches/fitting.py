@@ -12,12 +12,14 @@ from keras_t5gemma._keras_internals import RestoresTrainingState, tensor_of
 from keras_t5gemma.checks import check_token_ids
 from keras_t5gemma.concurrency import changing
 from keras_t5gemma.kernels.device import devices_of_a_batch
+from keras_t5gemma.training.batches.answers import AnswerArrays
 from keras_t5gemma.training.batches.arrays import FORM, INPUT_NAMES, TEXT_NAMES, BatchArrays, described, renamed
 from keras_t5gemma.training.batches.graph import in_graph
 from keras_t5gemma.training.batches.rows import split_rows
 from keras_t5gemma.training.batches.sources import BatchSource
 from keras_t5gemma.training.batches.stream_callback import StreamCallback, with_callback
 from keras_t5gemma.training.batches.streams import Stream
+from keras_t5gemma.training.losses.answers import AnswerLoss
 from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy
 
 # Keras's warning at the end of data without a length, and PyTorch's warning about Keras's transposition of int8 scales.
@@ -95,27 +97,28 @@ class Fits(RestoresTrainingState):
                     f"{described(x)}."
                 )
             (x, y, sample_weight), validation_data = split_rows(x, y, sample_weight, validation_split)
-        source = BatchSource(x, y, sample_weight, batch_size=batch_size, shuffle=shuffle, steps_name="steps_per_epoch")
+        options = {"batch_size": batch_size, "shuffle": shuffle, "steps_name": "steps_per_epoch"}
+        source = self.batch_source(x, y, sample_weight, **options)
         to_arrays = self._to_arrays(for_devices=True)
         batches = source.batches(to_arrays, steps=steps_per_epoch, passes=epochs)
         stream_callback = StreamCallback(batches.stream, steps_per_epoch)
         if validation_data is not None:
-            columns = _with_nones(validation_data)
+            columns = with_nones(validation_data)
             if isinstance(columns[0], Mapping):
                 _check_ids(self, columns[0])
             size = validation_batch_size or batch_size if _has_rows(columns[0]) else None
-            validation_source = BatchSource(*columns, batch_size=size, steps_name="validation_steps")
+            validation_source = self.batch_source(*columns, batch_size=size, steps_name="validation_steps")
             validation = validation_source.batches(to_arrays, steps=validation_steps, passes=epochs)
             validation_data, stream_callback.validation_stream = validation.dataset, validation.stream
-            validation_steps = _steps_for_keras(validation_steps, validation.steps, validation.stream)
-        with _warnings_suppressed():
+            validation_steps = steps_for_keras(validation_steps, validation.steps, validation.stream)
+        with warnings_suppressed():
             return self._by_keras(
                 "fit",
                 batches.dataset,
                 validation_data=validation_data,
                 shuffle=False,
                 epochs=epochs,
-                steps_per_epoch=_steps_for_keras(steps_per_epoch, batches.steps, batches.stream),
+                steps_per_epoch=steps_for_keras(steps_per_epoch, batches.steps, batches.stream),
                 validation_steps=validation_steps,
                 callbacks=with_callback(callbacks, stream_callback),
                 **kwargs,
@@ -153,14 +156,14 @@ class Fits(RestoresTrainingState):
                 "evaluate", x, y, batch_size, sample_weight=sample_weight, steps=steps, callbacks=callbacks, **kwargs
             )
         _check_ids(self, x)
-        batches = BatchSource(x, y, sample_weight, batch_size=batch_size).batches(
+        batches = self.batch_source(x, y, sample_weight, batch_size=batch_size).batches(
             self._to_arrays(for_devices=True), steps=steps
         )
-        with _warnings_suppressed():
+        with warnings_suppressed():
             return self._by_keras(
                 "evaluate",
                 batches.dataset,
-                steps=_steps_for_keras(steps, batches.steps, batches.stream),
+                steps=steps_for_keras(steps, batches.steps, batches.stream),
                 callbacks=with_callback(callbacks, StreamCallback(batches.stream)),
                 **kwargs,
             )
@@ -187,12 +190,12 @@ class Fits(RestoresTrainingState):
             ValueError: as for `fit`.
         """
         _check_ids(self, x)
-        batches = BatchSource(x, batch_size=batch_size).batches(self._to_arrays(), steps=steps)
-        with _warnings_suppressed():
+        batches = self.batch_source(x, batch_size=batch_size).batches(self._to_arrays(), steps=steps)
+        with warnings_suppressed():
             return self._by_keras(
                 "predict",
                 batches.dataset,
-                steps=_steps_for_keras(steps, batches.steps, batches.stream),
+                steps=steps_for_keras(steps, batches.steps, batches.stream),
                 callbacks=with_callback(callbacks, StreamCallback(batches.stream)),
                 **kwargs,
             )
@@ -252,6 +255,9 @@ class Fits(RestoresTrainingState):
         """
         return self._to_arrays()(x, y, sample_weight)
 
+    # Opens the data of `fit`, `evaluate` and `predict`.
+    batch_source: Callable[..., BatchSource] = staticmethod(BatchSource)
+
     def _to_arrays(self, for_devices: bool = False) -> Callable:
         """The function that converts a batch to the model's arrays.
 
@@ -261,8 +267,10 @@ class Fits(RestoresTrainingState):
         Returns:
             `(x, y, sample_weight) -> (x, y, sample_weight)`.
         """
-        any_targets = not isinstance(getattr(self, "loss", None), VocabularyCrossEntropy)
-        multiple = devices_of_a_batch()[1] if for_devices else 1
+        loss, multiple = getattr(self, "loss", None), devices_of_a_batch()[1] if for_devices else 1
+        if isinstance(loss, AnswerLoss):
+            return AnswerArrays(loss, self.backbone.config.vocabulary_size, multiple)
+        any_targets = not isinstance(loss, VocabularyCrossEntropy)
         arrays = BatchArrays(self.backbone.config.vocabulary_size, any_targets, multiple)
         preprocessor = self.preprocessor
 
@@ -292,7 +300,7 @@ def _tensors(part):
 
 
 @contextlib.contextmanager
-def _warnings_suppressed() -> Iterator[None]:
+def warnings_suppressed() -> Iterator[None]:
     """Suppresses `_SUPPRESSED_WARNINGS`."""
     filters = list(warnings.filters)
     for message in _SUPPRESSED_WARNINGS:
@@ -317,7 +325,7 @@ def _check_has_checkpoint(x, callbacks) -> None:
         )
 
 
-def _steps_for_keras(requested: int | None, available: int | None, stream: Stream | None) -> int | None:
+def steps_for_keras(requested: int | None, available: int | None, stream: Stream | None) -> int | None:
     """The steps to pass to Keras.
 
     Args:
@@ -333,7 +341,7 @@ def _steps_for_keras(requested: int | None, available: int | None, stream: Strea
     return min(requested, available)
 
 
-def _with_nones(data) -> tuple:
+def with_nones(data) -> tuple:
     """`(x, y, sample_weight)` of `validation_data`, with None for missing items."""
     parts = data if isinstance(data, (tuple, list)) else (data,)
     return tuple(parts) + (None,) * (3 - len(parts))

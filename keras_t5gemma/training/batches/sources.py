@@ -102,13 +102,16 @@ class BatchSource:
         if never_ends(self.data):
             self.steps = None
 
-    def batches(self, to_arrays: Callable, *, steps: int | None = None, passes: int = 1) -> Batches:
+    def batches(
+        self, to_arrays: Callable, *, steps: int | None = None, passes: int = 1, unpack: Callable = unpacked
+    ) -> Batches:
         """The data as a dataset for Keras.
 
         Args:
             to_arrays: `(x, y, sample_weight)` of a batch to the model's arrays.
             steps: the number of batches that the user wants per pass, or None for all.
             passes: the number of passes over the data.
+            unpack: a batch of the data to `(x, y, sample_weight)`.
 
         Raises:
             ValueError: if the data are empty; or if they never end, or cannot be read as often, and `steps` is None.
@@ -119,7 +122,7 @@ class BatchSource:
                 f"The data never end: pass `{self.steps_name}`, how many batches to take. Received: a "
                 f"{type(data).__name__} without end, {self.steps_name}=None."
             )
-        mapped = partial(_mapped, to_arrays)
+        mapped = partial(_mapped, to_arrays, unpack)
         if _is_of("tensorflow", "data.Dataset", data):
             tf = sys.modules["tensorflow"]
             dataset = data.map(lambda *batch: mapped(batch if len(batch) > 1 else batch[0]), tf.data.AUTOTUNE)
@@ -150,6 +153,21 @@ class BatchSource:
         return map(mapped, iter(self.data))
 
 
+class Reopened:
+    """An iterable that opens its iterator anew for each pass.
+
+    Args:
+        open_pass: `() -> iterator of batches`.
+        endless: whether an iterator never ends.
+    """
+
+    def __init__(self, open_pass: Callable[[], Iterator], endless: bool = False):
+        self._open_pass, self.endless = open_pass, endless
+
+    def __iter__(self):
+        return iter(self._open_pass())
+
+
 def _is_batches(data) -> bool:
     """Whether data may be an iterable of batches."""
     if isinstance(data, keras.utils.PyDataset):
@@ -159,6 +177,8 @@ def _is_batches(data) -> bool:
 
 def never_ends(data) -> bool:
     """Whether a dataset is known to be endless."""
+    if isinstance(data, Reopened):
+        return data.endless
     if isinstance(data, grain.MapDataset):
         length = _length(data)
         return length is None or length >= ENDLESS_LENGTH
@@ -196,8 +216,8 @@ def _length(data) -> int | None:
         return None
 
 
-def _mapped(to_arrays: Callable, batch):
-    return to_arrays(*unpacked(batch))
+def _mapped(to_arrays: Callable, unpack: Callable, batch):
+    return to_arrays(*unpack(batch))
 
 
 def _pass_of(dataset: keras.utils.PyDataset, shuffle: bool) -> Iterator:

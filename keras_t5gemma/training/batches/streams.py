@@ -113,14 +113,35 @@ def tensorflow_dataset(stream: Stream):
 
     Keras's own conversion would take the shapes of the first eight batches for the shapes of all.
     """
+    return _of_any_shape(stream.first(), lambda: iter(stream))
+
+
+def dataset_of_any_width(dataset: grain.IterDataset):
+    """A Grain dataset whose batches differ in length, as Keras reads it on the current backend."""
+    if keras.config.backend() != "tensorflow":
+        return dataset
+    return _of_any_shape(next(iter(dataset)), lambda: iter(dataset))
+
+
+def _of_any_shape(first, open_pass: Callable[[], Iterator]):
+    """A `tf.data.Dataset` of batches of the structure, the dtypes and the numbers of axes of the first one."""
     import tensorflow as tf
 
     def spec(array):
         array = np.asarray(array)
         return tf.TensorSpec([None] * array.ndim, array.dtype)
 
-    signature = keras.tree.map_structure(spec, stream.first())
-    return tf.data.Dataset.from_generator(lambda: iter(stream), output_signature=signature).prefetch(tf.data.AUTOTUNE)
+    signature = keras.tree.map_structure(spec, _without_nones(first))
+    dataset = tf.data.Dataset.from_generator(lambda: map(_without_nones, open_pass()), output_signature=signature)
+    return dataset.prefetch(tf.data.AUTOTUNE)
+
+
+def _without_nones(batch):
+    """`(x, y, sample_weight)` without the weights, or labels and weights, that are None: not a tensor of TensorFlow."""
+    if isinstance(batch, tuple):
+        while len(batch) > 1 and batch[-1] is None:
+            batch = batch[:-1]
+    return batch
 
 
 def dataset_of_stream(stream: Stream):

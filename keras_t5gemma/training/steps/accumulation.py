@@ -4,6 +4,11 @@ Keras's `gradient_accumulation_steps` is the plain mean over batches, even if th
 tokens, and keeps its sums from step to step. Here a part's loss counts by its share of the whole batch's weight, which
 is known beforehand. The optimizer sees one gradient per batch, so clipping, schedules, counts of steps and checkpoints
 are those of a whole batch.
+
+A loss that compares rows with each other is no mean over parts. If the model `compares_rows`, a step first computes the
+outputs of all parts, keeps nothing else of them, and takes the gradient of the loss with respect to these outputs. Then
+each part runs again, and goes backward from its share of this gradient (GradCache, arXiv 2101.06983). The gradient of
+the weights is that of the whole batch. Random numbers, such as dropout's, are the same in both runs.
 """
 
 import keras
@@ -62,13 +67,7 @@ class Accumulation:
         rows = batch_size(data)
         count = self._count(rows)
 
-        def cut(x):
-            if x is None:
-                return None
-            shape = ops.shape(x)
-            return ops.swapaxes(ops.reshape(x, (shape[0] // count, count, *shape[1:])), 0, 1)
-
-        parts = keras.tree.map_structure(cut, data)
+        parts = keras.tree.map_structure(lambda x: None if x is None else cut_rows(x, count), data)
         weights = parts[2]
         if self._reduction in _SUM:
             shares = ops.ones((count,), "float32")
@@ -88,6 +87,18 @@ class Accumulation:
 
         counts = tf.range(tf.minimum(self.steps, rows), rows + 1)
         return tf.reduce_min(tf.boolean_mask(counts, rows % counts == 0))
+
+
+def cut_rows(x, count):
+    """An array [B, ...] in parts [n, B / n, ...], each with every n-th row."""
+    shape = ops.shape(x)
+    return ops.swapaxes(ops.reshape(x, (shape[0] // count, count, *shape[1:])), 0, 1)
+
+
+def joined_rows(x):
+    """Parts [n, B / n, ...] as the array [B, ...] that `cut_rows` cut."""
+    shape = ops.shape(x)
+    return ops.reshape(ops.swapaxes(x, 0, 1), (shape[0] * shape[1], *shape[2:]))
 
 
 def _reduction(loss):

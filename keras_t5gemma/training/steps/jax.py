@@ -6,7 +6,15 @@ import jax
 import keras
 from keras import ops
 
-from keras_t5gemma.training.steps.common import added, batch_size, for_optimizer, outputs_and_loss, track_loss
+from keras_t5gemma.training.steps.accumulation import joined_rows
+from keras_t5gemma.training.steps.common import (
+    added,
+    batch_size,
+    for_optimizer,
+    outputs_and_loss,
+    track_loss,
+)
+from keras_t5gemma.training.steps.comparison import loss_of_outputs, random_states, with_gradients
 from keras_t5gemma.training.steps.model import unpacked
 
 # Variables that are not arguments of a step would be constants of its program.
@@ -29,7 +37,7 @@ def train_step(model, state, data):
     scope = [*teacher, *zip(model.optimizer.variables, optimizer_variables, strict=True)]
     forward = functools.partial(_forward, model, scope, training=True)
     run = _whole if model.accumulation.steps == 1 else _in_parts
-    gradients, loss, non_trainable, metrics = run(model, forward, trainable, non_trainable, metrics, batch)
+    gradients, loss, non_trainable, metrics = run(model, scope, forward, trainable, non_trainable, metrics, batch)
     before = trainable
     trainable, optimizer_variables = model.optimizer.stateless_apply(optimizer_variables, gradients, trainable)
     trainable = [
@@ -66,13 +74,8 @@ def _forward(model, scope, trainable, non_trainable, metrics, batch, *, training
     Returns:
         `(scaled loss, (loss, non_trainable, metrics))`: what to differentiate, and what else there is afterwards.
     """
-    groups = (
-        (model.trainable_variables, trainable),
-        (model.non_trainable_variables, non_trainable),
-        (model.metrics_variables, metrics),
-    )
-    values = [pair for variables, given in groups for pair in zip(variables, given, strict=True)]
-    with keras.StatelessScope(state_mapping=[*scope, *values], collect_losses=True) as after:
+    groups = _groups(model, trainable, non_trainable, metrics)
+    with keras.StatelessScope(state_mapping=[*scope, *_pairs(groups)], collect_losses=True) as after:
         y_pred, loss = outputs_and_loss(model, *batch, training=training)
         scaled = model.optimizer.scale_loss(loss) if training else loss
         # Metrics may have no derivatives.
@@ -81,7 +84,21 @@ def _forward(model, scope, trainable, non_trainable, metrics, batch, *, training
     return scaled, (loss, non_trainable, metrics)
 
 
-def _whole(model, forward, trainable, non_trainable, metrics, batch):  # noqa: ARG001 as `_in_parts`
+def _groups(model, trainable, non_trainable, metrics):
+    """`[(variables, their values), ...]`."""
+    return [
+        (model.trainable_variables, trainable),
+        (model.non_trainable_variables, non_trainable),
+        (model.metrics_variables, metrics),
+    ]
+
+
+def _pairs(groups):
+    """`[(variable, value), ...]`."""
+    return [pair for variables, values in groups for pair in zip(variables, values, strict=True)]
+
+
+def _whole(model, scope, forward, trainable, non_trainable, metrics, batch):  # noqa: ARG001 as `_in_parts`
     """`(gradients, loss, non_trainable, metrics)` of a batch at once."""
     (_, (loss, *updated)), gradients = jax.value_and_grad(forward, has_aux=True)(
         trainable, non_trainable, metrics, batch
@@ -89,9 +106,12 @@ def _whole(model, forward, trainable, non_trainable, metrics, batch):  # noqa: A
     return gradients, loss, *updated
 
 
-def _in_parts(model, forward, trainable, non_trainable, metrics, batch):
+def _in_parts(model, scope, forward, trainable, non_trainable, metrics, batch):
     """`_whole` of a batch in parts."""
-    _, parts, shares = model.accumulation.cut(batch)
+    count, parts, shares = model.accumulation.cut(batch)
+    if model.compares_rows:
+        groups = _groups(model, trainable, non_trainable, metrics)
+        parts, shares, metrics = _run_once(model, scope, groups, count, parts, batch)
 
     def loss_of(trainable, non_trainable, metrics, part, share):
         loss, results = forward(trainable, non_trainable, metrics, part)
@@ -109,6 +129,44 @@ def _in_parts(model, forward, trainable, non_trainable, metrics, batch):
     start = ([ops.zeros_like(value, "float32") for value in trainable], ops.zeros(()), non_trainable, metrics)
     (gradients, loss, non_trainable, metrics), _ = jax.lax.scan(body, start, (parts, shares))
     return for_optimizer(model, gradients, [value.dtype for value in trainable]), loss, non_trainable, metrics
+
+
+def _run_once(model, scope, groups, count, parts, batch):
+    """Runs the parts of a batch whose rows are compared for the first time.
+
+    Args:
+        model: the model.
+        scope: as for `_forward`.
+        groups: as `_groups` returns them.
+        count: n.
+        parts: `(x, y, sample_weight)`, cut.
+        batch: the same of all rows.
+
+    Returns:
+        `(parts, shares, metrics)`: the first two for the second run.
+    """
+    _, y, sample_weight = batch
+    states = random_states(model)
+    values = [*scope, *_pairs(groups)]
+
+    def outputs_of(drawn, x):
+        # Values of random states are passed on from part to part, as in the second run.
+        mapping = [*values, *zip(states, drawn, strict=True)]
+        with keras.StatelessScope(state_mapping=mapping) as after:
+            outputs = model.outputs_of(x, training=True)
+        return [after.get_current_value(state) for state in states], outputs
+
+    with keras.StatelessScope(state_mapping=values) as before:
+        drawn = [before.get_current_value(state) for state in states]
+    _, outputs = jax.lax.scan(outputs_of, drawn, parts[0])
+
+    def loss_of(outputs):
+        with keras.StatelessScope(state_mapping=values) as after:
+            loss = loss_of_outputs(model, outputs, y, sample_weight)
+        return loss, [after.get_current_value(variable) for variable in groups[2][0]]
+
+    gradients, metrics = jax.grad(loss_of, has_aux=True)(joined_rows(outputs))
+    return *with_gradients(parts, count, gradients), metrics
 
 
 def _logs(model, metrics, loss, batch):

@@ -33,11 +33,14 @@ class OwnSteps:
         trains_without_logits: whether `compute_loss` takes None for the outputs, and runs the model itself.
         keeps_own_loss: whether the model has a mean of the losses of its own, which `track_own_loss` updates, instead
             of Keras's.
+        compares_rows: whether the loss compares rows of a batch with each other. The model then has `outputs_of(x,
+            training)`, and its `compute_loss` takes their gradients, `{GRADIENTS: ...}`, for y; see `accumulation`.
     """
 
     accumulation: Accumulation = Accumulation(1, None)
     trains_without_logits: bool = False
     keeps_own_loss: bool = False
+    compares_rows: bool = False
     _frozen: frozenset[int] = frozenset()  # the `id`s of variables
 
     def fit(self, *args, **kwargs):

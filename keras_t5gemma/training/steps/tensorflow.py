@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from keras_t5gemma.training.steps.accumulation import joined_rows
 from keras_t5gemma.training.steps.common import (
     added,
     evaluation_step,
@@ -12,6 +13,7 @@ from keras_t5gemma.training.steps.common import (
     part,
     without_moving,
 )
+from keras_t5gemma.training.steps.comparison import loss_of_outputs, random_states, with_gradients
 
 STEPS_ARE_FUNCTIONS = False
 test_step = evaluation_step
@@ -39,6 +41,8 @@ def _whole(model, data, variables):
 def _in_parts(model, data, variables):
     """`_whole` of a batch in parts."""
     count, parts, shares = model.accumulation.cut(data)
+    if model.compares_rows:
+        parts, shares = _run_once(model, count, parts, data)
 
     def body(i, total, gradients):
         x, y, sample_weight = part(parts, i)
@@ -56,3 +60,20 @@ def _in_parts(model, data, variables):
         lambda i, *_: i < count, body, (tf.constant(0), tf.constant(0.0), start), parallel_iterations=1
     )
     return for_optimizer(model, gradients, [variable.dtype for variable in variables]), loss
+
+
+def _run_once(model, count, parts, data):
+    """Runs the parts of a batch whose rows are compared for the first time; `(parts, shares)` for the second."""
+    _, y, sample_weight = data
+    states = random_states(model)
+    before = [tf.identity(state) for state in states]
+    outputs = tf.map_fn(
+        lambda x: model.outputs_of(x, training=True), parts[0], fn_output_signature=tf.float32, parallel_iterations=1
+    )
+    for state, value in zip(states, before, strict=True):
+        state.assign(value)
+    outputs = joined_rows(outputs)
+    with tf.GradientTape() as tape:
+        tape.watch(outputs)
+        loss = loss_of_outputs(model, outputs, y, sample_weight)
+    return with_gradients(parts, count, tape.gradient(loss, outputs))
