@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     import keras
 
 
+# Methods that may take very long, and what of theirs may use the model meanwhile.
+_TRAINS = {
+    "fit": "a callback of that `fit` (passed in a list: `callbacks=[...]`)",
+    "reinforce": "a reward function of that `reinforce`",
+}
+
+
 class _ModelLock:
     """The readers and the writer of one backbone."""
 
@@ -108,10 +115,10 @@ def _wait_for_owner(lock: _ModelLock, thread: int, name: str) -> None:
     """Waits until no other thread changes the model. Raises if the other thread trains, which may take very long."""
     while lock.owner not in (None, thread):
         model, running = lock.running[0]
-        if running == "fit":
+        if running in _TRAINS:
             raise RuntimeError(
-                f"`{name}` cannot run while another thread is in `fit` of {model.name!r}: each step changes the "
-                f"weights. Call it from a callback of that `fit` (passed in a list: `callbacks=[...]`) or after it, "
-                f"or use another model with a copy of the weights."
+                f"`{name}` cannot run while another thread is in `{running}` of {model.name!r}: each step changes the "
+                f"weights. Call it from {_TRAINS[running]} or after it, or use another model with a copy of the "
+                f"weights."
             )
         lock.changed.wait()

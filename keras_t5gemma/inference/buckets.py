@@ -111,7 +111,7 @@ def rounded_for(lm, arrays: dict, most_rows: int | None = None) -> dict:
     if lm.preprocessor is not None:
         limits["encoder"] = lm.preprocessor.encoder_sequence_length
         limits["decoder"] = lm.preprocessor.decoder_sequence_length
-    buckets = lm.buckets if _is_compiled(lm) else _EXACT
+    buckets = lm.buckets if is_compiled(lm) else _EXACT
     return distributed(rounded(arrays, buckets, limits, _devices_of_a_batch()))
 
 
@@ -173,7 +173,7 @@ def _devices_of_a_batch() -> int:
     return dict(zip(mesh.axis_names, mesh.shape, strict=True)).get(axis, 1)
 
 
-def _is_compiled(model: keras.Model) -> bool:
+def is_compiled(model: keras.Model) -> bool:
     """Whether a new shape needs a new program, which costs more time than padding.
 
     A model that runs eagerly needs none. On PyTorch a model needs one if it compiles on request, or on a GPU, where it

@@ -1,7 +1,7 @@
 """`embed`: texts as vectors, the pooled output of the encoder."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import numpy as np
@@ -13,12 +13,11 @@ from keras_t5gemma.inference.buckets import rounded_for
 from keras_t5gemma.inference.encode import truncation_of
 from keras_t5gemma.inference.memory import memory_errors_explained
 from keras_t5gemma.inference.programs.compiled import Program
+from keras_t5gemma.layers.pooling import POOLINGS, pooled
 from keras_t5gemma.progress import text_progress
 from keras_t5gemma.suggestions import check_choice
 from keras_t5gemma.text.cuts import cuts_reported
 from keras_t5gemma.text.encoding import pad_rows
-
-POOLINGS = ("mean", "last")
 
 
 def embed(
@@ -57,9 +56,31 @@ def embed(
     check_choice(pooling, "pooling", POOLINGS)
     batch_size = integer(batch_size, "batch_size")
     with cuts_reported(stacklevel=2):
-        rows, batched = _encoder_rows(lm, inputs, truncate)
+        rows, batched = encoder_rows(lm, inputs, truncate)
     program = lm.programs.get(("embed", pooling), lambda: Program(partial(_pooled, lm, pooling=pooling), lm))
-    vectors = np.zeros((len(rows), lm.backbone.config.encoder.hidden_dim), "float32")
+    width = lm.backbone.config.encoder.hidden_dim
+    vectors = vectors_of(lm, rows, program, width, batch_size=batch_size, progress=progress)
+    return vectors if batched else vectors[0]
+
+
+def vectors_of(model, rows: list, program: Callable, width: int, *, batch_size: int, progress: bool) -> np.ndarray:
+    """A vector per text, batch by batch, as `embed` describes it.
+
+    Args:
+        model: a model with a `backbone`, `buckets` and perhaps a `preprocessor`.
+        rows: N rows of ids, as `encoder_rows` returns them.
+        program: `{"encoder_token_ids": [B, S], "encoder_padding_mask": [B, S]} -> [B, width]`.
+        width: of the vectors.
+        batch_size: as for `embed`.
+        progress: as for `embed`.
+
+    Returns:
+        float32 [N, width], in the order of the rows.
+
+    Raises:
+        MemoryError, RuntimeError: as for `embed`.
+    """
+    vectors = np.zeros((len(rows), width), "float32")
     # The longest first, so that a lack of memory shows at once.
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     with text_progress("Embedding", len(rows)) if progress else contextlib.nullcontext() as advance:
@@ -67,12 +88,12 @@ def embed(
             chosen = order[start : start + batch_size]
             ids, mask = pad_rows([rows[i] for i in chosen], len(rows[chosen[0]]), pad_id=0)
             batch = {"encoder_token_ids": ids, "encoder_padding_mask": mask}
-            arrays = rounded_for(lm, batch, batch_size)
-            with reading(lm, "embed"), memory_errors_explained(lm, batch, arrays):
+            arrays = rounded_for(model, batch, batch_size)
+            with reading(model, "embed"), memory_errors_explained(model, batch, arrays):
                 vectors[chosen] = ops.convert_to_numpy(program(arrays))[: len(chosen)]
             if progress:
                 advance(len(chosen))
-    return vectors if batched else vectors[0]
+    return vectors
 
 
 def _pooled(lm, inputs, pooling):
@@ -80,34 +101,26 @@ def _pooled(lm, inputs, pooling):
 
     Args:
         lm: a `T5GemmaSeq2SeqLM`.
-        inputs: a dict of `encoder_token_ids` and `encoder_padding_mask`, int [B, S], padded on the right.
+        inputs: a dict of `encoder_token_ids` and `encoder_padding_mask`, int [B, S].
         pooling: as for `embed`.
 
     Returns:
         float32 [B, D].
     """
     mask = inputs["encoder_padding_mask"]
-    output = ops.cast(lm.backbone.encoder(inputs["encoder_token_ids"], mask, training=False), "float32")
-    counts = ops.sum(mask, axis=1)
-    if pooling == "mean":
-        weights = ops.cast(mask, "float32") / ops.cast(counts, "float32")[:, None]
-    else:
-        weights = ops.one_hot(counts - 1, mask.shape[1], dtype="float32")
-    # Not a product with the mask: the output at padding must not matter even if it is NaN.
-    output = ops.where(ops.expand_dims(mask, 2) != 0, output, 0.0)
-    return ops.einsum("bs,bsd->bd", weights, output)
+    return pooled(lm.backbone.encoder(inputs["encoder_token_ids"], mask, training=False), mask, pooling)
 
 
-def _encoder_rows(lm, inputs, truncate) -> tuple[list, bool]:
+def encoder_rows(model, inputs, truncate: str | None = None) -> tuple[list, bool]:
     """`(rows, batched)`: rows of ids without padding, and whether `inputs` has a batch axis."""
-    truncation = truncation_of(lm, truncate)
-    if lm.preprocessor is not None:
-        return lm.preprocessor.packer(**truncation).prompts(inputs, lm.preprocessor.encoder_sequence_length)
-    return _token_rows(inputs, lm.backbone.config.vocabulary_size)
+    truncation = truncation_of(model, truncate)
+    if model.preprocessor is not None:
+        return model.preprocessor.packer(**truncation).prompts(inputs, model.preprocessor.encoder_sequence_length)
+    return _token_rows(inputs, model.backbone.config.vocabulary_size)
 
 
 def _token_rows(inputs, vocabulary_size: int) -> tuple[list, bool]:
-    """`_encoder_rows` of token ids, which it checks."""
+    """`encoder_rows` of token ids, which it checks."""
     masks = None
     if isinstance(inputs, Mapping):
         inputs, masks = inputs["encoder_token_ids"], inputs.get("encoder_padding_mask")

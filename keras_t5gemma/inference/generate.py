@@ -235,7 +235,11 @@ def generate_program(lm, control: Control) -> Program:
 
 
 def generate_step(
-    lm, inputs: dict, stop_token_ids: Sequence[int] | None = None, control: Control | None = None
+    lm,
+    inputs: dict,
+    stop_token_ids: Sequence[int] | None = None,
+    control: Control | None = None,
+    sampler: keras_hub.samplers.Sampler | None = None,
 ) -> dict:
     """Generates for one batch of arrays; compiled as one program if the backend compiles.
 
@@ -248,20 +252,22 @@ def generate_step(
             in tokens.
         stop_token_ids: ids that end a row, or None.
         control: a `Control` with all options; it replaces `stop_token_ids`.
+        sampler: a sampler to use instead of the model's.
 
     Returns:
         `{"decoder_token_ids", "decoder_padding_mask"}`, both [B n, L], n samples per prompt, and `log_probs` if the
         control requests them.
     """
     token_ids, decoder = inputs["decoder_token_ids"], lm.backbone.decoder
+    sampler = lm.sampler if sampler is None else sampler
     prefill = inputs["prefill"].shape[0] if "prefill" in inputs else 0
     encoder_output, encoder_mask = encoder_output_of(lm, inputs)
     token_ids, mask, log_probs = decode(
         lm.recorded_step,
-        lm.sampler,
+        sampler,
         token_ids,
         inputs["decoder_padding_mask"],
-        decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1], _tokens_per_step(lm, prefill)),
+        decoder.start_cache(encoder_output, encoder_mask, token_ids.shape[1], _tokens_per_step(sampler, prefill)),
         prefill=prefill,
         limits=inputs.get("limits"),
         control=control or Control(stop_token_ids),
@@ -271,9 +277,9 @@ def generate_step(
     return outputs if log_probs is None else {**outputs, "log_probs": log_probs}
 
 
-def _tokens_per_step(lm, prefill: int) -> int | None:
+def _tokens_per_step(sampler: keras_hub.samplers.Sampler, prefill: int) -> int | None:
     """The maximum number of tokens per decoding step; None if the sampler reads whole sequences at once."""
-    return None if isinstance(lm.sampler, keras_hub.samplers.ContrastiveSampler) else prefill
+    return None if isinstance(sampler, keras_hub.samplers.ContrastiveSampler) else prefill
 
 
 def _concatenated(results: list) -> list | dict:

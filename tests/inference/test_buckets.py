@@ -34,7 +34,7 @@ def lm(backbone):
 @pytest.fixture
 def rounding_everywhere(monkeypatch):
     """As on a backend that compiles, on all of them."""
-    monkeypatch.setattr(shapes, "_is_compiled", lambda _: True)
+    monkeypatch.setattr(shapes, "is_compiled", lambda _: True)
 
 
 def prompts(rows=3, length=11):

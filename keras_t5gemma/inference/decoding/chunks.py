@@ -99,6 +99,7 @@ class DecodingStream:
 
     def _run_to(self, state: DecodingState, prompt_mask, limits, end) -> DecodingState:
         # A row that its caller has ended has a limit of 0 by now.
-        state = state._replace(running=ops.logical_and(state.running, state.index < limits))
+        running = ops.logical_and(state.running, state.index < limits)
+        state = DecodingState(state.token_ids, state.cache, state.index, running, state.log_probs)
         options = {"prompt_mask": prompt_mask, "limits": limits, "control": self._control, "model": self._model}
         return run_tokens(self._step, self._sampler, state, end, **options)
