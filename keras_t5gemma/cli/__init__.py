@@ -2,6 +2,7 @@
 
 checkpoint_verbs  The verbs adapt, export, average, inspect and verify
 environment       `env`: versions, backend and devices for bug reports
+evaluation        The verb evaluate
 generation        The verb generate
 inspection        The tables that `inspect` prints
 options           Arguments and options that several verbs share
@@ -17,6 +18,7 @@ import typer
 
 from keras_t5gemma import __version__
 from keras_t5gemma.cli.checkpoint_verbs import add_checkpoint_verbs
+from keras_t5gemma.cli.evaluation import evaluate
 from keras_t5gemma.cli.generation import generate
 from keras_t5gemma.cli.options import BackendOption
 from keras_t5gemma.cli.session import (
@@ -36,6 +38,7 @@ app = typer.Typer(
 add_checkpoint_verbs(app)
 add_training_verbs(app)
 app.command()(generate)
+app.command()(evaluate)
 
 
 def _show_version(is_set: bool) -> None:

@@ -13,6 +13,8 @@ from keras_t5gemma.cli.options import (
     Model,
     NonFiniteOption,
     Out,
+    Part,
+    PartOption,
     ShardOption,
 )
 from keras_t5gemma.cli.session import (
@@ -88,6 +90,7 @@ def export(
     model: Model,
     out: Out,
     format: FormatOption = Format.hf,
+    part: PartOption = Part.all,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
@@ -104,13 +107,23 @@ def export(
         check_free(out)
         _check_size(max_shard_size)
         if format == Format.keras:
+            if part != Part.all:
+                raise ValueError(
+                    f"--part {part} writes Hugging Face's format only. A Keras preset of the encoder: "
+                    f"`T5GemmaEncoder.from_preset(MODEL).save_to_preset(OUT)`."
+                )
             save_model(load_model(model, dtype, backend), out, keras_format=True)
             return
         import keras_t5gemma as kt
 
         remove_empty(out)
         kt.convert_checkpoint(
-            model, out, dtype=dtype and str(dtype), max_shard_size=max_shard_size, allow_non_finite=allow_non_finite
+            model,
+            out,
+            part=str(part),
+            dtype=dtype and str(dtype),
+            max_shard_size=max_shard_size,
+            allow_non_finite=allow_non_finite,
         )
         typer.echo(f"Wrote {out}.")
 

@@ -8,9 +8,9 @@ from rich.table import Table
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
 from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2
-from keras_t5gemma.checkpoints.sources import Source, gemma2_source, open_gemma2, open_t5gemma, t5gemma_source
+from keras_t5gemma.checkpoints.sources import Source, gemma2_source, open_gemma2, open_t5gemma, stacks_source
 from keras_t5gemma.checkpoints.tensor_source import TensorSource
-from keras_t5gemma.config import StackConfig, T5GemmaConfig
+from keras_t5gemma.config import StackConfig, T5GemmaConfig, T5GemmaEncoderConfig
 
 
 def recognize(model: str) -> tuple[str, Source]:
@@ -27,17 +27,20 @@ def recognize(model: str) -> tuple[str, Source]:
     """
     folder = open_gemma2(model) if str(model).startswith("gemma2") else open_t5gemma(model)
     if folder.config is None:
-        return f"T5Gemma, Flax's Orbax checkpoint, {folder}", t5gemma_source(folder)
+        return f"T5Gemma, Flax's Orbax checkpoint, {folder}", stacks_source(folder)
     config = folder.config
     if folder.is_hugging_face:
         is_gemma2, where = config["model_type"] == "gemma2", "Hugging Face format"
     else:
         is_gemma2, where = config["registered_name"] in GEMMA2.registered_names, "Keras preset"
-    source = (gemma2_source if is_gemma2 else t5gemma_source)(folder)
-    return f"{'Gemma 2' if is_gemma2 else 'T5Gemma'}, {where}, {folder}", source
+    source: Source = gemma2_source(folder) if is_gemma2 else stacks_source(folder)
+    kind = "Gemma 2" if is_gemma2 else "T5Gemma"
+    if isinstance(source.config, T5GemmaEncoderConfig):
+        kind = "T5Gemma's encoder"
+    return f"{kind}, {where}, {folder}", source
 
 
-def config_table(title: str, config: T5GemmaConfig | Gemma2Config) -> Table:
+def config_table(title: str, config: T5GemmaConfig | T5GemmaEncoderConfig | Gemma2Config) -> Table:
     """A rich table of a config: the stacks side by side, and below them the settings of the model."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     stacks = {name: value for name, value in values.items() if isinstance(value, StackConfig)}
@@ -70,7 +73,7 @@ def totals_table(source: Source) -> Table:
     if not isinstance(source.config, Gemma2Config):
         groups = {
             stack: [name for name in source.tensors.names() if name.startswith(f"model.{stack}.")]
-            for stack in ("encoder", "decoder")
+            for stack in source.config.stacks
         }
         groups["all"] = source.tensors.names()
     table = Table()

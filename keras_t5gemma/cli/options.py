@@ -41,6 +41,13 @@ class Format(enum.StrEnum):
     keras = "keras"
 
 
+class Part(enum.StrEnum):
+    """What is written of a checkpoint."""
+
+    all = "all"
+    encoder = "encoder"
+
+
 BackendOption = Annotated[
     Backend | None,
     typer.Option(help="Keras backend. Default: KERAS_BACKEND, else jax if it is installed, else what Keras chooses."),
@@ -52,6 +59,9 @@ DtypeOption = Annotated[
     ),
 ]
 FormatOption = Annotated[Format, typer.Option(help="hf: safetensors for `transformers`; keras: a Keras preset.")]
+PartOption = Annotated[
+    Part, typer.Option(help="all; encoder: the encoder alone, for `transformers.T5GemmaEncoderModel`.")
+]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A preset's name, hf://owner/name, kaggle://..., or a folder.")
 ]
