@@ -35,12 +35,22 @@ if TYPE_CHECKING:
     from keras_t5gemma.data.objectives.ul2 import UL2 as UL2
     from keras_t5gemma.data.pipelines.dataset import pretraining_dataset as pretraining_dataset
     from keras_t5gemma.data.pipelines.packing import packed_arrays as packed_arrays
+    from keras_t5gemma.data.pipelines.preferences import preference_dataset as preference_dataset
     from keras_t5gemma.data.pipelines.supervised import supervised_dataset as supervised_dataset
     from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset as distillation_dataset
     from keras_t5gemma.data.sources.open import text_source as text_source
+    from keras_t5gemma.evaluation.benchmarks import evaluate as evaluate
 
     # Evaluation
     from keras_t5gemma.evaluation.generation_metrics import GenerationMetrics as GenerationMetrics
+    from keras_t5gemma.evaluation.harness import HarnessLM as HarnessLM
+
+    # Heads: classifiers of texts and of words, embedders
+    from keras_t5gemma.heads.text_classifier import T5GemmaTextClassifier as T5GemmaTextClassifier
+    from keras_t5gemma.heads.text_embedder import T5GemmaTextEmbedder as T5GemmaTextEmbedder
+    from keras_t5gemma.heads.text_inputs import T5GemmaTextClassifierPreprocessor as T5GemmaTextClassifierPreprocessor
+    from keras_t5gemma.heads.token_classifier import T5GemmaTokenClassifier as T5GemmaTokenClassifier
+    from keras_t5gemma.heads.word_inputs import T5GemmaTokenClassifierPreprocessor as T5GemmaTokenClassifierPreprocessor
 
     # Inference: samplers, processors, buckets
     from keras_t5gemma.inference.buckets import Buckets as Buckets
@@ -55,6 +65,7 @@ if TYPE_CHECKING:
     # Models
     from keras_t5gemma.models.adapted import adapt_gemma2 as adapt_gemma2
     from keras_t5gemma.models.backbone import T5GemmaBackbone as T5GemmaBackbone
+    from keras_t5gemma.models.encoder import T5GemmaEncoder as T5GemmaEncoder
     from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM as T5GemmaSeq2SeqLM
     from keras_t5gemma.models.sharding import layout_map as layout_map
 
@@ -66,6 +77,9 @@ if TYPE_CHECKING:
     # Recipes
     from keras_t5gemma.recipes.reading import read_recipe as read_recipe
     from keras_t5gemma.recipes.run import run_recipe as run_recipe
+
+    # Learning from rewards
+    from keras_t5gemma.reinforcement.reinforce import reinforce as reinforce
 
     # Text
     from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor as T5GemmaSeq2SeqLMPreprocessor
@@ -82,6 +96,10 @@ if TYPE_CHECKING:
     from keras_t5gemma.training.evaluation import held_out_by_part as held_out_by_part
     from keras_t5gemma.training.losses.cross_entropy import VocabularyCrossEntropy as VocabularyCrossEntropy
     from keras_t5gemma.training.losses.distillation import Distillation as Distillation
+    from keras_t5gemma.training.losses.in_batch_negatives import InBatchNegatives as InBatchNegatives
+    from keras_t5gemma.training.losses.preference import PreferenceLoss as PreferenceLoss
+    from keras_t5gemma.training.losses.reference import ReferenceLogProbs as ReferenceLogProbs
+    from keras_t5gemma.training.losses.reference import reference_log_probs as reference_log_probs
     from keras_t5gemma.training.losses.stored_teacher import StoredTeacher as StoredTeacher
     from keras_t5gemma.training.losses.stored_teacher import store_teacher_logits as store_teacher_logits
     from keras_t5gemma.training.optimizers.factory import optimizer as optimizer
@@ -109,11 +127,20 @@ _MODULES = {
     "UL2": "data.objectives.ul2",
     "pretraining_dataset": "data.pipelines.dataset",
     "packed_arrays": "data.pipelines.packing",
+    "preference_dataset": "data.pipelines.preferences",
     "supervised_dataset": "data.pipelines.supervised",
     "distillation_dataset": "data.pipelines.teacher_view",
     "text_source": "data.sources.open",
     # Evaluation
     "GenerationMetrics": "evaluation.generation_metrics",
+    "evaluate": "evaluation.benchmarks",
+    "HarnessLM": "evaluation.harness",
+    # Heads: classifiers of texts and of words, embedders
+    "T5GemmaTextClassifier": "heads.text_classifier",
+    "T5GemmaTextClassifierPreprocessor": "heads.text_inputs",
+    "T5GemmaTokenClassifier": "heads.token_classifier",
+    "T5GemmaTokenClassifierPreprocessor": "heads.word_inputs",
+    "T5GemmaTextEmbedder": "heads.text_embedder",
     # Inference: samplers, processors, buckets
     "Buckets": "inference.buckets",
     "ForbiddenTokens": "inference.logits_processors",
@@ -126,6 +153,7 @@ _MODULES = {
     # Models
     "adapt_gemma2": "models.adapted",
     "T5GemmaBackbone": "models.backbone",
+    "T5GemmaEncoder": "models.encoder",
     "T5GemmaSeq2SeqLM": "models.seq2seq_lm",
     "layout_map": "models.sharding",
     # The published models
@@ -135,6 +163,8 @@ _MODULES = {
     # Recipes
     "read_recipe": "recipes.reading",
     "run_recipe": "recipes.run",
+    # Learning from rewards
+    "reinforce": "reinforcement.reinforce",
     # Text
     "T5GemmaSeq2SeqLMPreprocessor": "text.preprocessor",
     "T5GemmaTokenizer": "text.tokenizer",
@@ -149,6 +179,10 @@ _MODULES = {
     "held_out_by_part": "training.evaluation",
     "VocabularyCrossEntropy": "training.losses.cross_entropy",
     "Distillation": "training.losses.distillation",
+    "PreferenceLoss": "training.losses.preference",
+    "ReferenceLogProbs": "training.losses.reference",
+    "reference_log_probs": "training.losses.reference",
+    "InBatchNegatives": "training.losses.in_batch_negatives",
     "StoredTeacher": "training.losses.stored_teacher",
     "store_teacher_logits": "training.losses.stored_teacher",
     "optimizer": "training.optimizers.factory",

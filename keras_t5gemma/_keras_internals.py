@@ -141,8 +141,11 @@ class EvaluatesWithoutOptimizer:
     """
 
     optimizer: Any  # of `keras.Model`
+    trainable_variables: list
 
     _only_evaluates = False
+    # Whether the loss takes batches of another shape than the model's inputs, and runs the model itself.
+    has_no_outputs = False
 
     @contextlib.contextmanager
     def _only_evaluating(self) -> Iterator[None]:
@@ -154,8 +157,15 @@ class EvaluatesWithoutOptimizer:
             self._only_evaluates = before
 
     def _symbolic_build(self, *args, **kwargs) -> None:
-        """Extends Keras's method: hides an optimizer without state while the model is only evaluated."""
+        """Extends Keras's method: hides an optimizer without state while the model is only evaluated.
+
+        Keras runs the model and its loss on symbols, to learn the shapes of outputs. A model that has none is not run.
+        """
         optimizer = self.optimizer
+        if self.has_no_outputs:
+            if optimizer is not None and not optimizer.built and not self._only_evaluates:
+                optimizer.build(self.trainable_variables)
+            return None
         keras_model: Any = super()  # `keras.Model` comes after this class in the method resolution order
         if not self._only_evaluates or optimizer is None or optimizer.built:
             return keras_model._symbolic_build(*args, **kwargs)

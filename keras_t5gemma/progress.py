@@ -14,12 +14,12 @@ _WORTH_A_BAR = 100_000_000  # bytes; fewer take under a second
 
 
 @contextlib.contextmanager
-def text_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+def text_progress(title: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """A progress bar that counts texts.
 
     Args:
         title: the text before the bar.
-        total: number of texts.
+        total: number of texts, or None if it is unknown.
 
     Yields:
         A function to call with each number of finished texts.
@@ -54,7 +54,7 @@ def byte_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 @contextlib.contextmanager
-def _bar(title: str, total: int, console: Console, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
+def _bar(title: str, total: int | None, console: Console, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
     """A bar with its title on the left, and `columns` and the time left on the right."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -18,9 +18,15 @@ from types import ModuleType
 PACKAGE = __name__.rpartition(".")[0]
 # The modules with a class that `keras.saving.register_keras_serializable` decorates.
 REGISTERING = (
+    "heads.text_classifier",
+    "heads.text_inputs",
+    "heads.token_classifier",
+    "heads.word_inputs",
+    "heads.text_embedder",
     "inference.samplers.beam",
     "inference.samplers.top_k_top_p",
     "models.backbone",
+    "models.encoder",
     "models.seq2seq_lm",
     "inference.buckets",
     "text.preprocessor",
@@ -28,6 +34,8 @@ REGISTERING = (
     "training.optimizers.adafactor",
     "training.optimizers.adamw",
     "training.losses.distillation",
+    "training.losses.in_batch_negatives",
+    "training.losses.preference",
     "training.optimizers.learning_rates",
     "training.losses.cross_entropy",
     "training.optimizers.muon",

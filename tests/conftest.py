@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,10 @@ if os.environ["KERAS_BACKEND"] == "jax":
 # Tiny tensors: threads cost more than they give (on PyTorch ten times over).
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A test that reaches for a hub by mistake fails at once, the same with and without a network.
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+# What `datasets` keeps of the rows of a test is removed with it.
+os.environ["HF_HOME"] = _HF_HOME = tempfile.mkdtemp(prefix="hf_home_")
+atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
 # Figures are drawn into files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
@@ -39,6 +43,32 @@ _SLOW = (
     "test_contract.py",
 )
 
+# Files that compute nothing with a backend: files, numbers on the host, the text of the repository. `nox -s tests` runs
+# them in one of its three sessions. Folders end with a slash.
+_HOST = (
+    "api/",
+    "checkpoints/test_checkpoint_files.py",
+    "checkpoints/test_faults.py",
+    "checkpoints/test_hf_config.py",
+    "checkpoints/test_kills.py",
+    "checkpoints/test_orbax.py",
+    "checkpoints/test_streamed_files.py",
+    "checkpoints/test_tensor_table.py",
+    "data/test_example.py",
+    "data/test_mixture.py",
+    "data/test_noise_masks.py",
+    "data/test_packing.py",
+    "data/test_prefix_lm.py",
+    "data/test_properties.py",
+    "data/test_sources.py",
+    "data/test_span_corruption.py",
+    "data/test_ul2.py",
+    "test_docs_site.py",
+    "test_house.py",
+    "test_imports.py",
+)
+_TESTS = Path(__file__).parent
+
 
 @pytest.fixture(scope="module", autouse=True)
 def short_garbage_collections():
@@ -49,8 +79,10 @@ def short_garbage_collections():
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items):
-    """Slow files are marked and come first, everything else stays as it was."""
+    """Slow files are marked and come first, everything else stays as it was. Files of the host are marked."""
     for item in items:
+        if item.path.relative_to(_TESTS).as_posix().startswith(_HOST):
+            item.add_marker("host")
         if item.path.name in _SLOW:
             item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in _SLOW)

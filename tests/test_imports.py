@@ -48,6 +48,8 @@ HOMES = (
     "checkpoints.processes",
     "recipes.devices",
     "demo.run",
+    "evaluation.model_info",
+    "reinforcement.run_folder",
     "cli",
     "_keras_internals",
 )

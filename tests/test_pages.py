@@ -4,6 +4,7 @@ Names of presets are answered by tiny models (`stand_ins`), and a 1,000th of the
 Everything else is what a reader does: an undefined name, an order that fails, a folder written twice are errors.
 """
 
+import json
 from pathlib import Path
 
 import keras
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file
 import keras_t5gemma as kt
 from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.presets import STACKS
+from keras_t5gemma.training.callbacks.log_file import read_log
 
 WEIGHTS = "model.safetensors"
 
@@ -24,7 +26,8 @@ WEIGHTS = "model.safetensors"
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
     texts = [(pages.ROOT / "README.md").read_text(encoding="utf-8")]
-    return write_stand_ins(tmp_path_factory.mktemp("models"), texts)
+    t5gemma = ("t5gemma_2b_2b_prefixlm_it", "t5gemma_2b_2b_ul2")
+    return write_stand_ins(tmp_path_factory.mktemp("models"), texts, t5gemma=t5gemma)
 
 
 @pytest.fixture
@@ -217,6 +220,104 @@ def generation(_):
     }
 
 
+def preferences(histories):
+    def batches(names):
+        x, y, _ = next(iter(names["held_out"]))
+        assert x["encoder_token_ids"].shape == (8, 64)
+        assert x["decoder_token_ids"].shape == y["labels"].shape == (8, 2, 32)
+
+    def tuned(names):
+        assert trained_lora_alone(names, histories)
+        assert "rewards/margins" in histories[-1].history
+
+    def referred(names):
+        assert len(names["reference"]) == 2 * len(names["rows"])
+        # One step, from a model that is its own reference.
+        assert histories[-1].history["loss"][-1] == pytest.approx(np.log(2), abs=0.02)
+
+    def without(_):
+        assert 0 < histories[-1].history["loss"][-1] < 10
+
+    return {
+        "kt.preference_dataset": batches,
+        "lora_off": tuned,
+        "kt.reference_log_probs": referred,
+        "simpo": without,
+    }
+
+
+def evaluation(_):
+    def measured(names):
+        lm, found = names["lm"], names["results"]["results"]["capitals"]
+        # What the task does by hand: the likelier of two answers, in turns.
+        rows = [json.loads(line) for line in Path("my_tasks/capitals.jsonl").read_text().splitlines()]
+        chosen = [lm.score(row["question"], row["choices"], closed=False)["log_likelihood"].argmax() for row in rows]
+        assert found["acc,none"] == np.mean([i == row["answer"] for i, row in zip(chosen, rows, strict=True)])
+        assert names["results"]["keras_t5gemma"]["chat"] is True
+
+    def by_hand(names):
+        assert names["more"]["results"]["capitals"]["acc,none"] == names["results"]["results"]["capitals"]["acc,none"]
+        assert isinstance(names["perplexity"][0], float)
+
+    return {"my_tasks": measured, "kt.HarnessLM": by_hand}
+
+
+def rewards(_):
+    def rewarded(names):
+        history, log = names["history"], read_log("rewarded")
+        assert log["reward"][0] == history["step"] == [1, 2]
+        parts = [history[f"rewards/{name}/mean"] for name in ("is_right", "is_short")]
+        np.testing.assert_allclose(history["reward"], np.sum(parts, axis=0), rtol=1e-6)
+        assert history["rewards/is_short/mean"][0] < 0
+        assert all("lora" in weight.path for weight in names["lm"].trainable_variables)
+        assert moved(names["lm"])
+
+    def loaded(names):
+        for weight, found in zip(names["lm"].weights, names["trained"].weights, strict=True):
+            assert np.array_equal(as_float32(weight), as_float32(found)), weight.path
+        assert Path("adapter/adapter_model.safetensors").is_file()
+
+    def limited(names):
+        assert len(names["history"]["kl"]) == 1
+        assert np.isfinite(names["history"]["loss"]).all()
+
+    return {"is_short]": rewarded, "kt.load_training_weights": loaded, "epsilon_high": limited}
+
+
+def embed(_):
+    def embedded(names):
+        assert names["vectors"].shape == (2, names["embedder"].dimensions)
+        np.testing.assert_allclose(np.linalg.norm(names["vectors"], axis=1), 1, rtol=1e-5)
+
+    def taught(names):
+        assert names["after"]["accuracy"] > names["before"]["accuracy"] + 0.1
+        assert names["after"]["loss"] < names["before"]["loss"] - 0.5
+
+    def found(names):
+        assert len(names["best"]) == 3
+        assert names["best"][0] == names["names"][int(np.argmax(names["scores"]))]
+
+    def cut(names):
+        embedder, small = names["embedder"], names["small"]
+        assert all("lora" in weight.path for weight in embedder.trainable_variables)
+        assert moved(embedder)
+        vectors = embedder.embed("Why?")[: small.dimensions]
+        np.testing.assert_allclose(small.embed("Why?"), vectors / np.linalg.norm(vectors), atol=0.02)
+
+    def exported(names):
+        np.testing.assert_allclose(names["again"].embed("Why?"), names["small"].embed("Why?"), atol=0.02)
+        assert names["again"].dimensions == names["small"].dimensions
+        assert Path("my-sentence-transformer/modules.json").is_file()
+
+    return {
+        'from_preset("t5gemma_2b_2b_ul2"': embedded,
+        "import builtins": taught,
+        "import numpy": found,
+        "matryoshka": cut,
+        "export_to_hugging_face": exported,
+    }
+
+
 def training(histories):
     def averaged(_):
         steps = sorted(Path("run").glob("step_*/model"))[-5:]
@@ -258,11 +359,45 @@ def training(histories):
     }
 
 
+def classify(_):
+    def told_apart(names):
+        (name,), (chances,) = names["names"], names["chances"]
+        assert name == max(chances, key=chances.get)
+        assert sum(chances.values()) == pytest.approx(1)
+        assert type(names["classifier"].backbone) is kt.T5GemmaEncoder
+
+    def exchanged(names):
+        texts = names["texts"]
+        expected = names["classifier"].predict(texts, verbose=0)
+        np.testing.assert_allclose(names["again"].predict(texts, verbose=0), expected, atol=0.05)  # from bfloat16
+        assert "score.out_proj.weight" in arrays("films_hf")
+
+    def tagged(names):
+        assert [len(row) for row in names["tags"]] == [3]
+        assert set(names["tags"][0]) <= {"O", "PERSON", "PLACE"}
+
+    def encoded(names):
+        assert all(name.startswith("encoder.") for name in arrays("encoder_hf"))
+        assert len(arrays("encoder_hf")) == len(names["encoder"].weights)
+
+    return {
+        "T5GemmaTextClassifier.from_preset(\n": told_apart,
+        "films_hf": exchanged,
+        "T5GemmaTokenClassifier": tagged,
+        "T5GemmaEncoder": encoded,
+    }
+
+
 # A page -> a function of the histories, which gives words of each block -> what is asserted after it.
 OUTCOMES = {
     "README.md": readme,
     "docs/checkpoints.md": checkpoints,
+    "docs/classify.md": classify,
+    "docs/evaluate.md": evaluation,
+    "docs/embed.md": embed,
     "docs/generation.md": generation,
+    "docs/preferences.md": preferences,
+    "docs/rewards.md": rewards,
     "docs/training.md": training,
 }
 # Eight devices take a process of their own.

@@ -72,7 +72,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         truncate: str | None = None,
         **kwargs: Any,
     ):
-        _check_tokenizer(tokenizer)
+        check_tokenizer(tokenizer)
         if not isinstance(chat, bool):
             raise ValueError(f"`chat` must be True or False. Received: {chat!r}.")
         _check_truncate(truncate)
@@ -132,7 +132,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
             )
         encoder_length = self._encoder_length(encoder_sequence_length)
         decoder_length = self._decoder_length(decoder_sequence_length, sequence_length)
-        arrays = _run(
+        arrays = run_on_texts(
             partial(self._training_arrays, encoder_length=encoder_length, decoder_length=decoder_length),
             (prompts, answers),
             widths=(encoder_length,) * 2 + (decoder_length,) * 4,
@@ -171,7 +171,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         encoder_length = self._encoder_length(encoder_sequence_length)
         decoder_length = self._decoder_length(decoder_sequence_length, sequence_length)
         lengths = {"encoder_length": encoder_length, "decoder_length": decoder_length}
-        arrays = _run(
+        arrays = run_on_texts(
             partial(self._generation_arrays, **lengths, packer=self.packer(truncate)),
             (prompts,) if starts is None else (prompts, starts),
             widths=(None, None, decoder_length, decoder_length),
@@ -281,7 +281,7 @@ class T5GemmaSeq2SeqLMPreprocessor(keras_hub.models.Seq2SeqLMPreprocessor):
         return encoder, decoder, batched
 
 
-def _run(function: Callable, texts: tuple, widths: Sequence[int | None], dtypes: Sequence[str]) -> Sequence:
+def run_on_texts(function: Callable, texts: tuple, widths: Sequence[int | None], dtypes: Sequence[str]) -> Sequence:
     """Calls a function of texts. If a text is a symbolic tensor, the call becomes an operation of TensorFlow's graph.
 
     Args:
@@ -358,7 +358,7 @@ def _check_truncate(truncate: object) -> None:
         check_choice(truncate, "truncate", ("left", "right"), others=", or None")
 
 
-def _check_tokenizer(tokenizer: object) -> None:
+def check_tokenizer(tokenizer: object) -> None:
     """Refuses a tokenizer that is not a `T5GemmaTokenizer`, or that adds tokens or pads."""
     if not isinstance(tokenizer, T5GemmaTokenizer):
         raise ValueError(f"`tokenizer` must be a T5GemmaTokenizer. Received: {tokenizer!r}.")

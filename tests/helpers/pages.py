@@ -14,6 +14,7 @@ _COUNTS = {
     (kt.TrainingCheckpoint, "__init__"): "save_every",
     (kt.CrossAttentionWarmup, "__init__"): "steps",
     (kt, "store_teacher_logits"): "steps",
+    (kt, "reinforce"): "steps",
 }
 
 
