@@ -20,7 +20,8 @@ from keras_t5gemma.cli.session import first_free, one_line_errors
 from keras_t5gemma.presets import PRESETS, STACKS
 from keras_t5gemma.recipes.reading import recipe_path
 
-VERBS = ("demo", "adapt", "export", "average", "inspect", "verify", "train", "plot", "generate", "env", "presets")
+VERBS = ("demo", "adapt", "export", "average", "inspect", "verify", "train", "plot", "generate", "evaluate", "env")
+VERBS += ("presets",)
 BACKENDS = ("keras", "keras_hub", "jax", "tensorflow", "torch")
 
 
