@@ -43,10 +43,10 @@ def test_run_that_was_stopped_goes_on_with_the_same_reference_to_the_same_model(
     assert log["rewards/margins"][1][-1] > log["rewards/margins"][1][0]
     stored = kt.ReferenceLogProbs("preferred/reference")
     assert len(stored) == 2 * 16
-    shutil.copytree("preferred", "stopped")
-    shutil.rmtree("stopped/model")
-    shutil.rmtree("stopped/checkpoints/step_00000006")
-    found = load_file(run_recipe(recipe(output={"folder": "stopped"})) / "model.safetensors")
+    shutil.copytree("preferred", "preferred_again")
+    shutil.rmtree("preferred_again/model")
+    shutil.rmtree("preferred_again/checkpoints/step_00000006")
+    found = load_file(run_recipe(recipe(output={"folder": "preferred_again"})) / "model.safetensors")
     tolerance = 0 if keras.backend.backend() == "jax" else 1e-5
     for name, value in load_file(whole / "model.safetensors").items():
         np.testing.assert_allclose(found[name], value, rtol=0, atol=tolerance, err_msg=name)
