@@ -16,6 +16,7 @@ from keras_t5gemma._keras_internals import begin_with_epoch
 from keras_t5gemma.checkpoints.processes import on_all_processes, process_count
 from keras_t5gemma.checks import integer
 from keras_t5gemma.training.checkpointing import callback_state, model_state, process_folders, random_state, step_folder
+from keras_t5gemma.training.checkpointing.best_epoch import BestEpoch
 from keras_t5gemma.training.checkpointing.data_position import NumberedBatches
 from keras_t5gemma.training.checkpointing.rows import batches_of_rows
 from keras_t5gemma.training.checkpointing.shards import SavedArrays
@@ -58,6 +59,14 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     and with LoRA or quantization `load_training_weights(lm, "run")` fills a model to export.
 
+    `best` keeps one more checkpoint, that of the epoch with the best value so far, whatever `keep` says:
+
+        checkpoint = TrainingCheckpoint("run", best="val_rougeL")
+        lm.fit(checkpoint.data(pairs), epochs=20, callbacks=[kt.GenerationMetrics(held_out, ["rougeL"]), checkpoint])
+        load_training_weights(lm, "run", best=True)
+
+    It is saved at the end of the epoch. A run that is started again knows the best value of before.
+
     A checkpoint is checked when it is read: a damaged file, and another model, optimizer or dataset, raise an error
     that says which it is. Weights that are infinite or NaN are never saved.
 
@@ -82,13 +91,17 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             needs a new folder.
         save_every: batches between two checkpoints; with `steps_per_execution`, the next multiple of that.
         keep: the number of newest checkpoints to keep; None for all. Several processes keep one more between two saves.
+        best: the name of a value in the logs of epochs, such as "val_loss", whose best checkpoint is kept besides; None
+            for no such checkpoint.
+        mode: whether the best value is the smallest ("min") or the largest ("max"); "auto" takes the smallest if the
+            name has "loss", "perplexity" or "error" in it.
         continue_stopped: whether a run that `EarlyStopping` ended continues to train; epochs without improvement are
             then counted from 0.
         stop_on_nan: whether to stop at a batch whose logs have a `loss` that is NaN or infinite. With False only the
             weights are checked, when they are saved; e.g. if a loss scale skips such batches.
 
     Raises:
-        ValueError: if an argument is out of range; in `fit`, if the data are not the result of `data` or differ from
+        ValueError: if an argument is invalid; in `fit`, if the data are not the result of `data` or differ from
             the run's, if a callback whose state is restored comes after this one, or if there is a `BackupAndRestore`.
         CheckpointError: in `fit`, if the newest checkpoint is damaged or of another model, or the folder cannot be
             written to.
@@ -101,10 +114,14 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         *,
         save_every: int = 1000,
         keep: int | None = 3,
+        best: str | None = None,
+        mode: str = "auto",
         stop_on_nan: bool = True,
         continue_stopped: bool = False,
     ):
         super().__init__()
+        self._best = BestEpoch(best, mode)
+        self.monitor = best  # as Keras's callbacks call it
         self.save_every = integer(save_every, "save_every")
         self.keep = integer(keep, "keep", optional=True, none_means="for all")
         self.folder, self.stop_on_nan, self.continue_stopped = folder, stop_on_nan, continue_stopped
@@ -184,6 +201,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._number = self._saved = 0  # batches in all epochs
         self._epoch, self._offset, self._batch = None, 0, 0  # offset: batches of the epoch trained on before a restart
         self._restored = self._random = None
+        self._best.forget()
         begin_with_epoch(self.model, None)  # an earlier `fit` with Keras's `BackupAndRestore` leaves its epoch there
         self._data.endless = self._steps is not None
         if not self.model.optimizer.built:  # on TensorFlow Keras builds it only in the first step
@@ -258,15 +276,16 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         elif self._number // self.save_every > previous // self.save_every:
             self._save(self._epoch, in_epoch)
 
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:  # noqa: ARG002
-        """Saves if training ends, or if a save was due at the epoch's last batch."""
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Saves if training ends, if a save was due at the epoch's last batch, or if the epoch is the best one."""
         model = self.model
         if model.stop_training is _END_OF_EPOCH:
             model.stop_training = False
         last = model.stop_training or epoch + 1 == self.params["epochs"]
         complete = self._is_last()
         due = self._number // self.save_every > self._saved // self.save_every
-        if self._number > self._saved and (last or (complete and due)):
+        is_best = complete and self._best.is_improved_by(logs, self._number)
+        if self._number > self._saved and (last or is_best or (complete and due)):
             if complete:
                 ended_by = callback_state.ended_by(self._stateful, epoch) if model.stop_training else None
                 self._save(epoch + 1, 0, ended_by=ended_by)
@@ -300,6 +319,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             "epoch": epoch,
             "batch": batch,
             "ended_by": ended_by,
+            "best": self._best.entry,
             "callbacks": callbacks,
             "data": self._data.position(self._number),
             "random": random_state.random_state(),
@@ -312,6 +332,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if process_count() > 1:
             content["agreed"] = self._agreed
         self._saved = self._number
+        self._best_written = self._best.entry
         self._pending = self._writer.submit(self._write, self._number, content, arrays | best_weights, model)
 
     def _write(self, number: int, content: dict, arrays: dict[str, np.ndarray], model: dict | None) -> None:
@@ -332,7 +353,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             self._raise_not_finite(f"{error} It was to be saved after batch {number}.")
         step_folder.write_step(self._own_folder, number, content, arrays, model)
         if process_count() == 1:
-            self._prune()
+            self._prune(content["best"])
 
     def _wait(self) -> None:
         """Waits for the threads of all processes, and raises the error of a thread, once."""
@@ -343,11 +364,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._agreed = self._saved
         if process_count() > 1:
             # Only now: until all have written, the oldest checkpoint may be the only one that all have.
-            self._prune()
+            self._prune(self._best_written)
 
-    def _prune(self) -> None:
+    def _prune(self, best: dict | None) -> None:
+        """Removes older checkpoints; `best` is the entry of the one to keep besides."""
         if self.keep is not None:
-            step_folder.prune(self._own_folder, self.keep)
+            step_folder.prune(self._own_folder, self.keep, spared=best and best["step"])
 
     def _raise_not_finite(self, reason: str) -> NoReturn:
         """Raises a FloatingPointError that names the last good checkpoint."""
@@ -381,6 +403,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             model_state.check_variables(
                 model_state.metrics_description(self.model), content["metrics"], "list of metrics", path
             )
+        self._best.restore(content.get("best"))
         self._restored = path, content
         self._random = content["random"]
         random_state.set_random_state(self._random)

@@ -98,10 +98,11 @@ def write_step(
     return target
 
 
-def prune(folder: str | Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints."""
+def prune(folder: str | Path, keep: int, spared: int | None = None) -> None:
+    """Removes all but the newest `keep` checkpoints and that of the step `spared`."""
     for path in steps_in(folder)[:-keep]:
-        _remove(path)
+        if step_of(path) != spared:
+            _remove(path)
 
 
 def verified(path: str | Path) -> dict:

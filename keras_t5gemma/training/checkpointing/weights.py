@@ -7,9 +7,10 @@ import keras
 from keras_t5gemma.checkpoints.processes import on_all_processes
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.training.checkpointing import model_state, process_folders, step_folder
+from keras_t5gemma.training.checkpointing.best_epoch import best_step
 
 
-def training_weights(folder: str | Path, last: int | None = None) -> list[Path]:
+def training_weights(folder: str | Path, last: int | None = None, *, best: bool = False) -> list[Path]:
     """The folders of weights in a run's checkpoints, for `average_checkpoints` and `from_preset`.
 
     >>> average_checkpoints(training_weights("run", last=5), "averaged")
@@ -19,17 +20,28 @@ def training_weights(folder: str | Path, last: int | None = None) -> list[Path]:
             processes it must hold the folders of all; this function is called in one process, which writes the
             assembled weights into the first process's folder.
         last: the number of checkpoints, the newest; all if None.
+        best: whether to take the checkpoint of the best epoch only; see `best` of `TrainingCheckpoint`.
 
     Returns:
         A list of paths of Hugging Face folders, oldest first.
 
     Raises:
-        CheckpointError: if there are fewer checkpoints, a checkpoint does not hold such weights, or a part is missing
-            or damaged.
+        CheckpointError: if there are fewer checkpoints, no epoch is known to be the best, a checkpoint does not hold
+            such weights, or a part is missing or damaged.
+        ValueError: if `last` and `best` are both passed.
     """
+    if best and last is not None:
+        raise ValueError(f"`last` must be None beside best=True, which is one checkpoint. Received: last={last}.")
     steps = process_folders.readable_steps(folder)
     if not steps or len(steps) < (last or 0):
         raise CheckpointError(f"{folder} holds {len(steps)} training checkpoint(s). Expected {last or 'at least one'}.")
+    if best:
+        number = best_step(steps[-1])
+        steps = [path for path in steps if step_folder.step_of(path) == number]
+        if not steps:
+            raise CheckpointError(
+                f"{folder} does not hold {step_folder.step_name(number)} any more, its best checkpoint."
+            )
     return [_model_folder(path) for path in (steps[-last:] if last else steps)]
 
 
@@ -49,7 +61,12 @@ def _model_folder(path: Path) -> Path:
 
 
 def load_training_weights(
-    model: keras.Model, folder: str | Path, step: int | None = None, *, last: int | None = None
+    model: keras.Model,
+    folder: str | Path,
+    step: int | None = None,
+    *,
+    last: int | None = None,
+    best: bool = False,
 ) -> None:
     """Loads the weights of a training checkpoint into a model, LoRA's included; e.g. to export the model.
 
@@ -65,11 +82,18 @@ def load_training_weights(
         folder: the folder of a `TrainingCheckpoint`.
         step: the batches trained on; the newest checkpoint if None.
         last: if set, load the mean of this many checkpoints up to that one, summed in float64.
+        best: whether to load the checkpoint of the best epoch; see `best` of `TrainingCheckpoint`.
 
     Raises:
-        CheckpointError: if there are fewer checkpoints than requested, or one is damaged or of another model.
+        CheckpointError: if there are fewer checkpoints than requested, no epoch is known to be the best, or one is
+            damaged or of another model.
+        ValueError: if `best` comes with `step` or `last`.
     """
+    if best and (step is not None or last is not None):
+        raise ValueError(f"`best` must be False beside `step` and `last`. Received: step={step}, last={last}.")
     steps = process_folders.restorable_steps(folder)
+    if best and steps:
+        step = on_all_processes(lambda: best_step(steps[max(steps)]))
     chosen = [number for number in steps if step is None or number <= step][-(last or 1) :]
     if len(chosen) < (last or 1) or (step is not None and step not in steps):
         raise CheckpointError(
