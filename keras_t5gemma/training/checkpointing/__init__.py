@@ -1,5 +1,6 @@
 """`TrainingCheckpoint`: saves and restores the complete state of a training run.
 
+best_epoch       The epoch of a run with the best value of a metric
 callback         Checkpoints of a training run. A killed run resumes bit-exactly (JAX)
 callback_state   The state of Keras's callbacks: saved with a run, and restored when the run resumes
 data_position    A Grain dataset that knows which of its batches were trained on, however far ahead it is read
