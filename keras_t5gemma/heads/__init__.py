@@ -4,8 +4,8 @@ any_backbone      What keras-hub compares a preset's backbone with, to find a cl
 classifier        What the classifiers of texts and of words have in common
 labelled_data     `fit`, `evaluate` and `predict` of classifiers on all data that `keras.Model` accepts
 loading           Classifiers from presets: the stacks from any T5Gemma, the head from a classifier's folder or new
-pooling           Layers between the stacks and a head: the decoder's shifted input, and one vector per text
 saved_options     The options of a preprocessor that were saved with a checkpoint
+shifted_inputs    What the decoder reads if a head is on it: the text, shifted
 targets           Labels of classifiers: ids or names to arrays, with every value checked
 text_classifier   Classes of texts, or numbers, from the last token or the mean
 text_embedder     Texts as vectors, trained on pairs of queries and documents

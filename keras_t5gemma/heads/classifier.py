@@ -13,18 +13,17 @@ from keras_t5gemma.checks import integer, is_number
 from keras_t5gemma.heads.any_backbone import BACKBONES
 from keras_t5gemma.heads.labelled_data import IDS, MASK, FitsLabelled
 from keras_t5gemma.heads.loading import classifier_from_preset
-from keras_t5gemma.heads.pooling import ShiftedInputs
+from keras_t5gemma.heads.shifted_inputs import ShiftedInputs
 from keras_t5gemma.heads.targets import check_labels
 from keras_t5gemma.hub import PresetFolder
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.encoder import T5GemmaEncoder
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.quantization import QuantizationMixin, is_selected, quantize
+from keras_t5gemma.models.quantization import QuantizationMixin
 from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import check_choice
-from keras_t5gemma.training.optimizers.checks import check_optimizer
-from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
+from keras_t5gemma.training.optimizers.factory import resolve_optimizer
 from keras_t5gemma.training.steps.accumulation import Accumulation
 from keras_t5gemma.training.steps.model import OwnSteps
 
@@ -62,7 +61,7 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
             backbone: of `__init__`, like the following arguments.
             num_classes: the number of classes.
             preprocessor: the preprocessor or None.
-            pool: `(hidden states [B, S, D], mask [B, S], ahead) -> x`, what the head reads.
+            pool: `(hidden states [B, S, D], their mask [B, S]) -> x`, what the head reads.
             stack: "encoder" or "decoder".
             dropout: the rate.
             labels: names of the classes, or None.
@@ -86,9 +85,9 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
         _check_vocabulary(backbone, preprocessor)
         inputs = {name: keras.Input((None,), dtype="int32", name=name) for name in (IDS, MASK)}
         if stack == "encoder":
-            config, hidden, ahead = backbone.config.encoder, backbone(inputs), 0
+            config, hidden, mask = backbone.config.encoder, backbone(inputs), inputs[MASK]
         else:
-            config, ahead = backbone.config.decoder, 1
+            config = backbone.config.decoder
             ids, mask = ShiftedInputs(name="shifted", dtype="int32")(inputs[IDS])
             hidden = backbone(
                 {
@@ -98,9 +97,7 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
                     "decoder_padding_mask": mask,
                 }
             )["decoder_sequence_output"]
-        x = keras.layers.Dropout(self.dropout_rate, dtype="float32", name="head_dropout")(
-            pool(hidden, inputs[MASK], ahead)
-        )
+        x = keras.layers.Dropout(self.dropout_rate, dtype="float32", name="head_dropout")(pool(hidden, mask))
         # As in `transformers`: normal with initializer_range / sqrt(num_labels), and a bias of zeros.
         normal = keras.initializers.RandomNormal(stddev=config.initializer_range * self.num_classes**-0.5)
         head = keras.layers.Dense(self.num_classes, kernel_initializer=normal, dtype="float32", name="logits")
@@ -139,54 +136,18 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
             ValueError: if `accumulation_steps` is not a positive integer or not available with the loss.
         """
         self._replaced_counts = None
-        if isinstance(optimizer, str) and optimizer == "auto":
-            optimizer = default_optimizer(warmup_steps=0)
         loss = self.auto_loss() if isinstance(loss, str) and loss == "auto" else loss
         if isinstance(weighted_metrics, str) and weighted_metrics == "auto":
             weighted_metrics = self.auto_metrics()
         self.accumulation = Accumulation(accumulation_steps, loss)
-        if self.dtype_policy.name == "float16" and optimizer is not None and kwargs.get("auto_scale_loss", True):
-            # LoRA on float16 weights: gradients are float16 too. Keras scales the loss only for "mixed_float16".
-            optimizer = keras.optimizers.get(optimizer)
-            if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer = resolve_optimizer(optimizer, self.dtype_policy, kwargs.get("auto_scale_loss", True))
         forget_compiled_metrics(self)
         keras.Model.compile(self, optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, **kwargs)
         track_loss_in_float32(self)
 
-    def make_train_function(self, force: bool = False) -> None:
-        """Builds Keras's training function, after a check that the optimizer can train the weights.
-
-        Raises:
-            ValueError: if the optimizer cannot train the weights.
-        """
-        if self.train_function is None or force:
-            check_optimizer(self.optimizer, self.trainable_variables)
-        super().make_train_function(force)
-
-    def quantize(
-        self,
-        mode: str | None = None,
-        config: keras.quantizers.QuantizationConfig | None = None,
-        filters: str | Sequence[str] | Callable | None = None,
-        **kwargs,
-    ) -> None:
-        """Quantizes the backbone's dense layers and embedding tables; the head stays in float32.
-
-        Args:
-            mode: as in `T5GemmaBackbone.quantize`, like the other arguments.
-            config: a `keras.quantizers.QuantizationConfig`.
-            filters: selects the layers.
-            **kwargs: further arguments of `keras.Model.quantize`.
-        """
-        quantize(
-            self,
-            super().quantize,
-            mode,
-            config,
-            lambda layer: layer is not self.head and is_selected(layer, filters),
-            **kwargs,
-        )
+    def is_quantizable(self, layer: keras.layers.Layer) -> bool:
+        """Whether `quantize` may quantize a layer. The head stays in float32."""
+        return layer is not self.head and super().is_quantizable(layer)
 
     def names_of(self, ids: np.ndarray) -> list:
         """Ids of classes as a list of the same shape: of names if the model has `labels`, else of integers."""
@@ -224,20 +185,6 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
             "labels": None if self.labels is None else list(self.labels),
         }
         return config if self.compiled else {**config, "compile": False}
-
-    def get_compile_config(self) -> dict | None:
-        """The arguments of `compile`, JSON-ready; None if the model is not compiled."""
-        if not self.compiled:
-            return None
-        return {**super().get_compile_config(), "accumulation_steps": self.accumulation.steps}
-
-    def compile_from_config(self, config: Mapping) -> None:
-        """Compiles the model from `get_compile_config`, and builds the optimizer if its state was saved."""
-        config = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
-        is_built = config.pop("optimizer_is_built", True)
-        self.compile(**config)
-        if is_built:
-            self.optimizer.build(self.trainable_variables)
 
     @classmethod
     def from_preset(cls, preset: str | Path | PresetFolder, load_weights: bool = True, **kwargs) -> Self:

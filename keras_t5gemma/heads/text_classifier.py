@@ -10,10 +10,10 @@ from keras import ops
 from keras_t5gemma.checkpoints.hugging_face.heads import SEQUENCES, Head
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.heads.classifier import Classifier
-from keras_t5gemma.heads.pooling import POOLINGS, Pooling
 from keras_t5gemma.heads.saved_options import options_to_save
 from keras_t5gemma.heads.targets import PROBLEMS, TARGETS
 from keras_t5gemma.heads.text_inputs import OPTIONS, T5GemmaTextClassifierPreprocessor
+from keras_t5gemma.layers.pooling import POOLINGS, Pooling
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.encoder import T5GemmaEncoder
 from keras_t5gemma.suggestions import check_choice
@@ -87,11 +87,8 @@ class T5GemmaTextClassifier(Classifier, keras_hub.models.TextClassifier):
         check_choice(problem, "problem", PROBLEMS)
         self.pooling, self.problem = pooling, problem
 
-        def pool(hidden, mask, ahead):
-            return Pooling(pooling, ahead, dtype="float32", name="pooling")(hidden, mask)
-
         arguments = {"stack": stack, "dropout": dropout, "labels": labels, "kwargs": kwargs}
-        self._build(backbone, num_classes, preprocessor, pool, **arguments)
+        self._build(backbone, num_classes, preprocessor, Pooling(pooling, name="pooling"), **arguments)
 
     def auto_loss(self) -> keras.losses.Loss:
         """The loss of the problem."""

@@ -23,7 +23,7 @@ from keras_t5gemma.layers.pooling import Pooling
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.encoder import T5GemmaEncoder
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.quantization import QuantizationMixin, quantize
+from keras_t5gemma.models.quantization import QuantizationMixin
 from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.cuts import cuts_reported
@@ -32,8 +32,7 @@ from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.training.batches.fitting import Fits
 from keras_t5gemma.training.batches.pairs import PairArrays, column_names, columns_of, is_converted, pair_source
 from keras_t5gemma.training.losses.in_batch_negatives import ContrastMeans, InBatchNegatives
-from keras_t5gemma.training.optimizers.checks import check_optimizer
-from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
+from keras_t5gemma.training.optimizers.factory import resolve_optimizer
 from keras_t5gemma.training.steps.accumulation import Accumulation
 from keras_t5gemma.training.steps.comparison import GRADIENTS
 from keras_t5gemma.training.steps.model import OwnSteps
@@ -202,13 +201,7 @@ class T5GemmaTextEmbedder(OwnSteps, RecompilationMixin, Fits, Guarded, Quantizat
         for name in ("metrics", "weighted_metrics", "loss_weights"):
             if kwargs.get(name):
                 raise ValueError(f"`{name}` must be left out. Received: {name}={kwargs[name]!r}.")
-        if isinstance(optimizer, str) and optimizer == "auto":
-            optimizer = default_optimizer(warmup_steps=0)
-        if self.dtype_policy.name == "float16" and optimizer is not None and kwargs.get("auto_scale_loss", True):
-            # LoRA on float16 weights: gradients are float16 too. Keras scales the loss only for "mixed_float16".
-            optimizer = keras.optimizers.get(optimizer)
-            if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer = resolve_optimizer(optimizer, self.dtype_policy, kwargs.get("auto_scale_loss", True))
         self._replaced_counts = None
         self.accumulation = Accumulation(accumulation_steps, loss)
         # Keras gets no loss: it would call the model on a batch of pairs.
@@ -216,16 +209,6 @@ class T5GemmaTextEmbedder(OwnSteps, RecompilationMixin, Fits, Guarded, Quantizat
         self.loss = loss
         self._means = ContrastMeans(loss)
         self.programs = Programs()
-
-    def make_train_function(self, force: bool = False):
-        """Builds Keras's training function, after a check that the optimizer can train the weights.
-
-        Raises:
-            ValueError: if the optimizer cannot train the weights, see `check_optimizer`.
-        """
-        if self.train_function is None or force:
-            check_optimizer(self.optimizer, self.trainable_variables)
-        return super().make_train_function(force)
 
     def fit(
         self,
@@ -261,26 +244,6 @@ class T5GemmaTextEmbedder(OwnSteps, RecompilationMixin, Fits, Guarded, Quantizat
         if validation_data is not None:
             validation_data = _in_columns(validation_data)
         return super().fit(_in_columns(x), y, batch_size, sample_weight, validation_data, validation_split, **kwargs)
-
-    def quantize(
-        self,
-        mode: str | None = None,
-        config: keras.quantizers.QuantizationConfig | None = None,
-        filters: str | Sequence[str] | Callable | None = None,
-        **kwargs,
-    ) -> None:
-        """Quantizes the encoder's dense layers and its embedding table, as `T5GemmaBackbone.quantize` does.
-
-        Args:
-            mode: as in `T5GemmaBackbone.quantize`, like the other arguments.
-            config: a `keras.quantizers.QuantizationConfig`.
-            filters: selects the layers.
-            **kwargs: further arguments of `keras.Model.quantize`.
-
-        Raises:
-            ValueError: if the mode is unknown, or if `filters` matches no layer that can be quantized.
-        """
-        quantize(self, super().quantize, mode, config, filters, **kwargs)
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -345,16 +308,7 @@ class T5GemmaTextEmbedder(OwnSteps, RecompilationMixin, Fits, Guarded, Quantizat
         return {
             **super().get_compile_config(),
             "loss": keras.saving.serialize_keras_object(self.loss),
-            "accumulation_steps": self.accumulation.steps,
         }
-
-    def compile_from_config(self, config: Mapping) -> None:
-        """Compiles the model from `get_compile_config`, and builds the optimizer if its state was saved."""
-        config = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
-        is_built = config.pop("optimizer_is_built", True)
-        self.compile(**config)
-        if is_built:
-            self.optimizer.build(self.trainable_variables)
 
 
 def _vectors(embedder, inputs):

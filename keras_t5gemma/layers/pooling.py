@@ -38,14 +38,14 @@ class Pooling(keras.layers.Layer):
     Args:
         pooling: "mean" or "last".
         normalize: whether vectors have length 1.
-        dimensions: the width E of the vectors, the first numbers of the whole ones.
+        dimensions: the width E of the vectors, the first numbers of the whole ones; None for all, E = D.
         **kwargs: as for `keras.layers.Layer`.
 
     Raises:
         ValueError: if `pooling` is unknown.
     """
 
-    def __init__(self, pooling: str, normalize: bool, dimensions: int, **kwargs):
+    def __init__(self, pooling: str, normalize: bool = False, dimensions: int | None = None, **kwargs):
         super().__init__(**{"dtype": "float32", "autocast": False, **kwargs})
         check_choice(pooling, "pooling", POOLINGS)
         self.pooling = pooling

@@ -1,18 +1,13 @@
 """`quantize`, and dtypes such as "int8_from_bfloat16"."""
 
 import functools
-import math
 import re
-import warnings
 from collections.abc import Callable, Sequence
 
 import keras
 
 from keras_t5gemma._keras_internals import flatten_layers, short_garbage_collections
 
-# The layers of this package that Keras quantizes. It warns about every other layer, and refuses a tokenizer, which is a
-# layer too.
-QUANTIZABLE = (keras.layers.Dense, keras.layers.Embedding)
 _MODES = '"int8", "int4", or "int4/32" and the like for int4 in blocks of 32'
 
 
@@ -42,48 +37,38 @@ class QuantizationMixin:
         model.quantize = quantize
         return model
 
+    def quantize(
+        self,
+        mode: str | None = None,
+        config: keras.quantizers.QuantizationConfig | None = None,
+        filters: str | Sequence[str] | Callable | None = None,
+        **kwargs,
+    ) -> None:
+        """Quantizes the dense layers and the embedding tables of the stacks, as `keras.Model.quantize` does.
 
-def quantize(
-    model: keras.Model,
-    keras_quantize: Callable,
-    mode: str | None = None,
-    config: keras.quantizers.QuantizationConfig | None = None,
-    filters: str | Sequence[str] | Callable | None = None,
-    **kwargs,
-) -> None:
-    """Quantizes the dense layers and embedding tables of a model.
+        Args:
+            mode: "int8", "int4", or e.g. "int4/32" for int4 in blocks of 32 numbers; may be left out with a config.
+            config: a `keras.quantizers.QuantizationConfig`.
+            filters: selects the layers: a regular expression that is searched for in the layer's name, a list of
+                these, or a function of a layer.
+            **kwargs: further arguments of `keras.Model.quantize`.
 
-    Args:
-        model: a backbone, or a task model around one.
-        keras_quantize: `keras.Model.quantize`, bound to the model.
-        mode: as in `T5GemmaBackbone.quantize`, like the following arguments.
-        config: a `keras.quantizers.QuantizationConfig`, or None.
-        filters: selects the layers; None for all.
-        **kwargs: further arguments of `keras.Model.quantize`.
+        Raises:
+            ValueError: if the mode is unknown, or if `filters` matches no layer that can be quantized.
+        """
+        layers = [layer for layer in flatten_layers(self) if self.is_quantizable(layer)]
+        selected = {id(layer) for layer in layers if is_selected(layer, filters)}
+        if not selected:
+            names = ", ".join(sorted({layer.name for layer in layers}))
+            raise ValueError(
+                f"`filters` matches no layer that can be quantized. Received: {filters!r}. They are: {names}."
+            )
+        with short_garbage_collections():
+            super().quantize(mode, config=config, filters=lambda layer: id(layer) in selected, **kwargs)
 
-    Raises:
-        ValueError: if `filters` matches no layer that can be quantized.
-    """
-    layers = [layer for layer in flatten_layers(model) if isinstance(layer, QUANTIZABLE)]
-    selected = {id(layer) for layer in layers if is_selected(layer, filters)}
-    if not selected:
-        names = ", ".join(sorted({layer.name for layer in layers}))
-        raise ValueError(f"`filters` matches no layer that can be quantized. Received: {filters!r}. They are: {names}.")
-    with short_garbage_collections():
-        keras_quantize(mode, config=config, filters=lambda layer: id(layer) in selected, **kwargs)
-
-
-def warn_of_quantized_weights(model: keras.Model) -> None:
-    """Warns if `fit` would train little more than norms, because quantized weights are not trained."""
-    layers = [layer for layer in flatten_layers(model) if getattr(layer, "quantization_mode", None)]
-    if not layers or any(getattr(layer, "lora_enabled", False) for layer in layers):
-        return
-    rest = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-    warnings.warn(
-        f"Quantized weights are not trained: `fit` changes {rest:,} numbers in other layers, such as norms. Call "
-        f"`enable_lora` on the backbone first to train LoRA on top of quantized weights.",
-        stacklevel=2,
-    )
+    def is_quantizable(self, layer: keras.layers.Layer) -> bool:
+        """Whether `quantize` may quantize a layer. Keras warns about others, and refuses tokenizers, layers too."""
+        return isinstance(layer, (keras.layers.Dense, keras.layers.Embedding))
 
 
 def unquantized(

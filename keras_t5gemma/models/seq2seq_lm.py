@@ -1,6 +1,6 @@
 """The task model: logits for training, text for a prompt."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from keras_t5gemma.inference.stream import stream
 from keras_t5gemma.layers.projection import VocabularyProjection
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.quantization import QuantizationMixin, quantize, warn_of_quantized_weights
+from keras_t5gemma.models.quantization import QuantizationMixin
 from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
@@ -35,8 +35,7 @@ from keras_t5gemma.training.losses.answers import AnswerLoss, AnswerMeans
 from keras_t5gemma.training.losses.checks import check_reads_logits
 from keras_t5gemma.training.losses.cross_entropy import ChunkedLoss, VocabularyCrossEntropy
 from keras_t5gemma.training.losses.distillation import Distillation
-from keras_t5gemma.training.optimizers.checks import check_optimizer
-from keras_t5gemma.training.optimizers.factory import optimizer as default_optimizer
+from keras_t5gemma.training.optimizers.factory import resolve_optimizer
 from keras_t5gemma.training.steps.accumulation import Accumulation
 from keras_t5gemma.training.steps.model import OwnSteps
 
@@ -182,8 +181,6 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         """
         sampler = resolve_sampler(sampler)
         self._replaced_counts = None
-        if isinstance(optimizer, str) and optimizer == "auto":
-            optimizer = default_optimizer(warmup_steps=0)
         loss = VocabularyCrossEntropy() if isinstance(loss, str) and loss == "auto" else loss
         check_reads_logits(loss)
         has_custom_metrics = weighted_metrics != "auto" or kwargs.get("metrics")
@@ -209,11 +206,7 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
                 )
             tokenizer = None if self.preprocessor is None else self.preprocessor.tokenizer
             loss.check_student(self.backbone.config.vocabulary_size, tokenizer)
-        if self.dtype_policy.name == "float16" and optimizer is not None and kwargs.get("auto_scale_loss", True):
-            # LoRA on float16 weights: gradients are float16 too. Keras scales the loss only for "mixed_float16".
-            optimizer = keras.optimizers.get(optimizer)
-            if not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-                optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer = resolve_optimizer(optimizer, self.dtype_policy, kwargs.get("auto_scale_loss", True))
         self.jit_compile_is_auto = kwargs.get("jit_compile", "auto") == "auto"
         forget_compiled_metrics(self)
         super().compile(optimizer=optimizer, loss=loss, weighted_metrics=weighted_metrics, sampler=sampler, **kwargs)
@@ -221,39 +214,6 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
         self.programs = Programs()
         self.recorded_step = recorded(partial(decoding_step, self), self)
         track_loss_in_float32(self)
-
-    def make_train_function(self, force: bool = False):
-        """Builds Keras's training function, after a check that the optimizer can train the weights.
-
-        `compile` does not check this, because LoRA may freeze the weights in question afterwards.
-
-        Raises:
-            ValueError: if the optimizer cannot train the weights, see `check_optimizer`.
-        """
-        if self.train_function is None or force:
-            check_optimizer(self.optimizer, self.trainable_variables)
-            warn_of_quantized_weights(self)
-        return super().make_train_function(force)
-
-    def quantize(
-        self,
-        mode: str | None = None,
-        config: keras.quantizers.QuantizationConfig | None = None,
-        filters: str | Sequence[str] | Callable | None = None,
-        **kwargs,
-    ) -> None:
-        """Quantizes the backbone's dense layers and embedding tables.
-
-        Args:
-            mode: as in `T5GemmaBackbone.quantize`, like the other arguments.
-            config: a `keras.quantizers.QuantizationConfig`.
-            filters: selects the layers.
-            **kwargs: further arguments of `keras.Model.quantize`.
-
-        Raises:
-            ValueError: if the mode is unknown, or if `filters` matches no layer that can be quantized.
-        """
-        quantize(self, super().quantize, mode, config, filters, **kwargs)
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -368,17 +328,8 @@ class T5GemmaSeq2SeqLM(OwnSteps, RecompilationMixin, Fits, Guarded, Quantization
             # Keras stores the value it chose for "auto" on this machine. Decoding loops need "auto" itself; see
             # `by_xla`.
             **({"jit_compile": "auto"} if self.jit_compile_is_auto else {}),
-            "accumulation_steps": self.accumulation.steps,
             "sampler": keras.saving.serialize_keras_object(self.sampler),
         }
-
-    def compile_from_config(self, config: Mapping) -> None:
-        """Compiles the model from `get_compile_config`, and builds the optimizer if its state was saved."""
-        config = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
-        is_built = config.pop("optimizer_is_built", True)
-        self.compile(**config)
-        if is_built:
-            self.optimizer.build(self.trainable_variables)
 
 
 def _check_keywords(kwargs: Mapping, more: Sequence[str] = ()) -> None:

@@ -17,7 +17,7 @@ from keras_t5gemma.hub import PresetFolder
 from keras_t5gemma.layers import lora
 from keras_t5gemma.layers.initialization import weights_from
 from keras_t5gemma.models.guarded import Guarded
-from keras_t5gemma.models.quantization import QuantizationMixin, quantize, unquantized
+from keras_t5gemma.models.quantization import QuantizationMixin, unquantized
 from keras_t5gemma.models.saved_state import backbone_from_config, state_config
 from keras_t5gemma.models.sharding import layout_map
 from keras_t5gemma.presets import PRESETS
@@ -139,27 +139,6 @@ class StackModel(Guarded, QuantizationMixin, keras_hub.models.Backbone):
             has, lacks = ("file", "model") if i in in_file else ("model", "file")
             raise ValueError(f"{filepath}: the {has} has LoRA on {with_weights[i].path}, the {lacks} does not.")
         super().load_lora_weights(filepath)
-
-    def quantize(
-        self,
-        mode: str | None = None,
-        config: keras.quantizers.QuantizationConfig | None = None,
-        filters: str | Sequence[str] | Callable | None = None,
-        **kwargs,
-    ) -> None:
-        """Quantizes the dense layers and the embedding tables, as `keras.Model.quantize` does.
-
-        Args:
-            mode: "int8", "int4", or e.g. "int4/32" for int4 in blocks of 32 numbers; may be left out with a config.
-            config: a `keras.quantizers.QuantizationConfig`.
-            filters: selects the layers: a regular expression that is searched for in the layer's name, a list of
-                these, or a function of a layer.
-            **kwargs: further arguments of `keras.Model.quantize`.
-
-        Raises:
-            ValueError: if the mode is unknown, or if `filters` matches no layer that can be quantized.
-        """
-        quantize(self, super().quantize, mode, config, filters, **kwargs)
 
     def get_config(self) -> dict:
         """The constructor's arguments and the entries of `models.saved_state`, JSON-ready."""

@@ -1,12 +1,13 @@
 """Checks that an optimizer can move the weights of a model."""
 
 import math
+import warnings
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_t5gemma._keras_internals import variable_array
+from keras_t5gemma._keras_internals import flatten_layers, variable_array
 from keras_t5gemma.training.optimizers.indexed_slices import is_distributed
 from keras_t5gemma.training.optimizers.low_precision import LowPrecision, is_bfloat16
 
@@ -42,6 +43,19 @@ def check_optimizer(optimizer: keras.optimizers.Optimizer, variables: list) -> N
             f'`optimizer="auto"` or `keras_t5gemma.optimizer(...)`, which keep moments in float32 and round '
             f'stochastically, or make the model with `dtype="mixed_bfloat16"`, whose weights are float32.'
         ) from cause
+
+
+def warn_of_quantized_weights(model: keras.Model) -> None:
+    """Warns if `fit` would train little more than norms, because quantized weights are not trained."""
+    layers = [layer for layer in flatten_layers(model) if getattr(layer, "quantization_mode", None)]
+    if not layers or any(getattr(layer, "lora_enabled", False) for layer in layers):
+        return
+    rest = sum(math.prod(variable.shape) for variable in model.trainable_variables)
+    warnings.warn(
+        f"Quantized weights are not trained: `fit` changes {rest:,} numbers in other layers, such as norms. Call "
+        f"`enable_lora` on the backbone first to train LoRA on top of quantized weights.",
+        stacklevel=2,
+    )
 
 
 def _check_no_float16(variables: list) -> None:

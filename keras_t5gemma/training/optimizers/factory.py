@@ -93,3 +93,26 @@ def optimizer(
     )
     configured.exclude_from_weight_decay(var_names=list(no_decay))
     return configured
+
+
+def resolve_optimizer(
+    optimizer_or_name: str | keras.optimizers.Optimizer | None, policy: keras.DTypePolicy, scale_loss: bool = True
+) -> str | keras.optimizers.Optimizer | None:
+    """The optimizer that a model's `compile` passes on to Keras.
+
+    Args:
+        optimizer_or_name: "auto" for `optimizer(warmup_steps=0)`; a name, an optimizer or None as in Keras.
+        policy: the model's dtype policy.
+        scale_loss: `auto_scale_loss` of `compile`.
+
+    Returns:
+        The optimizer; in a `LossScaleOptimizer` if the policy is "float16", whose gradients, those of LoRA, are float16
+        too: Keras scales the loss only for "mixed_float16".
+    """
+    if isinstance(optimizer_or_name, str) and optimizer_or_name == "auto":
+        optimizer_or_name = optimizer(warmup_steps=0)
+    if policy.name != "float16" or optimizer_or_name is None or not scale_loss:
+        return optimizer_or_name
+    scaled = keras.optimizers.get(optimizer_or_name)
+    is_scaled = isinstance(scaled, keras.optimizers.LossScaleOptimizer)
+    return scaled if is_scaled else keras.optimizers.LossScaleOptimizer(scaled)

@@ -2,12 +2,13 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import keras
 
 from keras_t5gemma.kernels.choose import implementation
+from keras_t5gemma.training.optimizers.checks import check_optimizer, warn_of_quantized_weights
 from keras_t5gemma.training.steps.accumulation import Accumulation
 
 PACKAGE = __name__.rpartition(".")[0]
@@ -75,8 +76,16 @@ class OwnSteps:
         return id(variable) in self._frozen
 
     def make_train_function(self, force: bool = False) -> None:
-        """Keras's own, compiled anew if `force`."""
+        """Keras's own, compiled anew if `force`, after a check that the optimizer can train the weights.
+
+        `compile` does not check this, because LoRA may freeze the weights in question afterwards.
+
+        Raises:
+            ValueError: if the optimizer cannot train the weights, see `check_optimizer`.
+        """
         if self.train_function is None or force:
+            check_optimizer(self.optimizer, self.trainable_variables)
+            warn_of_quantized_weights(self)
             with _of_its_own(self, "train_step"):
                 super().make_train_function(force)
             self.train_function = self._with_teacher(self.train_function)
@@ -87,6 +96,20 @@ class OwnSteps:
             with _of_its_own(self, "test_step"):
                 super().make_test_function(force)
             self.test_function = self._with_teacher(self.test_function)
+
+    def get_compile_config(self) -> dict | None:
+        """The arguments of `compile`, JSON-ready; None if the model is not compiled."""
+        if not self.compiled:
+            return None
+        return {**super().get_compile_config(), "accumulation_steps": self.accumulation.steps}
+
+    def compile_from_config(self, config: Mapping) -> None:
+        """Compiles the model from `get_compile_config`, and builds the optimizer if its state was saved."""
+        config = {name: keras.saving.deserialize_keras_object(value) for name, value in config.items()}
+        is_built = config.pop("optimizer_is_built", True)
+        self.compile(**config)
+        if is_built:
+            self.optimizer.build(self.trainable_variables)
 
     @property
     def teacher_variables(self) -> list[keras.Variable]:
