@@ -151,6 +151,11 @@ if on_jax:
         taught = {path.removeprefix("distilled "): x for path, x in eight_devices.items() if "distilled" in path}
         assert_same_step(taught, taught_on_one_device[1])
 
+    def test_step_of_a_classifier_on_eight_devices_is_that_of_one(eight_devices, layout):
+        if layout == "both":
+            found = {path.removeprefix("classified "): x for path, x in eight_devices.items() if "classified" in path}
+            assert_same_step(found, distributed.classified())
+
     def test_each_device_holds_its_part_of_each_matrix_of_a_teacher(eight_devices, taught_on_one_device, layout):
         for variable in (variable for variable in taught_on_one_device[0].variables if len(variable.shape) > 1):
             parts = {"data parallel": 1, "fully sharded": 8, "tensor parallel": 8, "both": 8}[layout]

@@ -31,7 +31,7 @@ STACKS = ("encoder", "decoder")
 
 
 class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, QuantizationMixin):
-    """Mixed into a keras-hub task: a dense layer `logits` on the hidden states of a stack.
+    """Mixed into a keras-hub task: a dense layer `classes` on the hidden states of a stack.
 
     The head computes in float32, whatever the dtype of the stacks, and is not quantized.
 
@@ -100,7 +100,8 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
         x = keras.layers.Dropout(self.dropout_rate, dtype="float32", name="head_dropout")(pool(hidden, mask))
         # As in `transformers`: normal with initializer_range / sqrt(num_labels), and a bias of zeros.
         normal = keras.initializers.RandomNormal(stddev=config.initializer_range * self.num_classes**-0.5)
-        head = keras.layers.Dense(self.num_classes, kernel_initializer=normal, dtype="float32", name="logits")
+        # Not "logits": `layout_map` divides an output of that name along the vocabulary.
+        head = keras.layers.Dense(self.num_classes, kernel_initializer=normal, dtype="float32", name="classes")
         super().__init__(inputs=inputs, outputs=head(x), **kwargs)
         self.head = head
         self.backbone = backbone  # again: above, PyTorch's module did not exist yet and would miss its parameters

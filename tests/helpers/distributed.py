@@ -99,6 +99,19 @@ def distilled():
     return teacher, {"loss": logs["loss"]} | weights(lm.backbone)
 
 
+def classified():
+    """What a step of a classifier finds: its loss and the weights after it."""
+    with weights_from(loud):
+        classifier = kt.T5GemmaTextClassifier(backbone_of(CONFIG), 3)
+    for variable in classifier.head.weights:
+        variable.assign(loud(variable.path, variable.shape, variable.dtype))
+    classifier.compile(keras.optimizers.SGD(0.05))
+    inputs, _, _ = whole_batch()
+    texts = {name: inputs[f"encoder_{name}"] for name in ("token_ids", "padding_mask")}
+    logs = classifier.train_on_batch(texts, np.arange(len(texts["token_ids"])) % 3, return_dict=True)
+    return {"loss": logs["loss"]} | weights(classifier)
+
+
 def sharded(name):
     """Steps on eight devices of JAX, with and without a teacher, and what of each weight lies on the first."""
     CHUNK_BYTES[keras.config.backend()] = 4 * CONFIG.vocabulary_size  # a target position a chunk
@@ -110,6 +123,8 @@ def sharded(name):
         teacher, taught = distilled()
         for variable in [*lm.backbone.weights, *lm.optimizer.variables, *teacher.variables]:
             found[f"shape of {variable.path}"] = variable.value.addressable_shards[0].data.shape
+        labelled = classified() if name == "both" else {}
+    found |= {f"classified {name}": value for name, value in labelled.items()}
     return found | {f"distilled {name}": value for name, value in taught.items()}
 
 
