@@ -150,7 +150,8 @@ class Program:
             traced = [reference() for reference in self._compiled_for]
             if self._compiled is None or list(map(id, traced)) != list(map(id, variables)):
                 jit_compile = self._model.jit_compile or (self._decodes and by_xla(self._model))
-                self._compiled = tf.function(self._function_with_seeds, jit_compile=jit_compile)
+                # Loops are Keras's. AutoGraph would take most of the time of the first call, for nothing.
+                self._compiled = tf.function(self._function_with_seeds, jit_compile=jit_compile, autograph=False)
                 self._compiled_for = [weakref.ref(variable, self._forget) for variable in variables]
                 self._known_shapes.clear()
             compiled = self._compiled

@@ -37,7 +37,7 @@ def _program(token_loss, train_table):
     """The loop over chunks as one TensorFlow function, compiled once per token loss."""
     between = _between_products(token_loss)
 
-    @tf.function
+    @tf.function(autograph=False)
     def program(targets, x, table):
         compute = tf.cast(table, x.dtype)
 
@@ -76,7 +76,7 @@ def _program(token_loss, train_table):
 def _between_products(token_loss):
     """An XLA program from raw logits to `([loss, accuracy], gradients)`, without the products around it."""
 
-    @tf.function(jit_compile=True)
+    @tf.function(jit_compile=True, autograph=False)
     def program(logits, *by_token):
         capped = soft_cap(tf.cast(clip_to_range(logits), tf.float32), token_loss.cap)
         sums, gradient = token_loss.of_logits(capped, *by_token, gradients=True)

@@ -60,7 +60,7 @@ class Updates:
         """The update of a float32 weight with a dense gradient."""
         import tensorflow as tf
 
-        @tf.function(jit_compile=True)
+        @tf.function(jit_compile=True, autograph=False)
         def update(variable, momentum, velocity, alpha, decay, grad):
             momentum.assign_add((grad - momentum) * (1 - self.beta_1))
             velocity.assign_add((tf.square(grad) - velocity) * (1 - self.beta_2))
@@ -74,7 +74,7 @@ class Updates:
         """The update of a float32 table of which only some rows have a gradient, without a gradient of its size."""
         import tensorflow as tf
 
-        @tf.function(jit_compile=True)
+        @tf.function(jit_compile=True, autograph=False)
         def update(variable, momentum, velocity, alpha, decay, rows, ids):
             momentum.assign(_averaged_rows(momentum, rows, ids, self.beta_1))
             velocity.assign(_averaged_rows(velocity, tf.square(rows), ids, self.beta_2))
@@ -88,7 +88,7 @@ class Updates:
         """The update of a bfloat16 weight, in float32, with a dense gradient or with rows."""
         import tensorflow as tf
 
-        @tf.function(jit_compile=True)
+        @tf.function(jit_compile=True, autograph=False)
         def update(variable, momentum, velocity, master, alpha, decay, scale, keys, grad, ids):
             weight, first, second = (tf.cast(state, "float32") for state in (variable, momentum, velocity))
             if master is not None:

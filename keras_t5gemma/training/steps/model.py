@@ -86,6 +86,11 @@ class OwnSteps:
         if self.train_function is None or force:
             check_optimizer(self.optimizer, self.trainable_variables)
             warn_of_quantized_weights(self)
+            if not self.optimizer.built:
+                # On TensorFlow, Keras builds it in the first step, which would then be traced twice.
+                strategy = getattr(self, "distribute_strategy", None)
+                with strategy.scope() if strategy else contextlib.nullcontext():
+                    self.optimizer.build(self.trainable_variables)
             with _of_its_own(self, "train_step"):
                 super().make_train_function(force)
             self.train_function = self._with_teacher(self.train_function)
