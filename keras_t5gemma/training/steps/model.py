@@ -106,7 +106,8 @@ class OwnSteps:
         """The arguments of `compile`, JSON-ready; None if the model is not compiled."""
         if not self.compiled:
             return None
-        return {**super().get_compile_config(), "accumulation_steps": self.accumulation.steps}
+        config = super().get_compile_config()
+        return config if self.accumulation.steps == 1 else {**config, "accumulation_steps": self.accumulation.steps}
 
     def compile_from_config(self, config: Mapping) -> None:
         """Compiles the model from `get_compile_config`, and builds the optimizer if its state was saved."""
