@@ -54,10 +54,12 @@ def train(
         # Errors of the folder and the texts also come before Keras is imported.
         check_run(Path(parsed.output.folder), parsed)
         from keras_t5gemma.data.sources.open import text_source
+        from keras_t5gemma.recipes.prompts import held_out_prompts
 
         for paths in (parsed.data.sources, parsed.data.validation):
             if paths:
                 text_source(list(paths), format=parsed.data.format)
+        held_out_prompts(parsed)
         use_backend(backend)
         from keras_t5gemma.recipes.run import run_recipe
 

@@ -141,11 +141,18 @@ class GenerationMetrics(keras.callbacks.Callback):
         step = self._start + self._batches
         self.results.append({"step": step, **values})
         if self.samples:
-            self._show(f"Step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()), answers)
+            title = f"Step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self._print(self._table(title, answers))
 
-    def _show(self, title: str, answers: Sequence[str]) -> None:
-        """Prints the first answers beside their references."""
+    def _print(self, table: Any) -> None:
+        """Prints a table of samples."""
         from rich.console import Console
+
+        print()  # after Keras's progress bar, whose line is not ended
+        Console().print(table)
+
+    def _table(self, title: str, answers: Sequence[str]) -> Any:
+        """The first answers beside their references, as a `rich.table.Table`."""
         from rich.table import Table
         from rich.text import Text
 
@@ -156,8 +163,7 @@ class GenerationMetrics(keras.callbacks.Callback):
         for row in list(rows)[: self.samples]:
             # Not markup: a text may have brackets.
             table.add_row(*(Text(text[:_SHOWN] + "…" * (len(text) > _SHOWN)) for text in row))
-        print()  # after Keras's progress bar, whose line is not ended
-        Console().print(table)
+        return table
 
 
 _OPTIONS = ("max_length", "max_new_tokens", "stop", "truncate", "processors", "seed", "stop_token_ids")

@@ -100,3 +100,5 @@ _BY_NAME: dict[str, Callable[[str], Metric]] = {
     **dict.fromkeys(_ROUGE, _rouge),
     **dict.fromkeys(_SACREBLEU, _sacrebleu),
 }
+# The names that `text_metrics` knows.
+NAMES = tuple(_BY_NAME)

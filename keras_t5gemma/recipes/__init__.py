@@ -5,8 +5,12 @@ cross_checks       Checks of recipe keys against each other
 devices            The devices and the processes of a recipe
 no_effect          Recipe keys that have no effect beside others
 objective_section  Makes the objective of the section `[objective]` of a recipe
+prompts            The held-out prompts of the section `[evaluation]` of a recipe. Needs no Keras
 reading            Reads and checks a recipe file. An error names the file, the key, the value and a valid value
+reporters          The callbacks of a run that count, show and log
 run                Runs a recipe, and resumes a run that was stopped
 run_folder         The folder of a run: its recipe and its lock. Needs no Keras
 schema             Every key of a training recipe, with its type, its range and its meaning. Needs no Keras
+section_rules      Checks of the keys of the section `[evaluation]` against others
+written_model      The model that a run writes at its end
 """

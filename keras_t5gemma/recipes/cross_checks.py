@@ -2,27 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from keras_t5gemma.recipes.objective_section import SUPERVISED
 from keras_t5gemma.recipes.schema import PREFERENCES_WITH_REFERENCE, Recipe
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """A condition on several keys of a recipe.
-
-    Attributes:
-        keys: the keys that the message begins with, and the punctuation after them.
-        is_met: a function of a `Recipe`.
-        text: the expected and the received value, a template of `str.format`. Its names are the sections of the recipe
-            and the keys of `_derived_numbers`.
-    """
-
-    keys: str
-    is_met: Callable[[Recipe], object]
-    text: str
-
+from keras_t5gemma.recipes.section_rules import EVALUATION_RULES, Rule, held_out_values
 
 RULES = (
     Rule("[model]:", lambda r: bool(r.model.preset) != bool(r.model.adapt), "needs `preset` or `adapt`, and not both."),
@@ -147,6 +131,7 @@ RULES = (
         lambda r: r.distillation.teacher is None or not (r.training.z_loss or r.training.label_smoothing),
         "are of the loss without a teacher. Leave them out to distil.",
     ),
+    *EVALUATION_RULES,
 )
 
 
@@ -177,6 +162,7 @@ def _derived_numbers(recipe: Recipe) -> dict[str, object]:
         "devices": _batch_devices(recipe),
         "rows": _row_multiple(recipe),
         "mesh": list(recipe.hardware.mesh),
+        "values": ", ".join(held_out_values(recipe)) or "nothing, as no held-out value is measured",
     }
 
 

@@ -17,8 +17,10 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
     (
         "data",
         ("pair_fields", "answers"),
-        lambda recipe: recipe.objective.name == SUPERVISED and not recipe.preference.loss,
-        'it is for the objective "supervised", whose rows are pairs and not preferences.',
+        lambda recipe: (
+            recipe.evaluation.prompts or (recipe.objective.name == SUPERVISED and not recipe.preference.loss)
+        ),
+        'it is for [evaluation] prompts and the objective "supervised", whose rows are pairs and not preferences.',
     ),
     (
         "data",
@@ -51,6 +53,12 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
         ("beta", "label_smoothing", "gamma", "alpha", "desirable_weight", "undesirable_weight", "reference"),
         lambda recipe: recipe.preference.loss,
         "there is no `loss`.",
+    ),
+    (
+        "evaluation",
+        ("metrics", "max_new_tokens", "limit", "samples", "batch_size"),
+        lambda recipe: recipe.evaluation.prompts,
+        "there are no `prompts`.",
     ),
     ("hardware", ("fully_sharded",), lambda recipe: recipe.hardware.mesh, "there is no `mesh`."),
 )

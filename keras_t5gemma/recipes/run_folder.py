@@ -11,13 +11,20 @@ from filelock import FileLock, Timeout
 from keras_t5gemma.recipes.reading import RecipeError, flat, read_recipe, stated_keys, to_toml
 from keras_t5gemma.recipes.schema import Recipe
 
-RECIPE_FILE, MODEL_FOLDER = "recipe.toml", "model"
+RECIPE_FILE, MODEL_FOLDER, CHECKPOINTS_FOLDER = "recipe.toml", "model", "checkpoints"
 # Keys whose value may change when a run continues: they change neither the data nor the computation of a step. More
 # steps are possible if the recipe states `optimizer.decay_steps`. Otherwise the cosine ends with the steps, so other
 # steps are another run.
 MAY_CHANGE = (
     "data.num_workers",
     "data.validation",
+    "evaluation.batch_size",
+    "evaluation.every",
+    "evaluation.limit",
+    "evaluation.max_new_tokens",
+    "evaluation.metrics",
+    "evaluation.prompts",
+    "evaluation.samples",
     "hardware.fully_sharded",
     "hardware.mesh",
     "model.rematerialize",
@@ -31,6 +38,14 @@ MAY_CHANGE = (
     "training.keep",
     "training.save_every",
     "training.steps",
+)
+# Of these, those that change the values that `evaluation.best` compares; with that key they must not change.
+COMPARED = (
+    "data.validation",
+    "evaluation.limit",
+    "evaluation.max_new_tokens",
+    "evaluation.prompts",
+    "training.evaluate_batches",
 )
 _DECAY = "optimizer.decay_steps"
 
@@ -133,7 +148,8 @@ def check_run(folder: Path, recipe: Recipe) -> Recipe | None:
         return None
     previous = read_recipe(path)
     before, now = flat(previous), flat(recipe)
-    if fixed := [key for key in now if now[key] != before[key] and key not in MAY_CHANGE]:
+    may_change = [key for key in MAY_CHANGE if recipe.evaluation.best is None or key not in COMPARED]
+    if fixed := [key for key in now if now[key] != before[key] and key not in may_change]:
         changes = "; ".join(f"{key} was {before[key]!r}, is {now[key]!r}" for key in fixed)
         hint = (
             " The cosine ends with training.steps, unless decay_steps is stated; `train --steps` keeps it."
@@ -142,6 +158,6 @@ def check_run(folder: Path, recipe: Recipe) -> Recipe | None:
         )
         raise RecipeError(
             f"{folder} holds a run of another recipe: {changes}.{hint} Put that back to go on with it, or choose "
-            f"another folder. Keys that may change: {', '.join(MAY_CHANGE)}."
+            f"another folder. Keys that may change: {', '.join(may_change)}."
         )
     return previous

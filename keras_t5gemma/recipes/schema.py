@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from keras_t5gemma.evaluation.text_metrics import NAMES as METRICS
+
 # The kinds of `PreferenceLoss`, whose module needs Keras; the first ones have a reference.
 PREFERENCES_WITH_REFERENCE = ("dpo", "ipo", "hinge", "robust", "apo_zero", "kto")
 PREFERENCE_LOSSES = (*PREFERENCES_WITH_REFERENCE, "simpo", "cpo", "orpo")
@@ -56,8 +58,8 @@ class DataSection:
         num_workers: processes that read and tokenize; their number does not change the data.
         shuffle_buffer: number of texts that are shuffled together if the source has no random access.
         pack_buffer: number of examples that are packed together.
-        pair_fields: for the objective "supervised", the names of input and target.
-        answers: for the objective "supervised", the answers of a chat to learn.
+        pair_fields: for the objective "supervised" and [evaluation] prompts, the names of input and target.
+        answers: for the objective "supervised" and [evaluation] prompts, which answers of a chat count.
     """
 
     sources: tuple[str, ...] = _key(least_items=1)
@@ -233,6 +235,36 @@ class PreferenceSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationSection:
+    """`[evaluation]`: generates answers to held-out prompts during the run, see `keras_t5gemma.GenerationMetrics`.
+
+    The values are in the log as `val_<metric>`, in the rows of the steps at which they are measured. Keys without which
+    nothing is generated are `prompts` and `every`.
+
+    Attributes:
+        prompts: files or patterns of held-out pairs or chats, JSONL or Parquet, in the fields that [data] pair_fields
+            names; empty for no generation.
+        metrics: what is computed of the answers.
+        every: steps between two evaluations, a multiple of [training] log_every; 0 for none.
+        max_new_tokens: maximum number of tokens of an answer; what [objective] decoder_length leaves if left out.
+        limit: number of pairs to take, the first ones; all if left out.
+        samples: number of answers that are printed at each evaluation.
+        batch_size: prompts that are answered together.
+        best: a held-out value of the log, such as "val_rougeL" or "val_loss". The checkpoint in which it is best is
+            kept, and its weights are the model that the run writes; the last weights if left out.
+    """
+
+    prompts: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = _key(("exact_match",), choices=METRICS, least_items=1)
+    every: int = _key(0, least=0)
+    max_new_tokens: int | None = _key(None, least=1)
+    limit: int | None = _key(None, least=1)
+    samples: int = _key(3, least=0)
+    batch_size: int = _key(8, least=1)
+    best: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class HardwareSection:
     """`[hardware]`: sharding over devices and processes, on JAX; see `keras_t5gemma.layout_map`.
 
@@ -278,6 +310,7 @@ class Recipe:
         output: an `OutputSection`.
         distillation: a `DistillationSection`.
         preference: a `PreferenceSection`.
+        evaluation: an `EvaluationSection`.
         hardware: a `HardwareSection`.
     """
 
@@ -289,4 +322,5 @@ class Recipe:
     output: OutputSection
     distillation: DistillationSection = DistillationSection()
     preference: PreferenceSection = PreferenceSection()
+    evaluation: EvaluationSection = EvaluationSection()
     hardware: HardwareSection = HardwareSection()

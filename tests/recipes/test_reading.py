@@ -9,7 +9,7 @@ import pytest
 from keras_t5gemma.recipes.no_effect import RULES
 from keras_t5gemma.recipes.objective_section import make_objective
 from keras_t5gemma.recipes.reading import RecipeError, flat, read_recipe, recipe_names, to_toml
-from keras_t5gemma.recipes.run_folder import MAY_CHANGE, begin, check_run, locked
+from keras_t5gemma.recipes.run_folder import COMPARED, MAY_CHANGE, begin, check_run, locked
 from keras_t5gemma.recipes.schema import Recipe
 
 MINIMAL = """
@@ -53,6 +53,52 @@ FAULTS = {
     "validation that is never measured": ("[data]", '[data]\nvalidation = "a"', ("evaluate_every", "validation")),
     "mean of more than is kept": ("[output]", "[output]\naverage_last = 9", ("average_last", "keep=5", "9")),
     "mean of adapters": ("[output]", "[output]\naverage_last = 2", ("average_last", "LoRA")),
+    "prompts that are never asked": (
+        "[output]",
+        '[evaluation]\nprompts = "a"\n[output]',
+        ("prompts and every", "both"),
+    ),
+    "evaluation within a row": (
+        "[output]",
+        '[evaluation]\nprompts = "a"\nevery = 15\n[output]',
+        ("[evaluation] every", "log_every=10", "15"),
+    ),
+    "evaluation after the end": (
+        "[output]",
+        '[evaluation]\nprompts = "a"\nevery = 200\n[output]',
+        ("[evaluation] every", "steps=100", "200"),
+    ),
+    "unknown metric": (
+        "[output]",
+        '[evaluation]\nmetrics = "rougel"\n[output]',
+        ("[evaluation] metrics[0]", "'rougel'", "Did you mean 'rougeL'?"),
+    ),
+    "metric twice": (
+        "[output]",
+        '[evaluation]\nprompts = "a"\nevery = 10\nmetrics = ["f1", "f1"]\n[output]',
+        ("[evaluation] metrics", "once"),
+    ),
+    "prompts on several processes": (
+        "[output]",
+        '[hardware]\nmesh = [2]\nprocesses = 2\n[evaluation]\nprompts = "a"\nevery = 10\n[output]',
+        ("[evaluation] prompts", "processes=2"),
+    ),
+    "best value that is not measured": (
+        "[output]",
+        '[evaluation]\nprompts = "a"\nevery = 10\nbest = "val_f1"\n[output]',
+        ("[evaluation] best", "val_exact_match", "'val_f1'"),
+    ),
+    "best value of nothing": ("[output]", '[evaluation]\nbest = "val_loss"\n[output]', ("best", "no held-out value")),
+    "best loss after the end": (
+        "[data]",
+        '[evaluation]\nbest = "val_loss"\n[data]\nvalidation = "a"',
+        ("[evaluation] best", "evaluate_every=200", "steps=100"),
+    ),
+    "best checkpoint and mean": (
+        "[output]",
+        '[evaluation]\nprompts = "a"\nevery = 10\nbest = "val_exact_match"\n[output]\naverage_last = 2',
+        ("[output] average_last", "best='val_exact_match'", "2"),
+    ),
     "batch that devices do not divide": (
         "[output]",
         "[hardware]\nmesh = [3]\n[output]",
@@ -84,7 +130,11 @@ def test_fault_in_a_recipe_is_told_with_file_key_what_came_and_what_would_work(n
     assert old in MINIMAL
     text = MINIMAL.replace(old, new)
     if name == "mean of adapters":
-        text = text.replace("[model]", "[model]\nlora_rank = 4").replace("steps = 100", "steps = 100\nsave_every = 50")
+        text = text.replace("[model]", "[model]\nlora_rank = 4")
+    if name in ("mean of adapters", "best checkpoint and mean"):
+        text = text.replace("steps = 100", "steps = 100\nsave_every = 50")
+    if name == "best loss after the end":
+        text = text.replace("steps = 100", "steps = 100\nevaluate_every = 200")
     with pytest.raises(RecipeError) as error:
         read_recipe(written(tmp_path, text))
     for word in ("my.toml", *named):
@@ -115,6 +165,16 @@ WITHOUT_EFFECT = {
         for key in ("beta", "label_smoothing", "gamma", "alpha", "desirable_weight", "undesirable_weight")
     },
     "[preference] reference": ("[output]", '[preference]\nreference = "precomputed"\n[output]'),
+    **{
+        f"[evaluation] {key}": ("[output]", f"[evaluation]\n{key} = {value}\n[output]")
+        for key, value in (
+            ("metrics", '"f1"'),
+            ("max_new_tokens", 9),
+            ("limit", 9),
+            ("samples", 9),
+            ("batch_size", 9),
+        )
+    },
     "[hardware] fully_sharded": ("[output]", "[hardware]\nfully_sharded = false\n[output]"),
 }
 
@@ -240,6 +300,21 @@ def test_run_goes_on_with_what_may_change_and_for_more_steps_where_the_cosine_st
 
 def test_what_may_change_are_keys_that_there_are(tmp_path):
     assert set(MAY_CHANGE) <= set(flat(read_recipe(written(tmp_path))))
+    assert set(COMPARED) <= set(MAY_CHANGE)
+
+
+def test_prompts_of_a_run_may_change_unless_a_best_value_is_compared(tmp_path):
+    for best in (None, "val_f1"):
+        section = {"prompts": ["a"], "metrics": ["f1"], "every": 10, **({"best": best} if best else {})}
+        folder = tmp_path / str(best)
+        folder.mkdir()
+        begin(folder, read_recipe(written(tmp_path), evaluation=section))
+        other = read_recipe(written(tmp_path), evaluation={**section, "prompts": ["b"], "every": 20})
+        if best is None:
+            check_run(folder, other)
+        else:
+            with pytest.raises(RecipeError, match=r"evaluation\.prompts was \('a',\), is \('b',\)\. Put"):
+                check_run(folder, other)
 
 
 def test_folder_with_something_else_in_it_is_refused(tmp_path):

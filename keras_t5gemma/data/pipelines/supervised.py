@@ -110,13 +110,17 @@ class _Flatten(grain.experimental.FlatMapTransform):
 def _examples(row: Any, *, encode: Callable[..., Example], fields: tuple[str, ...], answers: str) -> list[Example]:
     """The `Example`s of a row. An error message shows the row."""
     try:
-        return [encode(prompt, answer) for prompt, answer in _pairs(row, fields, answers)]
+        return [encode(prompt, answer) for prompt, answer in pairs_of_row(row, fields, answers)]
     except ValueError as error:
         raise ValueError(f"{error} The row: {row!r:.200}") from error
 
 
-def _pairs(row: Any, fields: tuple[str, ...], answers: str) -> list[tuple]:
-    """The question and answer pairs of a row. A chat has one pair per answer."""
+def pairs_of_row(row: Any, fields: Sequence[str], answers: str) -> list[tuple]:
+    """The (question, answer) pairs of a row of `supervised_dataset`, whose arguments these are; a chat has some.
+
+    Raises:
+        ValueError: if the row has another form.
+    """
     if isinstance(row, Mapping):
         if MESSAGES in row:
             return _turns(row[MESSAGES], answers)

@@ -33,6 +33,9 @@ class TrainingLog(keras.callbacks.Callback):
         log = TrainingLog("run", checkpoint, held_out=held_out, evaluate_every=10)
         lm.fit(checkpoint.data(data), epochs=100, steps_per_epoch=50, callbacks=[log, checkpoint])
 
+    The held-out loss is in the logs too, as `val_loss`, NaN in the epochs between two measurements. So callbacks that
+    come after this one can follow it, such as `TrainingCheckpoint(best="val_loss")`.
+
     Args:
         folder: the run's folder; None to measure without writing, as in all processes but one.
         checkpoint: the run's `TrainingCheckpoint`.
@@ -83,7 +86,10 @@ class TrainingLog(keras.callbacks.Callback):
             row["tokens_per_second"] = math.nan if self.tokens.per_second is None else self.tokens.per_second
         if self.held_out:
             due = (epoch + 1) % self.evaluate_every == 0
-            row |= self._measure() if due else dict.fromkeys(self._columns(), math.nan)
+            measured = self._measure() if due else dict.fromkeys(self._columns(), math.nan)
+            row |= measured
+            if logs is not None:  # for the callbacks that come after this one
+                logs |= measured
         for writer in self._writers:
             writer.add(row)
         if self.on_row:

@@ -70,11 +70,14 @@ class BestEpoch:
         return True
 
 
-def best_step(path: Path) -> int:
-    """The batches trained on by the best epoch, as a run's newest checkpoint records it.
+def best_entry(path: Path) -> dict:
+    """The best epoch of a run, as its newest checkpoint records it.
 
     Args:
         path: that checkpoint, or a part of it.
+
+    Returns:
+        A dict of `monitor`, `mode`, `value` and `step`, the batches trained on by then.
 
     Raises:
         CheckpointError: if it records none.
@@ -82,4 +85,4 @@ def best_step(path: Path) -> int:
     entry = step_folder.read_state(path).get("best")
     if entry is None:
         raise CheckpointError(f'{path} records no best epoch. Train with `TrainingCheckpoint(..., best="val_loss")`.')
-    return entry["step"]
+    return entry

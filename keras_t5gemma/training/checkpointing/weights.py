@@ -7,7 +7,7 @@ import keras
 from keras_t5gemma.checkpoints.processes import on_all_processes
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.training.checkpointing import model_state, process_folders, step_folder
-from keras_t5gemma.training.checkpointing.best_epoch import best_step
+from keras_t5gemma.training.checkpointing.best_epoch import best_entry
 
 
 def training_weights(folder: str | Path, last: int | None = None, *, best: bool = False) -> list[Path]:
@@ -36,13 +36,28 @@ def training_weights(folder: str | Path, last: int | None = None, *, best: bool 
     if not steps or len(steps) < (last or 0):
         raise CheckpointError(f"{folder} holds {len(steps)} training checkpoint(s). Expected {last or 'at least one'}.")
     if best:
-        number = best_step(steps[-1])
+        number = best_entry(steps[-1])["step"]
         steps = [path for path in steps if step_folder.step_of(path) == number]
         if not steps:
             raise CheckpointError(
                 f"{folder} does not hold {step_folder.step_name(number)} any more, its best checkpoint."
             )
     return [_model_folder(path) for path in (steps[-last:] if last else steps)]
+
+
+def best_of_run(folder: str | Path) -> dict:
+    """The best epoch of a run, see `best_entry`.
+
+    Args:
+        folder: the folder of a `TrainingCheckpoint`.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, or no epoch is known to be the best.
+    """
+    steps = process_folders.restorable_steps(folder)
+    if not steps:
+        raise CheckpointError(f"{folder} holds no training checkpoint.")
+    return best_entry(steps[max(steps)])
 
 
 def _model_folder(path: Path) -> Path:
@@ -93,7 +108,7 @@ def load_training_weights(
         raise ValueError(f"`best` must be False beside `step` and `last`. Received: step={step}, last={last}.")
     steps = process_folders.restorable_steps(folder)
     if best and steps:
-        step = on_all_processes(lambda: best_step(steps[max(steps)]))
+        step = on_all_processes(lambda: best_entry(steps[max(steps)])["step"])
     chosen = [number for number in steps if step is None or number <= step][-(last or 1) :]
     if len(chosen) < (last or 1) or (step is not None and step not in steps):
         raise CheckpointError(
