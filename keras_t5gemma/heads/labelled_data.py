@@ -99,7 +99,7 @@ class FitsLabelled(Fits):
                 epochs=epochs,
                 steps_per_epoch=steps_for_keras(steps_per_epoch, batches.steps, batches.stream),
                 callbacks=with_callback(callbacks, callback),
-                **kwargs,
+                **{**kwargs, "shuffle": False},  # a dataset has its own order, and Keras would warn of it
             )
 
     def evaluate(self, x=None, y=None, batch_size: int | None = None, sample_weight=None, **kwargs):

@@ -1,5 +1,6 @@
 """Training recipes: one TOML file describes a run. The recipes of the published runs are in this folder.
 
+classification     Builds the classifier of the section `[task]`, its data and its held-out measurement
 components         Builds the model, the data and the optimizer of a recipe
 cross_checks       Checks of recipe keys against each other
 devices            The devices and the processes of a recipe
@@ -11,6 +12,6 @@ reporters          The callbacks of a run that count, show and log
 run                Runs a recipe, and resumes a run that was stopped
 run_folder         The folder of a run: its recipe and its lock. Needs no Keras
 schema             Every key of a training recipe, with its type, its range and its meaning. Needs no Keras
-section_rules      Checks of the keys of the section `[evaluation]` against others
+section_rules      Checks of the keys of the sections `[evaluation]` and `[task]` against others
 written_model      The model that a run writes at its end
 """

@@ -17,6 +17,7 @@ from keras_t5gemma.data.pipelines.supervised import supervised_dataset
 from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset
 from keras_t5gemma.data.sources.open import text_source
 from keras_t5gemma.models.adapted import adapt_gemma2
+from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.recipes.objective_section import SUPERVISED
 from keras_t5gemma.recipes.schema import Recipe
@@ -33,7 +34,6 @@ from keras_t5gemma.training.optimizers.factory import optimizer
 def compiled_model(recipe: Recipe) -> T5GemmaSeq2SeqLM:
     """Builds and compiles the model of a `Recipe`, with its preprocessor."""
     section, training = recipe.model, recipe.training
-    lengths = recipe.objective.encoder_length, recipe.objective.decoder_length
     if section.preset:
         lm = T5GemmaSeq2SeqLM.from_preset(section.preset, dtype=section.dtype)
         if lm.preprocessor is None:
@@ -43,21 +43,13 @@ def compiled_model(recipe: Recipe) -> T5GemmaSeq2SeqLM:
                 f"`T5GemmaSeq2SeqLM(backbone, preprocessor).save_to_preset(folder)`."
             )
     else:
-        backbone = adapt_gemma2(
-            *section.adapt,
-            cross_attention=section.cross_attention,
-            encoder_attention=section.encoder_attention,
-            encoder_heads=section.encoder_heads,
-            seed=training.seed,
-            dtype=section.dtype,
-        )
-        tokenizer = T5GemmaTokenizer.from_preset(section.tokenizer or section.adapt[-1])
-        lm = T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, *lengths))
+        backbone, tokenizer = adapted(recipe)
+        lm = T5GemmaSeq2SeqLM(backbone, T5GemmaSeq2SeqLMPreprocessor(tokenizer, *recipe.objective.lengths))
     lm = cast(Any, lm)  # keras-hub's class does not say the type of `backbone`
     if section.lora_rank:
         lm.backbone.enable_lora(section.lora_rank)
     lm.backbone.rematerialize = section.rematerialize
-    lm.compile(optimizer=_optimizer(recipe), loss=_loss(recipe), accumulation_steps=training.accumulation_steps)
+    lm.compile(optimizer=make_optimizer(recipe), loss=_loss(recipe), accumulation_steps=training.accumulation_steps)
     return lm
 
 
@@ -130,7 +122,7 @@ def held_out_batches(
         batches = batches if stored is None else stored.join(batches)
         return {name: (first_batches(batches, training.evaluate_batches), 1)}
     return held_out_by_part(
-        _source(recipe, data.validation, index),
+        open_source(recipe, data.validation, index),
         preprocessor.tokenizer,
         objective,
         num_batches=training.evaluate_batches,
@@ -148,8 +140,22 @@ def _view(recipe: Recipe, tokenizer: object, data: Any, objective: Objective | N
     return distillation_dataset(data, objective, tokenizer) if recipe.distillation.teacher else data
 
 
-def _optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
-    """The optimizer of a recipe."""
+def adapted(recipe: Recipe) -> tuple[T5GemmaBackbone, T5GemmaTokenizer]:
+    """Adapts the Gemma 2 of a `Recipe`, and loads their tokenizer."""
+    section = recipe.model
+    backbone = adapt_gemma2(
+        *section.adapt,
+        cross_attention=section.cross_attention,
+        encoder_attention=section.encoder_attention,
+        encoder_heads=section.encoder_heads,
+        seed=recipe.training.seed,
+        dtype=section.dtype,
+    )
+    return backbone, T5GemmaTokenizer.from_preset(section.tokenizer or section.adapt[-1])
+
+
+def make_optimizer(recipe: Recipe) -> keras.optimizers.Optimizer:
+    """Makes the optimizer of a `Recipe`."""
     section = recipe.optimizer
     betas = {name: getattr(section, name) for name in ("beta_1", "beta_2")}
     return optimizer(
@@ -178,13 +184,22 @@ def _loss(recipe: Recipe) -> Distillation | PreferenceLoss | VocabularyCrossEntr
     return VocabularyCrossEntropy(z_loss=training.z_loss, label_smoothing=training.label_smoothing)
 
 
-def _source(recipe: Recipe, paths: Sequence[str], index: int) -> grain.MapDataset | grain.IterDataset:
-    """A process's share of the texts of a recipe, of its `sources` or its `validation`."""
+def open_source(recipe: Recipe, paths: Sequence[str], index: int) -> grain.MapDataset | grain.IterDataset:
+    """Opens a process's share of the texts or rows of a recipe.
+
+    Args:
+        recipe: a `Recipe`.
+        paths: the recipe's `sources` or its `validation`.
+        index: the process's.
+
+    Raises:
+        ValueError: as for `text_source`; the message names the key.
+    """
     data = recipe.data
     try:
         return text_source(
             list(paths),
-            field=data.field if recipe.objective.name != SUPERVISED else None,
+            field=data.field if recipe.objective.name != SUPERVISED and not recipe.task.head else None,
             format=data.format,
             sample_by=data.sample_by,
             shard_index=index,
@@ -217,7 +232,7 @@ def _dataset(
         A Grain dataset of batches.
     """
     data, training = recipe.data, recipe.training
-    source = _source(recipe, paths, index)
+    source = open_source(recipe, paths, index)
     options = {
         "batch_size": training.batch_size // recipe.hardware.processes,
         "seed": training.seed,
@@ -226,7 +241,7 @@ def _dataset(
         "drop_remainder": True,  # processes and devices take batches of one shape
         **options,
     }
-    lengths = {name: getattr(recipe.objective, name) for name in ("encoder_length", "decoder_length")}
+    lengths = dict(zip(("encoder_length", "decoder_length"), recipe.objective.lengths, strict=True))
     if recipe.preference.loss:
         return preference_dataset(source, preprocessor, **lengths, **options)
     options |= {"pack": data.pack, "pack_buffer": data.pack_buffer}

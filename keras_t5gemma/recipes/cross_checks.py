@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from keras_t5gemma.recipes.objective_section import SUPERVISED
 from keras_t5gemma.recipes.schema import PREFERENCES_WITH_REFERENCE, Recipe
-from keras_t5gemma.recipes.section_rules import EVALUATION_RULES, Rule, held_out_values
+from keras_t5gemma.recipes.section_rules import EVALUATION_RULES, TASK_RULES, Rule, held_out_values
 
 RULES = (
+    *TASK_RULES,
     Rule("[model]:", lambda r: bool(r.model.preset) != bool(r.model.adapt), "needs `preset` or `adapt`, and not both."),
     Rule(
         "[training] steps:",
@@ -59,7 +60,7 @@ RULES = (
     ),
     Rule(
         "[output] format:",
-        lambda r: not (r.model.lora_rank and r.output.format == "keras"),
+        lambda r: not (r.model.lora_rank and r.output.format == "keras" and not r.task.head),
         'adapters alone are written in PEFT\'s format. Set it to "hf".',
     ),
     Rule(

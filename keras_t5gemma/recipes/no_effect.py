@@ -25,8 +25,8 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
     (
         "data",
         ("field", "documents"),
-        lambda recipe: recipe.objective.name != SUPERVISED,
-        'it is for raw text; the objective "supervised" has `pair_fields`, and each row for itself.',
+        lambda recipe: recipe.objective.name != SUPERVISED and not recipe.task.head,
+        'it is for raw text; the objective "supervised" has `pair_fields`, a task `text_fields`, each row for itself.',
     ),
     ("data", ("pack_buffer",), lambda recipe: recipe.data.pack, "it is for packed rows, and `pack` is false."),
     (
@@ -41,7 +41,12 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
         lambda recipe: recipe.objective.name != SUPERVISED,
         'the objective "supervised" has no modes.',
     ),
-    ("training", ("evaluate_batches",), lambda recipe: recipe.data.validation, "there is no [data] validation."),
+    (
+        "training",
+        ("evaluate_batches",),
+        lambda recipe: recipe.data.validation and not recipe.task.head,
+        "there is no [data] validation, or a task measures all of it.",
+    ),
     (
         "distillation",
         ("dtype", "temperature", "hard_weight"),
@@ -59,6 +64,23 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
         ("metrics", "max_new_tokens", "limit", "samples", "batch_size"),
         lambda recipe: recipe.evaluation.prompts,
         "there are no `prompts`.",
+    ),
+    (
+        "task",
+        (
+            "labels",
+            "text_fields",
+            "label_field",
+            "problem",
+            "pooling",
+            "stack",
+            "dropout",
+            "sequence_length",
+            "truncate",
+            "separator",
+        ),
+        lambda recipe: recipe.task.head,
+        "there is no `head`.",
     ),
     ("hardware", ("fully_sharded",), lambda recipe: recipe.hardware.mesh, "there is no `mesh`."),
 )

@@ -28,7 +28,7 @@ def make_objective(section: ObjectiveSection) -> Objective | None:
         raise ValueError(f"it needs one of `name`, `mixture` and `denoisers`. Received: {', '.join(stated) or 'none'}.")
     if section.name == SUPERVISED:
         return None
-    lengths = section.encoder_length, section.decoder_length
+    lengths = section.lengths
     if section.name:
         return _named(section.name, section)
     if section.mixture:
@@ -47,7 +47,7 @@ def check_objective(section: ObjectiveSection) -> None:
 def _named(name: str, section: ObjectiveSection) -> Objective:
     if name not in RECIPES:
         check_choice(name, "name", [*sorted(RECIPES), SUPERVISED], others=" (the last not in a mixture)")
-    return objective(name, section.encoder_length, section.decoder_length, **_options(name, section))
+    return objective(name, *section.lengths, **_options(name, section))
 
 
 def _options(name: str, section: ObjectiveSection) -> dict[str, Any]:

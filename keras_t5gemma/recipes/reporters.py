@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
+from rich.console import Console
 from rich.progress import Progress
 
 from keras_t5gemma.evaluation.generation_metrics import GenerationMetrics
@@ -22,7 +23,7 @@ def reporters(
     folder: Path,
     checkpoint: TrainingCheckpoint,
     held_out: dict[str, tuple] | None,
-    pairs: Sequence[tuple],
+    measuring: Sequence[keras.callbacks.Callback],
     display: Progress | None,
 ) -> list[keras.callbacks.Callback]:
     """The callbacks that count, show and log.
@@ -32,7 +33,7 @@ def reporters(
         folder: the run's.
         checkpoint: the run's.
         held_out: of `held_out_batches`.
-        pairs: of `held_out_prompts`.
+        measuring: callbacks that add held-out values to the logs.
         display: shows the progress bar; None in all processes but the first, which only measure.
 
     Returns:
@@ -46,9 +47,8 @@ def reporters(
         held_out=held_out,
         evaluate_every=max(1, training.evaluate_every // training.log_every),
     )
-    if display is None:  # several processes do not generate
-        return [tokens, log(None, checkpoint)]
-    generation = [HeldOutGeneration(recipe, pairs, display)] if pairs else []
+    if display is None:
+        return [tokens, *measuring, log(None, checkpoint)]
     bar = ProgressBar(display, "train", training.steps, tokens=tokens, done=lambda: checkpoint.batches)
 
     def show(row: dict) -> None:
@@ -60,13 +60,9 @@ def reporters(
             display.console.print(text, soft_wrap=True)
 
     resumed = keras.callbacks.LambdaCallback(on_train_begin=show_first_step)
-    return [
-        *generation,
-        tokens,
-        resumed,
-        bar,
-        log(folder, checkpoint, tensorboard=recipe.output.tensorboard, on_row=show),
-    ]
+    rows = log(folder, checkpoint, tensorboard=recipe.output.tensorboard, on_row=show)
+    # The rate comes first, so that its clock does not count what the others do at the end of an epoch.
+    return [tokens, *measuring, resumed, bar, rows]
 
 
 def _line(row: dict[str, float], time_left: Sequence[str]) -> str:
@@ -95,30 +91,31 @@ class HeldOutGeneration(GenerationMetrics):
     Args:
         recipe: a `Recipe`.
         pairs: of `held_out_prompts`.
-        display: where samples are printed.
+        console: where samples are printed.
 
     Raises:
         ImportError: if a metric needs a package that is not installed.
     """
 
-    def __init__(self, recipe: Recipe, pairs: Sequence[tuple], display: Progress):
+    def __init__(self, recipe: Recipe, pairs: Sequence[tuple], console: Console):
         section = recipe.evaluation
         # A limit is always stated, because a preset's own may be of another length than the answers learned.
-        length = (
+        length: dict[str, Any] = (
             {"max_length": recipe.objective.decoder_length}
             if section.max_new_tokens is None
             else {"max_new_tokens": section.max_new_tokens}
         )
-        options = {"every": section.every, "samples": section.samples, "batch_size": section.batch_size}
+        options: dict[str, Any] = {"every": section.every, "samples": section.samples, "batch_size": section.batch_size}
         super().__init__(pairs, section.metrics, **options, **length)
-        self.display = display
+        self.console = console
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Checks that the model can read each prompt now, not only when it is first asked."""
         super().on_train_begin(logs)
+        preprocessor = cast(Any, self.model).preprocessor  # `set_params` has checked that there is one
         for prompt in self.prompts:
             try:
-                self.model.preprocessor.generate_preprocess([prompt])
+                preprocessor.generate_preprocess([prompt])
             except ValueError as error:
                 raise ValueError(f"[evaluation] prompts: {error} The prompt: {prompt!r:.200}") from error
 
@@ -128,4 +125,4 @@ class HeldOutGeneration(GenerationMetrics):
         self._newest = dict.fromkeys(self._newest, math.nan)
 
     def _print(self, table: Any) -> None:
-        self.display.console.print(table)
+        self.console.print(table)

@@ -1,21 +1,22 @@
 """Runs a recipe, and resumes a run that was stopped."""
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import keras
 from rich.console import Console
 
 from keras_t5gemma.checkpoints.processes import gather, on_all_processes
-from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
+from keras_t5gemma.recipes.classification import HeldOutLabels, compiled_classifier, held_out_labels, labelled_data
 from keras_t5gemma.recipes.components import compiled_model, held_out_batches, reference, training_data
 from keras_t5gemma.recipes.cross_checks import precomputes_reference
 from keras_t5gemma.recipes.devices import distribution, process
 from keras_t5gemma.recipes.objective_section import make_objective
 from keras_t5gemma.recipes.prompts import held_out_prompts
 from keras_t5gemma.recipes.reading import read_recipe
-from keras_t5gemma.recipes.reporters import reporters
+from keras_t5gemma.recipes.reporters import HeldOutGeneration, reporters
 from keras_t5gemma.recipes.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, begin, locked
 from keras_t5gemma.recipes.schema import Recipe
 from keras_t5gemma.recipes.written_model import description, write_model
@@ -61,8 +62,8 @@ def run_recipe(recipe: Recipe | str | Path, console: Console | None = None) -> P
             _print_once(console, index, f"{folder} holds this run already, trained to its end.")
             return model_folder
         with distributed:
-            lm = _fit(recipe, folder, index, console)
-            write_model(lm, recipe, folder)
+            model = _fit(recipe, folder, index, console)
+            write_model(model, recipe, folder)
             _print_once(console, index, f"Wrote {model_folder}{description(recipe, folder)}.")
     return model_folder
 
@@ -72,16 +73,48 @@ def _print_once(console: Console, index: int, text: str) -> None:
         console.print(text)
 
 
-def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> T5GemmaSeq2SeqLM:
-    """Trains the model to the recipe's last step, from the last checkpoint in the folder if there is one."""
-    training = recipe.training
-    keras.utils.set_random_seed(training.seed)
+class Parts(NamedTuple):
+    """What a run consists of.
+
+    Attributes:
+        model: a compiled model.
+        data: an endless Grain dataset of batches.
+        held_out: the `held_out` of `TrainingLog`.
+        measuring: callbacks that add other held-out values to the logs.
+    """
+
+    model: Any
+    data: Any
+    held_out: dict[str, tuple] | None
+    measuring: Sequence[keras.callbacks.Callback]
+
+
+def _language_model(recipe: Recipe, folder: Path, index: int, console: Console) -> Parts:
+    """The parts of a run that trains an encoder-decoder."""
     pairs = held_out_prompts(recipe)
+    measuring = [HeldOutGeneration(recipe, pairs, console)] if pairs else []
     objective = make_objective(recipe.objective)
     lm = cast(Any, compiled_model(recipe))  # keras-hub's class does not say the type of `preprocessor`
     stored = reference(recipe, lm, folder / REFERENCE_FOLDER) if precomputes_reference(recipe) else None
     data = training_data(recipe, lm.preprocessor, objective, index, stored)
-    held_out = held_out_batches(recipe, lm.preprocessor, objective, index, stored)
+    return Parts(lm, data, held_out_batches(recipe, lm.preprocessor, objective, index, stored), measuring)
+
+
+def _classifier(recipe: Recipe) -> Parts:
+    """The parts of a run that trains a classifier."""
+    classifier = compiled_classifier(recipe)
+    measuring = []
+    if recipe.data.validation:
+        every = recipe.training.evaluate_every // recipe.training.log_every
+        measuring.append(HeldOutLabels(held_out_labels(recipe, classifier), every))
+    return Parts(classifier, labelled_data(recipe, classifier), None, measuring)
+
+
+def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> Any:
+    """Trains the model to the recipe's last step, from the last checkpoint in the folder if there is one."""
+    training = recipe.training
+    keras.utils.set_random_seed(training.seed)
+    parts = _classifier(recipe) if recipe.task.head else _language_model(recipe, folder, index, console)
     checkpoint = TrainingCheckpoint(
         folder / CHECKPOINTS_FOLDER,
         save_every=training.save_every,
@@ -92,13 +125,13 @@ def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> T5GemmaS
     if training.cross_attention_steps:
         callbacks.append(CrossAttentionWarmup(steps=training.cross_attention_steps))
     with progress_display(console) if index == 0 else contextlib.nullcontext() as display:
-        callbacks += reporters(recipe, folder, checkpoint, held_out, pairs, display)
+        callbacks += reporters(recipe, folder, checkpoint, parts.held_out, parts.measuring, display)
         # An epoch is as long as a row of the log, whose numbers are its means. A run that continues keeps them.
-        lm.fit(
-            checkpoint.data(data),
+        parts.model.fit(
+            checkpoint.data(parts.data),
             epochs=training.steps // training.log_every,
             steps_per_epoch=training.log_every,
             verbose=0,
             callbacks=[*callbacks, checkpoint],
         )
-    return lm
+    return parts.model

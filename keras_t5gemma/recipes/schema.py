@@ -1,7 +1,7 @@
 """Every key of a training recipe, with its type, its range and its meaning. Needs no Keras."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 from keras_t5gemma.evaluation.text_metrics import NAMES as METRICS
 
@@ -106,7 +106,7 @@ class DenoiserSection:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveSection:
-    """`[objective]`: the task to learn. It needs `name`, `mixture` or `denoisers`.
+    """`[objective]`: what an encoder-decoder learns. It needs `name`, `mixture` or `denoisers`, and both lengths.
 
     Attributes:
         encoder_length: S, the number of tokens that the encoder reads.
@@ -119,14 +119,19 @@ class ObjectiveSection:
         too_few_sentinels: if sentinels run out, "cap" to limit the raw length, or "merge" for longer spans.
     """
 
-    encoder_length: int = _key(least=1)
-    decoder_length: int = _key(least=1)
+    encoder_length: int | None = _key(None, least=1)
+    decoder_length: int | None = _key(None, least=1)
     name: str | None = None
     mixture: tuple[PartSection, ...] = ()
     denoisers: tuple[DenoiserSection, ...] = ()
     mode_tokens: dict[str, int] = dataclasses.field(default_factory=dict)
     sentinels: tuple[int, ...] = _key((), least=0, most_items=2)
     too_few_sentinels: str = _key("cap", choices=("cap", "merge"))
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """`(S, T)`, of a recipe without a `[task]`."""
+        return cast(tuple[int, int], (self.encoder_length, self.decoder_length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +175,7 @@ class TrainingSection:
         seed: seed of the order, the examples and all other random draws.
         log_every: steps averaged in one row of the logs; must divide `steps`.
         evaluate_every: steps between evaluations of the held-out loss, a multiple of `log_every`; 0 for none.
-        evaluate_batches: batches per denoiser in one evaluation.
+        evaluate_batches: batches per denoiser in one evaluation; a task measures all rows.
         save_every: steps between checkpoints.
         keep: number of newest checkpoints to keep.
     """
@@ -265,6 +270,40 @@ class EvaluationSection:
 
 
 @dataclasses.dataclass(frozen=True)
+class TaskSection:
+    """`[task]`: trains a classifier if `head` is stated, see `keras_t5gemma.T5GemmaTextClassifier`.
+
+    There is then no [objective], and the rows of [data] have texts and labels. The head is new, also if the preset has
+    one. All rows of [data] validation are measured, and the log has `val_loss` and `val_accuracy`.
+
+    Attributes:
+        head: the kind of model.
+        labels: names of the classes, in the order of their ids; empty for a regression, which learns one number.
+        text_fields: the field of the text, or the two fields of a pair.
+        label_field: the field of the label: a name or an id; for "multi" a list of them; for "regression" a number.
+        problem: "single": one class per text; "multi": any number of classes; "regression": a number.
+        pooling: "last" token, or "mean" of all tokens, which needs [output] format = "keras".
+        stack: "encoder"; or "decoder", the encoder-decoder mode of `transformers`.
+        dropout: the rate before the head.
+        sequence_length: S, the maximum number of tokens of a text or a pair.
+        truncate: the end at which a text that is too long is cut; an error if left out.
+        separator: the text between the parts of a pair.
+    """
+
+    head: str | None = _key(None, choices=("text_classifier",))
+    labels: tuple[str, ...] = ()
+    text_fields: tuple[str, ...] = _key(("text",), least_items=1, most_items=2)
+    label_field: str = "label"
+    problem: str = _key("single", choices=("single", "multi", "regression"))
+    pooling: str = _key("last", choices=("last", "mean"))
+    stack: str = _key("encoder", choices=("encoder", "decoder"))
+    dropout: float = _key(0.0, least=0, most=0.99)
+    sequence_length: int = _key(512, least=1)
+    truncate: str | None = _key(None, choices=("left", "right"))
+    separator: str = "\n"
+
+
+@dataclasses.dataclass(frozen=True)
 class HardwareSection:
     """`[hardware]`: sharding over devices and processes, on JAX; see `keras_t5gemma.layout_map`.
 
@@ -304,23 +343,25 @@ class Recipe:
     Attributes:
         model: a `ModelSection`.
         data: a `DataSection`.
-        objective: an `ObjectiveSection`.
+        objective: an `ObjectiveSection`; left out for a task.
         optimizer: an `OptimizerSection`.
         training: a `TrainingSection`.
         output: an `OutputSection`.
         distillation: a `DistillationSection`.
         preference: a `PreferenceSection`.
         evaluation: an `EvaluationSection`.
+        task: a `TaskSection`.
         hardware: a `HardwareSection`.
     """
 
     model: ModelSection
     data: DataSection
-    objective: ObjectiveSection
+    objective: ObjectiveSection = dataclasses.field(default=ObjectiveSection(), kw_only=True)
     optimizer: OptimizerSection
     training: TrainingSection
     output: OutputSection
     distillation: DistillationSection = DistillationSection()
     preference: PreferenceSection = PreferenceSection()
     evaluation: EvaluationSection = EvaluationSection()
+    task: TaskSection = TaskSection()
     hardware: HardwareSection = HardwareSection()

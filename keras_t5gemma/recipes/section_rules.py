@@ -1,9 +1,9 @@
-"""Checks of the keys of the section `[evaluation]` against others."""
+"""Checks of the keys of the sections `[evaluation]` and `[task]` against others."""
 
 import dataclasses
 from collections.abc import Callable
 
-from keras_t5gemma.recipes.schema import Recipe
+from keras_t5gemma.recipes.schema import ObjectiveSection, Recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,72 @@ EVALUATION_RULES = (
 )
 
 
+TASK_RULES = (
+    Rule(
+        "[objective]:",
+        lambda r: r.task.head or (r.objective.encoder_length and r.objective.decoder_length),
+        "needs encoder_length and decoder_length, unless there is a [task] head. Received: "
+        "encoder_length={objective.encoder_length}, decoder_length={objective.decoder_length}.",
+    ),
+    Rule(
+        "[task] head:",
+        lambda r: not r.task.head or r.objective == ObjectiveSection(),
+        "a task has its own `sequence_length`, and no objective. Leave [objective] out. Received: head={task.head!r}.",
+    ),
+    Rule(
+        "[task] head:",
+        lambda r: not (r.task.head and (r.distillation.teacher or r.preference.loss)),
+        "a [distillation] teacher and a [preference] loss are for language models. Leave them out. Received: "
+        "head={task.head!r}.",
+    ),
+    Rule(
+        "[task] head:",
+        lambda r: not (r.task.head and (r.training.z_loss or r.training.label_smoothing)),
+        "[training] z_loss and label_smoothing are of the loss of tokens. Leave them out. Received: "
+        "head={task.head!r}.",
+    ),
+    Rule(
+        "[task] head:",
+        lambda r: not (r.task.head and (r.training.cross_attention_steps or r.data.pack)),
+        "[training] cross_attention_steps and [data] pack are for language models. Leave them out. Received: "
+        "head={task.head!r}.",
+    ),
+    Rule(
+        "[task] head:",
+        lambda r: not (r.task.head and r.evaluation.prompts),
+        "a classifier does not generate answers to [evaluation] prompts. Leave them out. Received: head={task.head!r}.",
+    ),
+    Rule(
+        "[task] head:",
+        lambda r: not r.task.head or r.hardware.processes == 1,
+        "a task is trained in one process. Received: processes={hardware.processes}.",
+    ),
+    Rule(
+        "[task] labels:",
+        lambda r: not r.task.head or len(r.task.labels) >= {"single": 2, "multi": 1}.get(r.task.problem, 0),
+        "expected a name per class. Received: {task.labels}.",
+    ),
+    Rule(
+        "[task] labels:",
+        lambda r: len(set(r.task.labels)) == len(r.task.labels),
+        "expected different names. Received: {task.labels}.",
+    ),
+    Rule(
+        "[task] labels:",
+        lambda r: not (r.task.problem == "regression" and r.task.labels),
+        "a regression has no classes. Leave it out. Received: {task.labels}.",
+    ),
+    Rule(
+        "[output] format:",
+        lambda r: not (r.task.head and r.task.pooling == "mean" and r.output.format == "hf"),
+        '`transformers` reads the last token only. Set it to "keras" for [task] pooling = "mean".',
+    ),
+)
+
+
 def held_out_values(recipe: Recipe) -> list[str]:
     """The names of the values in the log of a run that are measured on held-out data."""
     names = [f"val_{name}" for name in recipe.evaluation.metrics] if recipe.evaluation.prompts else []
+    if recipe.task.head and recipe.data.validation:
+        names.append("val_mean_absolute_error" if recipe.task.problem == "regression" else "val_accuracy")
     return [*names, "val_loss"] if recipe.data.validation else names

@@ -1,6 +1,7 @@
 """The model that a run writes at its end."""
 
 from pathlib import Path
+from typing import Any
 
 from keras_t5gemma.checkpoints.atomic_folder import new_folder
 from keras_t5gemma.checkpoints.convert import average_checkpoints
@@ -12,11 +13,12 @@ from keras_t5gemma.recipes.schema import Recipe
 from keras_t5gemma.training.checkpointing.weights import best_of_run, load_training_weights, training_weights
 
 
-def write_model(lm: T5GemmaSeq2SeqLM, recipe: Recipe, folder: Path) -> None:
+def write_model(lm: Any, recipe: Recipe, folder: Path) -> None:
     """Writes the model of a run that has ended.
 
     These are the weights of the best checkpoint if the recipe says by which value, else the mean of the last ones if it
-    says so, else the last weights. With LoRA only the adapters are written.
+    says so, else the last weights. Of a language model with LoRA, only the adapters are written. A classifier is always
+    written as a whole; in Hugging Face's format its LoRA is merged.
 
     Args:
         lm: the model, with its last weights.
@@ -26,7 +28,9 @@ def write_model(lm: T5GemmaSeq2SeqLM, recipe: Recipe, folder: Path) -> None:
     output, target = recipe.output, folder / MODEL_FOLDER
     if recipe.evaluation.best:
         load_training_weights(lm, folder / CHECKPOINTS_FOLDER, best=True)
-    if recipe.model.lora_rank:
+    elif recipe.task.head and output.average_last:
+        load_training_weights(lm, folder / CHECKPOINTS_FOLDER, last=output.average_last)
+    if recipe.model.lora_rank and not recipe.task.head:
         save_lora(lm, target, base_model=recipe.model.preset)
         return
     if recipe.hardware.processes > 1:
@@ -35,7 +39,7 @@ def write_model(lm: T5GemmaSeq2SeqLM, recipe: Recipe, folder: Path) -> None:
             load_training_weights(lm, folder / CHECKPOINTS_FOLDER, last=output.average_last)
         export_to_hugging_face(lm, target)
         return
-    if not output.average_last:
+    if not output.average_last or recipe.task.head:
         if output.format == "hf":
             export_to_hugging_face(lm, target)
         else:
@@ -51,7 +55,7 @@ def write_model(lm: T5GemmaSeq2SeqLM, recipe: Recipe, folder: Path) -> None:
     _save_preset(T5GemmaSeq2SeqLM.from_preset(str(mean)), target)
 
 
-def _save_preset(lm: T5GemmaSeq2SeqLM, target: Path) -> None:
+def _save_preset(lm: Any, target: Path) -> None:
     with new_folder(target) as folder:
         lm.save_to_preset(str(folder))
 

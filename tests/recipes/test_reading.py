@@ -29,6 +29,8 @@ batch_size = 8
 [output]
 folder = "run"
 """
+OBJECTIVE = '[objective]\nname = "ul2"\nencoder_length = 64\ndecoder_length = 48'
+TASK = '[task]\nhead = "text_classifier"\n'
 # The file's text, what stands in its place, and what the message names: key, what came, what would work.
 FAULTS = {
     "unknown section": ("[training]", "[trainning]", ("'trainning'", "Did you mean 'training'?")),
@@ -98,6 +100,34 @@ FAULTS = {
         "[output]",
         '[evaluation]\nprompts = "a"\nevery = 10\nbest = "val_exact_match"\n[output]\naverage_last = 2',
         ("[output] average_last", "best='val_exact_match'", "2"),
+    ),
+    "neither objective nor task": (OBJECTIVE, "", ("[objective]", "encoder_length=None", "[task] head")),
+    "objective of a task": ("[output]", f"{TASK}[output]", ("[task] head", "Leave [objective] out")),
+    **{
+        name: (OBJECTIVE, f"{TASK}{more}", words)
+        for name, (more, words) in {
+            "teacher of a task": ('[distillation]\nteacher = "a"', ("[task] head", "[distillation] teacher")),
+            "prompts of a task": ('[evaluation]\nprompts = "a"\nevery = 10', ("[task] head", "[evaluation] prompts")),
+            "task on several processes": ("[hardware]\nmesh = [2]\nprocesses = 2", ("[task] head", "processes=2")),
+            "label twice": ('labels = ["a", "a"]', ("[task] labels", "('a', 'a')")),
+            "single label": ('labels = ["a"]', ("[task] labels", "('a',)")),
+            "labels of a regression": (
+                'labels = ["a", "b"]\nproblem = "regression"',
+                ("[task] labels", "a regression has no classes"),
+            ),
+            "mean in Hugging Face's format": ('labels = ["a", "b"]\npooling = "mean"', ("[output] format", '"keras"')),
+            "three texts": ('labels = ["a", "b"]\ntext_fields = ["a", "b", "c"]', ("[task] text_fields", "'c'")),
+        }.items()
+    },
+    "loss of tokens in a task": (
+        f"{OBJECTIVE}\n[optimizer]\nlearning_rate = 1e-3\n[training]",
+        f"{TASK}[optimizer]\nlearning_rate = 1e-3\n[training]\nz_loss = 0.1",
+        ("[task] head", "z_loss"),
+    ),
+    "packed rows of a task": (
+        f'[data]\nsources = "corpus.txt"\n{OBJECTIVE}',
+        f'[data]\nsources = "a.jsonl"\npack = true\n{TASK}',
+        ("[task] head", "pack"),
     ),
     "batch that devices do not divide": (
         "[output]",
@@ -173,6 +203,21 @@ WITHOUT_EFFECT = {
             ("limit", 9),
             ("samples", 9),
             ("batch_size", 9),
+        )
+    },
+    **{
+        f"[task] {key}": ("[output]", f"[task]\n{key} = {value}\n[output]")
+        for key, value in (
+            ("labels", '["a", "b"]'),
+            ("text_fields", '"a"'),
+            ("label_field", '"a"'),
+            ("problem", '"multi"'),
+            ("pooling", '"mean"'),
+            ("stack", '"decoder"'),
+            ("dropout", 0.1),
+            ("sequence_length", 9),
+            ("truncate", '"left"'),
+            ("separator", '" "'),
         )
     },
     "[hardware] fully_sharded": ("[output]", "[hardware]\nfully_sharded = false\n[output]"),

@@ -136,6 +136,6 @@ class TokenRate(keras.callbacks.Callback):
 
 
 def _tokens(batch: tuple) -> int:
-    """The number of tokens of a batch, encoder and decoder, without padding."""
-    x = batch[0]
-    return sum(int(np.count_nonzero(x[f"{stack}_padding_mask"])) for stack in ("encoder", "decoder"))
+    """The number of tokens of a batch without padding: of encoder and decoder, or of a classifier's texts."""
+    masks = [array for name, array in batch[0].items() if name.endswith("padding_mask")]
+    return sum(int(np.count_nonzero(mask)) for mask in masks)
