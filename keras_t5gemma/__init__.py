@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     # Recipes
     from keras_t5gemma.recipes.reading import read_recipe as read_recipe
     from keras_t5gemma.recipes.run import run_recipe as run_recipe
+    from keras_t5gemma.recipes.superglue.run import superglue as superglue
 
     # Learning from rewards
     from keras_t5gemma.reinforcement.reinforce import reinforce as reinforce
@@ -163,6 +164,7 @@ _MODULES = {
     # Recipes
     "read_recipe": "recipes.reading",
     "run_recipe": "recipes.run",
+    "superglue": "recipes.superglue.run",
     # Learning from rewards
     "reinforce": "reinforcement.reinforce",
     # Text

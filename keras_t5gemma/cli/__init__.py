@@ -8,6 +8,7 @@ inspection        The tables that `inspect` prints
 options           Arguments and options that several verbs share
 prompts           Prompts from arguments, stdin and files, and one line per answer
 session           Shared steps of the verbs: the backend, readable errors, loading and saving models
+superglue         The verb superglue
 training_verbs    The verbs train and plot
 """
 
@@ -28,6 +29,7 @@ from keras_t5gemma.cli.session import (
     use_backend,
     wide_console,
 )
+from keras_t5gemma.cli.superglue import superglue
 from keras_t5gemma.cli.training_verbs import add_training_verbs
 
 app = typer.Typer(
@@ -39,6 +41,7 @@ add_checkpoint_verbs(app)
 add_training_verbs(app)
 app.command()(generate)
 app.command()(evaluate)
+app.command()(superglue)
 
 
 def _show_version(is_set: bool) -> None:

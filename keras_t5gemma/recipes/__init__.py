@@ -13,5 +13,6 @@ run                Runs a recipe, and resumes a run that was stopped
 run_folder         The folder of a run: its recipe and its lock. Needs no Keras
 schema             Every key of a training recipe, with its type, its range and its meaning. Needs no Keras
 section_rules      Checks of the keys of the sections `[evaluation]` and `[task]` against others
+superglue/         The paper's fine-tuning on SuperGLUE: seven tasks, a grid each, the mean of the best accuracies
 written_model      The model that a run writes at its end
 """
