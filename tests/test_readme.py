@@ -26,7 +26,7 @@ def blocks(language, text=README):
 
 
 def test_training_guides_recipe_is_good_and_says_what_its_python_says(tmp_path):
-    (text,) = blocks("toml", TRAINING)
+    text, evaluation = blocks("toml", TRAINING)
     (tmp_path / "my.toml").write_text(text, encoding="utf-8")
     recipe = kt.read_recipe(tmp_path / "my.toml")
     python = blocks("python", TRAINING)[0]
@@ -40,6 +40,18 @@ def test_training_guides_recipe_is_good_and_says_what_its_python_says(tmp_path):
         f"last={recipe.output.average_last}",
     ):
         assert said in python
+    (tmp_path / "measured.toml").write_text(text.replace("average_last = 5\n", "") + evaluation, encoding="utf-8")
+    assert kt.read_recipe(tmp_path / "measured.toml").evaluation.best == "val_rougeL"
+
+
+def test_classification_guides_recipe_is_good_and_says_what_its_python_says(tmp_path):
+    text = (ROOT / "docs" / "classify.md").read_text(encoding="utf-8")
+    (toml,) = blocks("toml", text)
+    (tmp_path / "films.toml").write_text(toml, encoding="utf-8")
+    recipe = kt.read_recipe(tmp_path / "films.toml")
+    python = blocks("python", text)[0]
+    for said in (recipe.model.preset, f"labels={list(recipe.task.labels)}", f"dropout={recipe.task.dropout}"):
+        assert said.replace("'", '"') in python
 
 
 def test_command_line_examples_name_verbs_that_exist():
