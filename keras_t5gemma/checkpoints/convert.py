@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
+from keras_t5gemma.checkpoints.embedder_options import embedder_options
 from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
 from keras_t5gemma.checkpoints.hugging_face.tokenizer import read_proto
@@ -29,7 +30,8 @@ from keras_t5gemma.config import T5GemmaConfig, T5GemmaEncoderConfig
 from keras_t5gemma.hub import PresetFolder
 from keras_t5gemma.suggestions import check_choice
 
-PARTS = ("all", "encoder")
+PARTS = ("all", "encoder", "sentence-transformers")
+_TITLES = dict(zip(PARTS, ("T5Gemma", "The encoder of a T5Gemma", "A text embedder from a T5Gemma"), strict=True))
 
 
 def adapt_gemma2_files(
@@ -166,27 +168,56 @@ def convert_checkpoint(
         checkpoint: a name or folder that `T5GemmaBackbone.from_preset` takes, or `T5GemmaEncoder.from_preset` for an
             encoder.
         folder: the path to create.
-        part: "all", or "encoder" to write the encoder alone, for `transformers.T5GemmaEncoderModel`.
+        part: "all"; "encoder" to write the encoder alone, for `transformers.T5GemmaEncoderModel`; or
+            "sentence-transformers" to write a text embedder, for `sentence_transformers.SentenceTransformer`. Pooling
+            and normalization are those of `checkpoint`, which must be saved by a `T5GemmaTextEmbedder`.
         dtype: as for `adapt_gemma2_files`.
         max_shard_size: as for `adapt_gemma2_files`.
         allow_non_finite: as for `adapt_gemma2_files`.
 
     Raises:
-        ValueError, CheckpointError, ConnectionError: as for `adapt_gemma2_files`.
+        ValueError: as for `adapt_gemma2_files`; also if a text embedder is asked for and the checkpoint is none, has no
+            tokenizer, or reads texts in Gemma's turns, which sentence-transformers does not do.
+        CheckpointError, ConnectionError: as for `adapt_gemma2_files`.
     """
     check_choice(part, "part", PARTS)
     origin = open_t5gemma(checkpoint)
+    embedder = _embedder(origin) if part == "sentence-transformers" else None
     source = t5gemma_source(origin) if part == "all" else encoder_source(origin)
     _write(
         folder,
         source.config,
         cast_tensors(source.tensors, dtype),
         origin=origin,
-        title="T5Gemma" if part == "all" else "The encoder of a T5Gemma",
+        title=_TITLES[part],
         facts={"converted from": checkpoint, "dtype": dtype or "as the source"},
+        embedder=None if embedder is None else {"dimensions": source.config.encoder.hidden_dim, **embedder},
         max_shard_size=max_shard_size,
         allow_non_finite=allow_non_finite,
     )
+
+
+def _embedder(origin: PresetFolder) -> dict[str, Any]:
+    """The options of the text embedder that a checkpoint is.
+
+    Raises:
+        ValueError: as for `convert_checkpoint`.
+    """
+    options = embedder_options(origin)
+    if not options:
+        raise ValueError(
+            f"sentence-transformers needs a text embedder, which says how vectors are pooled; {origin.name} is none. "
+            f"Save one by `T5GemmaTextEmbedder.from_preset({origin.name!r}).save_to_preset(FOLDER)`, after training it "
+            f"on pairs of texts, and export FOLDER."
+        )
+    saved = origin.preprocessor_options()
+    if read_proto(origin) is None or saved.get("chat", origin.instruction_tuned):
+        reason = "has no tokenizer" if read_proto(origin) is None else "reads texts in Gemma's turns"
+        raise ValueError(
+            f"sentence-transformers needs a tokenizer, and reads texts as they are. The embedder in {origin.name} "
+            f"{reason}: save it with a `preprocessor` that has chat=False."
+        )
+    return options
 
 
 def _write(
@@ -210,7 +241,7 @@ def _write(
         origin: the checkpoint from which tokenizer and options are copied.
         title: heading of the model card.
         facts: rows of the model card's table.
-        **options: `max_shard_size` and `allow_non_finite`, as for `write_checkpoint`.
+        **options: `embedder`, `max_shard_size` and `allow_non_finite`, as for `write_checkpoint`.
     """
     proto, saved = read_proto(origin), origin.preprocessor_options()
     chat = proto is not None and saved.get("chat", origin.instruction_tuned)

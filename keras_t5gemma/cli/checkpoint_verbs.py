@@ -108,9 +108,10 @@ def export(
         _check_size(max_shard_size)
         if format == Format.keras:
             if part != Part.all:
+                kind = "T5GemmaEncoder" if part == Part.encoder else "T5GemmaTextEmbedder"
                 raise ValueError(
-                    f"--part {part} writes Hugging Face's format only. A Keras preset of the encoder: "
-                    f"`T5GemmaEncoder.from_preset(MODEL).save_to_preset(OUT)`."
+                    f"--part {part} writes Hugging Face's format only. A Keras preset: "
+                    f"`{kind}.from_preset(MODEL).save_to_preset(OUT)`."
                 )
             save_model(load_model(model, dtype, backend), out, keras_format=True)
             return

@@ -46,6 +46,7 @@ class Part(enum.StrEnum):
 
     all = "all"
     encoder = "encoder"
+    sentence_transformers = "sentence-transformers"
 
 
 BackendOption = Annotated[
@@ -60,7 +61,11 @@ DtypeOption = Annotated[
 ]
 FormatOption = Annotated[Format, typer.Option(help="hf: safetensors for `transformers`; keras: a Keras preset.")]
 PartOption = Annotated[
-    Part, typer.Option(help="all; encoder: the encoder alone, for `transformers.T5GemmaEncoderModel`.")
+    Part,
+    typer.Option(
+        help="all; encoder: the encoder alone, for `transformers.T5GemmaEncoderModel`; sentence-transformers: a text "
+        "embedder, for `SentenceTransformer`."
+    ),
 ]
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A preset's name, hf://owner/name, kaggle://..., or a folder.")

@@ -9,8 +9,8 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_t5gemma import strict_json
-from keras_t5gemma.checkpoints.hugging_face.modules import OPTIONS, options_of, read_modules
+from keras_t5gemma.checkpoints.embedder_options import embedder_options
+from keras_t5gemma.checkpoints.hugging_face.modules import OPTIONS, options_of
 from keras_t5gemma.checkpoints.sources import open_t5gemma
 from keras_t5gemma.checks import integer
 from keras_t5gemma.config import PAD_ID
@@ -36,8 +36,6 @@ from keras_t5gemma.training.optimizers.factory import resolve_optimizer
 from keras_t5gemma.training.steps.accumulation import Accumulation
 from keras_t5gemma.training.steps.comparison import GRADIENTS
 from keras_t5gemma.training.steps.model import OwnSteps
-
-_TASK_FILE = "task.json"  # keras-hub's
 
 
 @keras.saving.register_keras_serializable(package="keras_t5gemma")
@@ -139,7 +137,7 @@ class T5GemmaTextEmbedder(OwnSteps, RecompilationMixin, Fits, Guarded, Quantizat
         """
         _check_keywords(kwargs, ("dtype", "preprocessor", *OPTIONS))  # before anything is read
         folder = open_t5gemma(preset)
-        options = {**_saved_options(folder), **kwargs}
+        options = {**embedder_options(folder), **kwargs}
         encoder_kwargs = {name: options.pop(name) for name in ("dtype",) if name in options}
         encoder = cls.backbone_cls.from_preset(folder, load_weights=load_weights, **encoder_kwargs)
         if "preprocessor" not in options:
@@ -334,19 +332,6 @@ def _rows(embedder, texts: list, name: str) -> list:
 def _in_columns(x):
     """A tuple of columns as a dict of columns; other data unchanged."""
     return columns_of(x) if isinstance(x, tuple) and x and not isinstance(x[0], Mapping) else x
-
-
-def _saved_options(folder: PresetFolder) -> dict:
-    """The options of an embedder that were saved with a checkpoint, in Keras's or in sentence-transformers' format."""
-    if folder.config is None:
-        return {}
-    if folder.is_hugging_face:
-        return read_modules(folder.path)
-    path = folder / _TASK_FILE
-    saved = strict_json.read_object(path) if path.is_file() else {}
-    if saved.get("registered_name") != f"keras_t5gemma>{T5GemmaTextEmbedder.__name__}":
-        return {}
-    return {name: saved["config"][name] for name in OPTIONS}
 
 
 def _check_keywords(kwargs: Mapping, more: Sequence[str] = ()) -> None:

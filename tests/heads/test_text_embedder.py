@@ -7,8 +7,10 @@ from helpers.peers import tiny_config
 from helpers.tiny import loud_backbone
 from helpers.tiny_tokenizer import TEXTS, train_tiny_tokenizer
 from keras import ops
+from typer.testing import CliRunner
 
 import keras_t5gemma as kt
+from keras_t5gemma.cli import app
 from keras_t5gemma.training.steps.comparison import GRADIENTS
 
 CONFIG = tiny_config(balanced=False, num_layers=1, vocabulary_size=512)
@@ -33,6 +35,10 @@ def backbone():
 @pytest.fixture(scope="module")
 def embedder(backbone, preprocessor):
     return kt.T5GemmaTextEmbedder(backbone, preprocessor)
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def unit(vectors):
@@ -175,6 +181,38 @@ def test_sentence_transformers_reads_the_exported_folder(backbone, preprocessor,
     theirs = SentenceTransformer(str(tmp_path / "folder"), device="cpu")
     np.testing.assert_allclose(theirs.encode(texts), embedder.embed(texts), atol=1e-5)
     same_vectors(embedder, kt.T5GemmaTextEmbedder.from_preset(tmp_path / "folder"), texts)
+
+
+@pytest.mark.parametrize("options", [{}, {"pooling": "last", "dimensions": 12}], ids=["mean", "last"])
+def test_saved_embedder_is_exported_from_files_to_files(preprocessor, tmp_path, options):
+    from sentence_transformers import SentenceTransformer
+
+    wide = loud_backbone(tiny_config(balanced=False, num_layers=1, vocabulary_size=512, sliding_window=64))
+    embedder = kt.T5GemmaTextEmbedder(wide, preprocessor, **options)
+    embedder.save_to_preset(str(tmp_path / "keras"))
+    for source, out in (("keras", "exported"), ("exported", "again")):
+        assert run("export", tmp_path / source, tmp_path / out, "--part", "sentence-transformers").exit_code == 0
+    for out in ("exported", "again"):
+        theirs = SentenceTransformer(str(tmp_path / out), device="cpu")
+        np.testing.assert_allclose(theirs.encode(list(TEXTS)), embedder.embed(list(TEXTS)), atol=1e-5)
+
+
+def test_export_for_sentence_transformers_of_what_is_no_embedder_says_how_to_make_one(
+    backbone, embedder, preprocessor, tmp_path
+):
+    kt.T5GemmaSeq2SeqLM(backbone, preprocessor).save_to_preset(str(tmp_path / "generator"))
+    kt.T5GemmaTextEmbedder(backbone).save_to_preset(str(tmp_path / "ids"))
+    chat = kt.T5GemmaSeq2SeqLMPreprocessor(preprocessor.tokenizer, 48, 8, chat=True)
+    kt.T5GemmaTextEmbedder(backbone, chat).save_to_preset(str(tmp_path / "chat"))
+    for name, words in (
+        ("generator", "T5GemmaTextEmbedder.from_preset"),
+        ("ids", "has no tokenizer"),
+        ("chat", "chat=False"),
+    ):
+        result = run("export", tmp_path / name, tmp_path / "out", "--part", "sentence-transformers")
+        assert result.exit_code == 1
+        assert words in result.output
+        assert not (tmp_path / "out").exists()
 
 
 def test_embedders_that_sentence_transformers_cannot_express_are_refused(backbone, preprocessor, tmp_path):
