@@ -1,7 +1,9 @@
 """`GenerationMetrics`: generates on held-out prompts during `fit`, and logs metrics of the texts."""
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -9,6 +11,7 @@ import keras
 from keras_t5gemma._keras_internals import callbacks_of_the_same_fit, variable_array
 from keras_t5gemma.checks import integer, is_integer
 from keras_t5gemma.evaluation.text_metrics import Metric, text_metrics
+from keras_t5gemma.progress import text_progress
 
 _KEYS = ("encoder_text", "decoder_text")
 _SHOWN = 200  # characters of a sample
@@ -23,7 +26,8 @@ class GenerationMetrics(keras.callbacks.Callback):
 
     The values are in the logs of each epoch, for `history`, `EarlyStopping`, `ModelCheckpoint`, `TrainingLog` and
     others. Keras hands the logs from callback to callback, so it must come before callbacks that read them; another
-    order is an error. Keras cannot know that larger is better: pass them `mode="max"`. The sampler is the model's.
+    order is an error. Keras cannot know that larger is better: pass them `mode="max"`. The sampler is the model's. On a
+    terminal and in a notebook a progress bar counts the prompts.
 
     Args:
         validation: held-out pairs: {"encoder_text": [...], "decoder_text": [...]} as for `fit`, or a list of pairs of
@@ -130,12 +134,14 @@ class GenerationMetrics(keras.callbacks.Callback):
     def _evaluate(self) -> None:
         """Generates, computes the metrics, and prints samples."""
         answers = []
-        for start in range(0, len(self.prompts), self.batch_size):
-            prompts = self.prompts[start : start + self.batch_size]
-            # The last prompt is repeated, because a batch of another size would need another compiled program.
-            padding = [prompts[-1]] * (self.batch_size - len(prompts)) if start else []
-            generated = self.model.generate([*prompts, *padding], strip_prompt=True, **self.options)
-            answers += generated[: len(prompts)]
+        with self._progress() as advance:
+            for start in range(0, len(self.prompts), self.batch_size):
+                prompts = self.prompts[start : start + self.batch_size]
+                # The last prompt is repeated, because a batch of another size would need another compiled program.
+                padding = [prompts[-1]] * (self.batch_size - len(prompts)) if start else []
+                generated = self.model.generate([*prompts, *padding], strip_prompt=True, **self.options)
+                answers += generated[: len(prompts)]
+                advance(len(prompts))
         values = {name: float(function(answers, self.references)) for name, function in self.functions.items()}
         self._newest = {f"val_{name}": value for name, value in values.items()}
         step = self._start + self._batches
@@ -144,11 +150,16 @@ class GenerationMetrics(keras.callbacks.Callback):
             title = f"Step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self._print(self._table(title, answers))
 
+    def _progress(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """A progress bar of the prompts."""
+        if self.samples or sys.stderr.isatty():
+            print()  # after Keras's progress bar, whose line is not ended
+        return text_progress("Generating", len(self.prompts), transient=True)
+
     def _print(self, table: Any) -> None:
         """Prints a table of samples."""
         from rich.console import Console
 
-        print()  # after Keras's progress bar, whose line is not ended
         Console().print(table)
 
     def _table(self, title: str, answers: Sequence[str]) -> Any:

@@ -1,7 +1,8 @@
 """The callbacks of a run that count, show and log."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -123,6 +124,9 @@ class HeldOutGeneration(GenerationMetrics):
         """Adds the values of this epoch to the logs."""
         super().on_epoch_end(epoch, logs)
         self._newest = dict.fromkeys(self._newest, math.nan)
+
+    def _progress(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        return contextlib.nullcontext(lambda _: None)  # the run has a bar, and a console shows one
 
     def _print(self, table: Any) -> None:
         self.console.print(table)

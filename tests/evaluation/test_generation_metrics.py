@@ -81,6 +81,20 @@ def test_values_are_those_of_answers_at_the_step(lm):
     assert history["val_letters"][1] == len("".join(answers))
 
 
+def test_progress_is_shown_on_a_terminal_alone(lm, capsys, monkeypatch):
+    lm.compile(optimizer=keras.optimizers.SGD(0.0), sampler="greedy")
+    metrics = kt.GenerationMetrics(PAIRS, ["f1"], samples=0, batch_size=3)
+    written = []
+    for force in (None, "1"):  # by which Rich takes a file for a terminal
+        if force:
+            monkeypatch.setenv("FORCE_COLOR", force)
+        lm.fit(PAIRS, batch_size=4, verbose=0, callbacks=[metrics])
+        written.append(capsys.readouterr())
+    assert written[0].err == written[0].out == ""
+    assert "Generating" in written[1].err
+    assert "4/4" in written[1].err
+
+
 @pytest.mark.parametrize(
     "later",
     [keras.callbacks.EarlyStopping("val_f1", mode="max"), keras.callbacks.ModelCheckpoint("x.keras", "val_f1")],
