@@ -1,15 +1,19 @@
 """The demo: its corpus, its Gemma 2, and a run from end to end at toy size."""
 
 import datetime
+import importlib.util
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import keras_t5gemma as kt
 from keras_t5gemma.demo import report
 from keras_t5gemma.demo.adaptation import Result
+from keras_t5gemma.demo.benchmark import date_rows, measure_if_installed
 from keras_t5gemma.demo.corpus import standard_library_corpus
 from keras_t5gemma.demo.dates import FORMS, date_pairs, split_dates, write_date
 from keras_t5gemma.demo.finetuning import Answers
@@ -219,6 +223,32 @@ def test_demo_leaves_the_model_that_gave_the_answers(demo):
     out, (_, (adapted, _)) = demo
     lm = kt.T5GemmaSeq2SeqLM.from_preset(out / "t5gemma_dates")
     assert lm.generate(list(adapted.prompts), max_length=12) == list(adapted.answers)
+
+
+def test_demo_is_measured_by_the_harness_before_and_after_tuning(demo):
+    out, (_, (adapted, _)) = demo
+    benchmark = json.loads((out / "results.json").read_text())["benchmark"]
+    assert set(benchmark["before"]) == set(benchmark["after"]) == {"dates_choice", "dates_text"}
+    assert benchmark["after"]["dates_text"] == adapted.right / len(adapted.truths)
+    # The likeliest of four choices, as `score` has it.
+    lm, rows = kt.T5GemmaSeq2SeqLM.from_preset(out / "t5gemma_dates"), date_rows(TOY)
+    scores = lm.score([row["prompt"] for row in rows], [row["choices"] for row in rows], closed=False)
+    right = scores["log_likelihood"].argmax(axis=1) == [row["answer"] for row in rows]
+    assert benchmark["after"]["dates_choice"] == right.mean()
+
+
+def test_demo_choices_are_four_dates_with_the_right_one_at_any_place():
+    rows = date_rows(TOY)
+    assert all(len(set(row["choices"])) == 4 and row["choices"][row["answer"]] == row["date"] for row in rows)
+    assert len({row["answer"] for row in rows}) > 1
+
+
+def test_demo_without_the_harness_says_in_a_line_what_installs_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    console = Console(file=io.StringIO(), width=500)
+    assert measure_if_installed(None, TOY, console) is None
+    (line,) = console.file.getvalue().splitlines()
+    assert "pip install 'keras-t5gemma[evaluation]'" in line
 
 
 @pytest.mark.parametrize("pair", ["balanced", "unbalanced"])

@@ -83,6 +83,24 @@ def score_line(answers: Answers) -> str:
     return f"{answers.start}: {answers.right} of {len(answers.truths)} held-out dates right"
 
 
+def benchmark_table(before: Mapping[str, float], after: Mapping[str, float]) -> Table:
+    """A rich table of the harness's numbers of the adapted model.
+
+    Args:
+        before: {task: share of right answers} before fine-tuning.
+        after: the same after it.
+
+    Returns:
+        A `rich.table.Table`.
+    """
+    table = Table(title="The adapted model on held-out dates, by lm-evaluation-harness, in percent")
+    for heading in ("task", "before fine-tuning", "after"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for task, share in before.items():
+        table.add_row(task, f"{100 * share:.1f}", f"{100 * after[task]:.1f}")
+    return table
+
+
 def plot_losses(results: Sequence[Result], tuned: Sequence[Answers], path: Path) -> bool:
     """Draws the training loss of each run, with one panel per pair and one for the dates.
 
@@ -186,6 +204,7 @@ def write_results(
     results: Sequence[Result],
     tuned: Sequence[Answers],
     pretraining: Mapping[str, float],
+    benchmark: tuple[Mapping[str, float] | None, Mapping[str, float] | None],
     seconds: float,
     backend: str,
     path: Path,
@@ -196,6 +215,8 @@ def write_results(
         results: the training runs.
         tuned: the answers of fine-tuned models.
         pretraining: {name: held-out loss} of each Gemma 2.
+        benchmark: {task: share of right answers} of the adapted model before and after fine-tuning, None if it was not
+            measured.
         seconds: duration of the demo.
         backend: name of Keras's backend.
         path: the file to write.
@@ -206,6 +227,7 @@ def write_results(
         "pretraining_held_out_loss": pretraining,
         "results": [dataclasses.asdict(result) for result in results],
         "dates": [{**dataclasses.asdict(answers), "right": answers.right} for answers in tuned],
+        "benchmark": dict(zip(("before", "after"), benchmark, strict=True)),
     }
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

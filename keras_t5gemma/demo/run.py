@@ -1,4 +1,4 @@
-"""The demo from end to end: text, tokenizer, Gemma 2, T5Gemma, training, fine-tuning, right answers, files."""
+"""The demo from end to end: text, tokenizer, Gemma 2, T5Gemma, training, fine-tuning, benchmark, files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.text import Text
 import keras_t5gemma as kt
 from keras_t5gemma.demo import report
 from keras_t5gemma.demo.adaptation import Result, compare
+from keras_t5gemma.demo.benchmark import measure, measure_if_installed
 from keras_t5gemma.demo.corpus import Corpus, standard_library_corpus
 from keras_t5gemma.demo.finetuning import Answers, fine_tune
 from keras_t5gemma.demo.pretraining import pretrain_gemma2, save_gemma2
@@ -60,11 +61,15 @@ def run_demo(
         for pair, run in runs.items():
             kt.export_to_hugging_face(run["adapted"][0], out / f"t5gemma_{pair}", tokenizer=tokenizer)
         completions = _complete(runs["balanced"], corpus, tokenizer, settings)
+    adapted = kt.T5GemmaSeq2SeqLM(runs["balanced"]["adapted"][0], kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer))
+    before = measure_if_installed(adapted, settings, console)
+    with progress_display(console) as progress:
         bars = {
             start: ProgressBar(progress, f"fine-tune on dates, {start}", settings.dates.steps)
             for start in runs["balanced"]
         }
         tuned = fine_tune(runs["balanced"], tokenizer, settings, bars)
+    after = before and measure(tuned["adapted"][0], settings)
     results = [result for run in runs.values() for _, result in run.values()]
     answers = [answers for _, answers in tuned.values()]
     kt.export_to_hugging_face(tuned["adapted"][0], out / "t5gemma_dates")
@@ -73,7 +78,9 @@ def run_demo(
     )
     has_plot = report.plot_losses(results, answers, out / "losses.png")
     seconds = time.monotonic() - started
-    report.write_results(results, answers, pretraining, seconds, keras.backend.backend(), out / "results.json")
+    report.write_results(
+        results, answers, pretraining, (before, after), seconds, keras.backend.backend(), out / "results.json"
+    )
 
     console.print(Panel(Text(report.format_completion(completions[0])), title="A held-out docstring, completed"))
     console.print(report.results_table(results))
@@ -86,6 +93,8 @@ def run_demo(
     )
     console.print(report.answers_table(answers))
     console.print("\n".join(map(report.score_line, answers)))
+    if before and after:
+        console.print(report.benchmark_table(before, after))
     console.print(f'Ask for another: keras-t5gemma generate {out / "t5gemma_dates"} "July 20th, 1969" --max-length 12')
     return results, answers
 
