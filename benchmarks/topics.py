@@ -270,6 +270,17 @@ TOPICS = (
         about="Small-Small with 32,000 pieces, answers of 2 to 12 tokens. Single calls are a sample.",
     ),
     Topic(
+        "harness",
+        "Multiple choice by lm-evaluation-harness",
+        texts("backend", "options", "tokens"),
+        (
+            Column("requests_per_s", "requests/s", ".2f", " requests/s"),
+            Column("difference_nats", "largest difference, nats", ".0e", " nats"),
+        ),
+        ("contexts", "batch"),
+        "Small-Small with 32,000 pieces; options of one to six words. Both in one process, in turn.",
+    ),
+    Topic(
         "by_hand",
         "Programs kept between processes",
         texts("backend", "kept"),
