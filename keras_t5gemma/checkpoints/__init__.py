@@ -7,7 +7,6 @@ adapt           Gemma 2's tensors as T5Gemma's: the adaptation of arXiv 2504.062
 atomic_folder   A folder that appears under its name only when it is complete
 checks          Checks that a source has the tensors of its config
 convert         Files to files: adapt, average and convert checkpoints of any size
-embedder_options  What a saved text embedder says of its pooling, in either format
 load            Tensors into a model's variables; every tensor and every variable is accounted for
 parts           Parts of a checkpoint under a T5Gemma's names: its encoder alone, its stacks without a head
 processes       Multi-process helpers (JAX): rank, agreement between processes, and gathering of sharded tensors

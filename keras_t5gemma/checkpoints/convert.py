@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
-from keras_t5gemma.checkpoints.embedder_options import embedder_options
 from keras_t5gemma.checkpoints.hugging_face.export import write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.model_card import model_card
 from keras_t5gemma.checkpoints.hugging_face.tokenizer import read_proto
+from keras_t5gemma.checkpoints.keras_formats.embedder_options import embedder_options
 from keras_t5gemma.checkpoints.sources import (
     encoder_source,
     gemma2_source,

@@ -9,8 +9,8 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_t5gemma.checkpoints.embedder_options import embedder_options
 from keras_t5gemma.checkpoints.hugging_face.modules import OPTIONS, options_of
+from keras_t5gemma.checkpoints.keras_formats.embedder_options import embedder_options
 from keras_t5gemma.checkpoints.sources import open_t5gemma
 from keras_t5gemma.checks import integer
 from keras_t5gemma.config import PAD_ID
