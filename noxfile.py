@@ -31,9 +31,10 @@ def tests(session, backend):
     """All tests on one backend; `nox -s "tests(jax)" -- -k masks` passes what follows `--` to pytest.
 
     Two processes: most of the time goes into compiling tiny models, which takes one core and up to 2 GB. A file's tests
-    stay together, since they share their models.
+    stay together, since they share their models. Tests marked `once` run in PyTorch's session only, the shortest.
     """
-    session.run(sys.executable, "-m", "pytest", *ORDER, *session.posargs, env=environment(backend))
+    marks = "not gpu and not network" + ("" if backend == "torch" else " and not once")
+    session.run(sys.executable, "-m", "pytest", *ORDER, "-m", marks, *session.posargs, env=environment(backend))
 
 
 @nox.session(venv_backend="none")

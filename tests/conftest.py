@@ -43,9 +43,9 @@ _SLOW = (
     "test_contract.py",
 )
 
-# Files that compute nothing with a backend: files, numbers on the host, the text of the repository. `nox -s tests` runs
-# them in one of its three sessions. Folders end with a slash.
-_HOST = (
+# Files that compute nothing with a backend: files, numbers on the host, the text of the repository. Folders end with a
+# slash. Their tests are marked `once`: `nox -s tests` runs them in one of its three sessions.
+_ONCE = (
     "api/",
     "checkpoints/test_checkpoint_files.py",
     "checkpoints/test_faults.py",
@@ -79,10 +79,10 @@ def short_garbage_collections():
 
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items):
-    """Slow files are marked and come first, everything else stays as it was. Files of the host are marked."""
+    """Slow files are marked and come first, everything else stays as it was. Files that run once are marked."""
     for item in items:
-        if item.path.relative_to(_TESTS).as_posix().startswith(_HOST):
-            item.add_marker("host")
+        if item.path.relative_to(_TESTS).as_posix().startswith(_ONCE):
+            item.add_marker("once")
         if item.path.name in _SLOW:
             item.add_marker("slow")
     items.sort(key=lambda item: item.path.name not in _SLOW)

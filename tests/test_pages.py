@@ -413,7 +413,10 @@ assert shard.size * 8 == largest.value.size, (largest.path, largest.shape, shard
 """
 
 
-@pytest.mark.parametrize("page", pages.pages())
+# The guides run once: what they call has tests of its own on every backend.
+@pytest.mark.parametrize(
+    "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.once) for page in pages.pages()]
+)
 def test_page_runs_as_printed_and_each_block_comes_to_what_it_says(page, histories):
     pages.run(page, OUTCOMES[page](histories), elsewhere=[MESH])
 
