@@ -30,8 +30,12 @@ from keras_t5gemma.config import T5GemmaConfig, T5GemmaEncoderConfig
 from keras_t5gemma.hub import PresetFolder
 from keras_t5gemma.suggestions import check_choice
 
-PARTS = ("all", "encoder", "sentence-transformers")
-_TITLES = dict(zip(PARTS, ("T5Gemma", "The encoder of a T5Gemma", "A text embedder from a T5Gemma"), strict=True))
+_TITLES: dict[str, str] = {
+    "all": "T5Gemma",
+    "encoder": "The encoder of a T5Gemma",
+    "sentence-transformers": "A text embedder from a T5Gemma",
+}
+PARTS = tuple(_TITLES)
 
 
 def adapt_gemma2_files(
