@@ -1,5 +1,6 @@
 """The demo: its corpus, its Gemma 2, and a run from end to end at toy size."""
 
+import dataclasses
 import datetime
 import importlib.util
 import io
@@ -13,7 +14,7 @@ from rich.console import Console
 import keras_t5gemma as kt
 from keras_t5gemma.demo import report
 from keras_t5gemma.demo.adaptation import Result
-from keras_t5gemma.demo.benchmark import date_rows, measure_if_installed
+from keras_t5gemma.demo.benchmark import date_rows, measure, measure_if_installed
 from keras_t5gemma.demo.corpus import standard_library_corpus
 from keras_t5gemma.demo.dates import FORMS, date_pairs, split_dates, write_date
 from keras_t5gemma.demo.finetuning import Answers
@@ -235,6 +236,13 @@ def test_demo_is_measured_by_the_harness_before_and_after_tuning(demo):
     scores = lm.score([row["prompt"] for row in rows], [row["choices"] for row in rows], closed=False)
     right = scores["log_likelihood"].argmax(axis=1) == [row["answer"] for row in rows]
     assert benchmark["after"]["dates_choice"] == right.mean()
+
+
+def test_demo_is_measured_on_dates_in_digits_alone(demo):
+    settings = dataclasses.replace(TOY, held_out_dates=30)
+    assert any(row["prompt"].isdigit() for row in date_rows(settings))
+    lm = kt.T5GemmaSeq2SeqLM.from_preset(demo[0] / "t5gemma_dates")
+    assert all(0 <= share <= 1 for share in measure(lm, settings).values())
 
 
 def test_demo_choices_are_four_dates_with_the_right_one_at_any_place():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import random
 from collections.abc import Callable
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Console
@@ -83,7 +84,7 @@ def _tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     shared = {
         "custom_dataset": _as_dataset(rows),
         "test_split": "test",
-        "doc_to_text": "{{prompt}}",
+        "doc_to_text": itemgetter("prompt"),  # a template would make a number of "20240305"
         "target_delimiter": "",
     }
     choice = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
