@@ -24,6 +24,7 @@ from keras_t5gemma.evaluation.extra import require_lm_eval
 # A task -> its metric.
 METRICS = {"dates_choice": "acc", "dates_text": "exact_match"}
 _APART = (1, 31, 366)  # days from the right answer to a wrong one
+_MEAN = {"aggregation": "mean", "higher_is_better": True}
 _BATCH_SIZE = 64
 
 
@@ -91,7 +92,7 @@ def _tasks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     text = {"output_type": "generate_until", "doc_to_target": "{{date}}"}
     text["generation_kwargs"] = {"until": ["\n"], "max_gen_toks": ANSWER_LENGTH - 1, "do_sample": False}
     return [
-        {"task": task, **shared, **own, "metric_list": [{"metric": metric}]}
+        {"task": task, **shared, **own, "metric_list": [{"metric": metric, **_MEAN}]}
         for (task, metric), own in zip(METRICS.items(), (choice, text), strict=True)
     ]
 
