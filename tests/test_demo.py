@@ -5,8 +5,10 @@ import datetime
 import importlib.util
 import io
 import json
+import random
 import re
 
+import keras
 import numpy as np
 import pytest
 from rich.console import Console
@@ -236,6 +238,18 @@ def test_demo_is_measured_by_the_harness_before_and_after_tuning(demo):
     scores = lm.score([row["prompt"] for row in rows], [row["choices"] for row in rows], closed=False)
     right = scores["log_likelihood"].argmax(axis=1) == [row["answer"] for row in rows]
     assert benchmark["after"]["dates_choice"] == right.mean()
+
+
+def test_demo_measurement_leaves_the_random_numbers_of_what_follows(demo):
+    lm = kt.T5GemmaSeq2SeqLM.from_preset(demo[0] / "t5gemma_dates")
+    drawn = []
+    for measured in (False, True):
+        keras.utils.set_random_seed(1)
+        if measured:
+            measure(lm, TOY)
+        uniform = keras.ops.convert_to_numpy(keras.random.uniform((2,))).tolist()
+        drawn.append((random.random(), np.random.random(), uniform))
+    assert drawn[0] == drawn[1]
 
 
 def test_demo_is_measured_on_dates_in_digits_alone(demo):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -60,7 +61,13 @@ def measure(lm: kt.T5GemmaSeq2SeqLM, settings: DemoSettings) -> dict[str, float]
     """
     tasks = _tasks(date_rows(settings))
     options: dict[str, Any] = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
-    results = kt.evaluate(lm, tasks, batch_size=_BATCH_SIZE, bootstrap_iters=0, log_samples=False, **options)
+    # Models and the harness draw from these, and training after it must not depend on whether it is installed.
+    states = random.getstate(), np.random.get_state()
+    try:
+        results = kt.evaluate(lm, tasks, batch_size=_BATCH_SIZE, bootstrap_iters=0, log_samples=False, **options)
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
     return {task: float(results["results"][task][f"{metric},none"]) for task, metric in METRICS.items()}
 
 
