@@ -180,8 +180,8 @@ def convert_checkpoint(
         allow_non_finite: as for `adapt_gemma2_files`.
 
     Raises:
-        ValueError: as for `adapt_gemma2_files`; also if a text embedder is asked for and the checkpoint is none, has no
-            tokenizer, or reads texts in Gemma's turns, which sentence-transformers does not do.
+        ValueError: as for `adapt_gemma2_files`; also if `part` is "sentence-transformers" and the checkpoint is not a
+            text embedder, has no tokenizer, or reads texts in Gemma's turns, which sentence-transformers does not do.
         CheckpointError, ConnectionError: as for `adapt_gemma2_files`.
     """
     check_choice(part, "part", PARTS)
@@ -210,9 +210,9 @@ def _embedder(origin: PresetFolder) -> dict[str, Any]:
     options = embedder_options(origin)
     if not options:
         raise ValueError(
-            f"sentence-transformers needs a text embedder, which says how vectors are pooled; {origin.name} is none. "
-            f"Save one by `T5GemmaTextEmbedder.from_preset({origin.name!r}).save_to_preset(FOLDER)`, after training it "
-            f"on pairs of texts, and export FOLDER."
+            f"sentence-transformers needs a text embedder, which says how vectors are pooled. {origin.name} is not a "
+            f"text embedder. Save one by `T5GemmaTextEmbedder.from_preset({origin.name!r}).save_to_preset(FOLDER)`, "
+            f"after training it on pairs of texts, and export FOLDER."
         )
     saved = origin.preprocessor_options()
     if read_proto(origin) is None or saved.get("chat", origin.instruction_tuned):

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from keras_t5gemma.recipes.objective_section import SUPERVISED
-from keras_t5gemma.recipes.schema import ObjectiveSection, Recipe
+from keras_t5gemma.recipes.schema import ObjectiveSection, Recipe, TaskSection
 
 # (section, keys, whether a recipe uses the keys, the reason if it does not).
 RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] = (
@@ -67,18 +67,7 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
     ),
     (
         "task",
-        (
-            "labels",
-            "text_fields",
-            "label_field",
-            "problem",
-            "pooling",
-            "stack",
-            "dropout",
-            "sequence_length",
-            "truncate",
-            "separator",
-        ),
+        tuple(field.name for field in dataclasses.fields(TaskSection) if field.name != "head"),
         lambda recipe: recipe.task.head,
         "there is no `head`.",
     ),

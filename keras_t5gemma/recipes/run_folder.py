@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from keras_t5gemma.atomic_file import write_atomically
 from keras_t5gemma.recipes.reading import RecipeError, flat, read_recipe, stated_keys, to_toml
 from keras_t5gemma.recipes.schema import Recipe
 
@@ -94,9 +95,7 @@ def begin(folder: Path, recipe: Recipe) -> bool:
         has_more_steps = True
         if (folder / MODEL_FOLDER).exists():
             (folder / MODEL_FOLDER).rename(folder / f"{MODEL_FOLDER}_{previous.training.steps:08d}")
-    partial = folder / f".{RECIPE_FILE}.partial"
-    partial.write_text(to_toml(recipe), encoding="utf-8")
-    partial.replace(folder / RECIPE_FILE)
+    write_atomically(folder / RECIPE_FILE, to_toml(recipe))
     return not has_more_steps
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from keras_t5gemma.atomic_file import write_atomically
 from keras_t5gemma.text.chat import END_OF_TURN, START_OF_TURN
 
 # The first ids of Gemma's own tokenizer.model, in order. Four control pieces come from the trainer's own options. The
@@ -74,7 +75,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int, path: str | os.P
     except RuntimeError as error:
         raise ValueError(f"Cannot train with vocabulary_size={vocabulary_size!r} on these texts: {error}") from error
     if path is not None:
-        _write_atomically(Path(path), model.getvalue())
+        write_atomically(Path(path), model.getvalue())
     return model.getvalue()
 
 
@@ -86,13 +87,3 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
         if not isinstance(text, str):
             raise ValueError(f"`texts` must hold strings. Received: texts[{index}]={text!r}.")
         yield from (line for line in text.split("\n") if line)
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Writes a draft beside the file first, so that a failed write leaves no partial file under the name."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_bytes(content)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keras_t5gemma import strict_json
+from keras_t5gemma.atomic_file import write_atomically
 from keras_t5gemma.checks import integer, is_number
 
 # The paper searches over learning rate, batch size and dropout, and gives no values. These are RoBERTa's for GLUE
@@ -138,9 +139,7 @@ def write_result(folder: Path, cell: Cell, checksums: Sequence[str], result: Map
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON to a file, which appears, or is replaced, when it is complete."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_atomically(path, json.dumps(value, indent=2) + "\n")
 
 
 def _path(folder: Path, cell: Cell) -> Path:

@@ -69,7 +69,7 @@ def train_cell(
 
     Returns:
         A dict of `accuracies` on the development set and `losses`, a number per epoch until a loss is not finite; and
-        `accuracy`, the best of these, and its `epoch`, both None if there is none.
+        `accuracy`, the best of these, and its `epoch`. Both are None if no epoch ended with a finite loss.
     """
     keras.utils.set_random_seed(seed)
     labels = TASKS[cell.task].labels

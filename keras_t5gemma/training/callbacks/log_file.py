@@ -1,8 +1,11 @@
 """The log of a run as a CSV file: reading, writing, and appending to it. Works without Keras."""
 
 import csv
+import io
 import math
 from pathlib import Path
+
+from keras_t5gemma.atomic_file import write_atomically
 
 LOG_FILE = "log.csv"
 # The column of the held-out loss. The column of one denoiser adds a slash and the denoiser's name.
@@ -83,13 +86,12 @@ class LogTable:
         """Does nothing: each row is written when it is added."""
 
     def _rewrite(self) -> None:
-        """Replaces the file atomically by one with all rows and columns."""
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self._names, restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
-        partial.replace(self._path)
+        """Replaces the file by one with all rows and columns."""
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._names, restval="")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_atomically(self._path, text.getvalue())
 
 
 def _complete_rows(path: Path) -> list[dict[str, str]]:

@@ -59,7 +59,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     and with LoRA or quantization `load_training_weights(lm, "run")` fills a model to export.
 
-    `best` keeps one more checkpoint, that of the epoch with the best value so far, whatever `keep` says:
+    With `best`, the checkpoint of the epoch with the best value so far is kept too, in addition to the `keep` newest:
 
         checkpoint = TrainingCheckpoint("run", best="val_rougeL")
         lm.fit(checkpoint.data(pairs), epochs=20, callbacks=[kt.GenerationMetrics(held_out, ["rougeL"]), checkpoint])

@@ -13,6 +13,7 @@ from keras import ops
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from keras_t5gemma.atomic_file import write_atomically
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.concurrency import reading
 from keras_t5gemma.data.pipelines.preferences import REFERENCE
@@ -150,9 +151,7 @@ class ReferenceLogProbs:
         keys = np.frombuffer(b"".join(values), "uint8").reshape(-1, _KEY_BYTES)
         content = save({_KEYS: keys, _LOG_PROBS: np.array(list(values.values()), "float32")})
         path = self.folder / f"{_PREFIX}{_checksum(content)}.safetensors"
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        partial.write_bytes(content)
-        partial.replace(path)
+        write_atomically(path, content)
         self.values |= values
 
     def check_model(self, lm, computed: Mapping[bytes, float]) -> None:
