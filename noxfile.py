@@ -1,5 +1,5 @@
 """`nox -s tests` runs the tests on each backend in turn, `nox -s lint types` the linters and the type checker, in the
-environment that nox runs in.
+environment that nox runs in. `nox -s full` runs the slow tests, too, on all backends rather than on one.
 
 One environment holds all three backends: to make three of them would take three times as long and test nothing more.
 `lowest` and `newest` need other versions, so they make environments of their own, by uv, and download much.
@@ -28,13 +28,28 @@ def environment(backend):
 @nox.session(venv_backend="none")
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def tests(session, backend):
-    """All tests on one backend; `nox -s "tests(jax)" -- -k masks` passes what follows `--` to pytest.
+    """What every change must pass; `nox -s "tests(jax)" -- -k masks` passes what follows `--` to pytest.
+
+    Each backend runs all tests that are quick, and every third of the slow ones, so that together they run all.
 
     Two processes: most of the time goes into compiling tiny models, which takes one core and up to 2 GB. A file's tests
     stay together, since they share their models. Tests marked `once` run in PyTorch's session only, the shortest.
     """
-    marks = "not gpu and not network" + ("" if backend == "torch" else " and not once")
-    session.run(sys.executable, "-m", "pytest", *ORDER, "-m", marks, *session.posargs, env=environment(backend))
+    run(session, backend, "not elsewhere")
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("backend", BACKENDS, ids=BACKENDS)
+def full(session, backend):
+    """All tests on each backend: before a release, on GitHub for each change. Half an hour a backend on two cores."""
+    run(session, backend)
+
+
+def run(session, backend, *marks):
+    marks = " and ".join(["not gpu", "not network", *marks, *(["not once"] if backend != "torch" else [])])
+    slowest = ("--durations=25", "--durations-min=5")
+    options = ("-m", marks, *slowest, *session.posargs)
+    session.run(sys.executable, "-m", "pytest", *ORDER, *options, env=environment(backend))
 
 
 @nox.session(venv_backend="none")

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -31,17 +32,60 @@ atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
 # Figures are drawn into files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
-# Files that take long: their tests are marked slow. They come first: begun last, one of two processes would still be
-# at them when the other has nothing left to do.
-_SLOW = (
-    "test_sharded_runs.py",
-    "test_distribution.py",
-    "test_resume.py",
-    "test_demo.py",
-    "test_pages.py",
-    "test_notebook.py",
-    "test_contract.py",
+# Files that take long, or folders, which end with a slash: their tests are marked slow. They come first: begun last, one
+# of two processes would still be at them when the other has nothing left to do. `nox -s tests` runs each of their tests
+# on one backend, the others are marked elsewhere; `nox -s full` runs all on all. Most files are dealt out: their first,
+# fourth, ... test is JAX's, and so on. So each backend has a part of each file.
+_BACKENDS = ("jax", "tensorflow", "torch")
+_DEALT = (
+    "checkpoints/test_adapt_files.py",
+    "checkpoints/test_convert.py",
+    "checkpoints/test_peft.py",
+    "data/test_supervised.py",
+    "evaluation/",
+    "heads/",
+    "inference/test_buckets.py",
+    "inference/test_control.py",
+    "inference/test_generate_ids.py",
+    "inference/test_streaming.py",
+    "models/test_contract.py",
+    "models/test_encoder.py",
+    "models/test_lora.py",
+    "models/test_overrides.py",
+    "models/test_quantized.py",
+    "models/test_saved_models.py",
+    "models/test_saved_optimizer.py",
+    "recipes/",
+    "reinforcement/",
+    "test_cli.py",
+    "test_cli_generate.py",
+    "test_registration.py",
+    "training/batches/test_forms_of_data.py",
+    "training/callbacks/",
+    "training/checkpointing/test_best.py",
+    "training/checkpointing/test_resume_early_stopping.py",
+    "training/losses/test_distillation.py",
+    "training/losses/test_losses.py",
+    "training/losses/test_preference.py",
+    "training/losses/test_teachers.py",
+    "training/optimizers/test_low_precision.py",
+    "training/test_accumulation.py",
+    "training/test_long_inputs.py",
+    "training/test_long_memory.py",
+    "training/test_rematerialization.py",
 )
+# These share what takes long to make, or have devices of JAX: they stay together. None: on each backend.
+_WHOLE = {
+    "journeys/test_dates.py": "tensorflow",
+    "journeys/test_search.py": "jax",
+    "test_demo.py": "torch",
+    "test_distribution.py": "jax",
+    "test_notebook.py": None,
+    "test_pages.py": None,
+    "test_quiet.py": "tensorflow",
+    "test_sharded_runs.py": "jax",
+    "training/checkpointing/test_resume.py": "jax",
+}
 
 # Files that compute nothing with a backend: files, numbers on the host, the text of the repository. Folders end with a
 # slash. Their tests are marked `once`: `nox -s tests` runs them in one of its three sessions.
@@ -80,9 +124,17 @@ def short_garbage_collections():
 @pytest.hookimpl(tryfirst=True)  # before pytest looks at marks
 def pytest_collection_modifyitems(items):
     """Slow files are marked and come first, everything else stays as it was. Files that run once are marked."""
+    counts = Counter()
     for item in items:
-        if item.path.relative_to(_TESTS).as_posix().startswith(_ONCE):
+        name = item.path.relative_to(_TESTS).as_posix()
+        if name.startswith(_ONCE):
             item.add_marker("once")
-        if item.path.name in _SLOW:
+        if name.startswith(_DEALT) or name in _WHOLE:
             item.add_marker("slow")
-    items.sort(key=lambda item: item.path.name not in _SLOW)
+            # Tests that only some backends can run are run by all of these.
+            if item.get_closest_marker("skipif") is None and item.get_closest_marker("once") is None:
+                home = _WHOLE.get(name, _BACKENDS[counts[name] % 3])
+                counts[name] += 1
+                if home not in (None, os.environ["KERAS_BACKEND"]):
+                    item.add_marker("elsewhere")
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)

@@ -32,7 +32,9 @@ def lm(preset):
     return kt.T5GemmaSeq2SeqLM.from_preset(preset)
 
 
-def test_exact_match_rises_to_one_and_early_stopping_and_checkpoints_follow_it(lm, tmp_path, capsys):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_exact_match_rises_to_one_and_early_stopping_and_checkpoints_follow_it(preset, dtype, tmp_path, capsys):
+    lm = kt.T5GemmaSeq2SeqLM.from_preset(preset, dtype=dtype)
     keras.utils.set_random_seed(0)
     lm.compile(optimizer=kt.optimizer("adamw", learning_rate=1e-2, warmup_steps=0), sampler="greedy")
     metrics = kt.GenerationMetrics(PAIRS, ["exact_match", "rougeL", "chrf"], samples=2, batch_size=3)

@@ -25,11 +25,6 @@ def tokenizer(tmp_path_factory):
     return kt.T5GemmaTokenizer(str(train_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")))
 
 
-@pytest.fixture(scope="module")
-def backbone():
-    return loud_backbone(CONFIG)
-
-
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_logits_loss_and_gradient_are_those_of_transformers_both_ways(stack, tmp_path):
     config = hf_t5gemma(CONFIG, published_window=True).config
@@ -80,7 +75,9 @@ def test_labels_are_at_first_pieces(tokenizer):
             preprocessor.call(x, y)
 
 
-def test_words_are_classified_after_training_and_after_loading(backbone, tokenizer, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_words_are_classified_after_training_and_after_loading(dtype, tokenizer, tmp_path):
+    backbone = loud_backbone(CONFIG, dtype=dtype)
     keras.utils.set_random_seed(0)
     classes = {"fox": "ANIMAL", "dog": "ANIMAL", "blue": "COLOUR", "brown": "COLOUR"}
     words = [*classes, "light", "apples", "why", "knock", "there"]
@@ -94,7 +91,7 @@ def test_words_are_classified_after_training_and_after_loading(backbone, tokeniz
     assert tagger.classify(texts[80:]) == labels[80:]
     assert tagger.evaluate(texts[80:], labels[80:], verbose=0)[1] == 1
     tagger.save_to_preset(str(tmp_path / "tagger"))
-    again = kt.T5GemmaTokenClassifier.from_preset(tmp_path / "tagger")
+    again = kt.T5GemmaTokenClassifier.from_preset(tmp_path / "tagger", dtype=dtype)
     assert again.classify(texts[80:84]) == labels[80:84]
     with pytest.raises(ValueError, match="'BIRD'"):
         tagger.fit([["fox"]], [["BIRD"]], verbose=0)

@@ -39,6 +39,17 @@ def test_several_targets_score_what_each_scores_alone(lm, starts, targets):
             assert scores["is_greedy"][i][j] == alone["is_greedy"][0]
 
 
+def test_several_targets_in_bfloat16_score_what_float32_scores():
+    """A target of 8 tokens may be off by 8 roundings of logits, which are at most 30; alone, by as many again."""
+    half, whole = (kt.T5GemmaSeq2SeqLM(loud_backbone(CONFIG, dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    scores = half.score(INPUTS, TARGETS)
+    exact = whole.score(INPUTS, TARGETS)
+    for i, group in enumerate(TARGETS):
+        np.testing.assert_allclose(scores["log_likelihood"][i], exact["log_likelihood"][i], rtol=0.02, atol=0.3)
+        alone = [half.score(one(INPUTS, i), [target])["log_likelihood"][0] for target in group]
+        np.testing.assert_allclose(scores["log_likelihood"][i], alone, rtol=0.02, atol=0.3)
+
+
 def test_several_targets_of_a_prompt_without_batch_have_no_batch(lm):
     prompt = {name: x[1] for name, x in INPUTS.items()}
     scores = lm.score(prompt, TARGETS[1])

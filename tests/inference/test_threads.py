@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers.peers import loud_inputs, tiny_config
 from helpers.tiny import loud_backbone
+from helpers.tiny_tokenizer import train_tiny_tokenizer
 from keras import ops
 
 import keras_t5gemma as kt
@@ -139,3 +140,18 @@ def test_state_of_a_sampler_of_ones_own_is_carried_through_the_loop_and_belongs_
     assert counted[0][:3] == greedy[:3]
     assert counted[0][3] == (greedy[3] + 1) % 128
     assert streamed(lm, 4) == counted[0]
+
+
+def test_each_thread_cuts_its_prompts_as_its_call_says(tmp_path):
+    tokenizer = kt.T5GemmaTokenizer(train_tiny_tokenizer(tmp_path / "tokenizer.model"))
+    config = tiny_config(balanced=False, num_layers=1, vocabulary_size=512)
+    lm = kt.T5GemmaSeq2SeqLM(loud_backbone(config), kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, 6, 8))
+    lm.compile(sampler="greedy")
+    prompt, ends = "Why did the apples knock on the quick brown fox?", ["left", "right"] * 4
+    with pytest.warns(UserWarning, match="1 of 1 prompts"):
+        alone = [lm.generate(prompt, truncate=end) for end in ends]
+        together = at_once([lambda end=end: lm.generate(prompt, truncate=end) for end in ends])
+    assert together == alone
+    assert len(set(alone)) == 2
+    with pytest.raises(ValueError, match="truncate"):
+        lm.generate(prompt)
