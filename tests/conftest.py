@@ -32,10 +32,10 @@ atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
 # Figures are drawn into files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
-# Files that take long, or folders, which end with a slash: their tests are marked slow. They come first: begun last, one
-# of two processes would still be at them when the other has nothing left to do. `nox -s tests` runs each of their tests
-# on one backend, the others are marked elsewhere; `nox -s full` runs all on all. Most files are dealt out: their first,
-# fourth, ... test is JAX's, and so on. So each backend has a part of each file.
+# Files that take long, or folders, which end with a slash. Their tests are marked slow and come first: last, they would
+# leave one of two processes without work. `nox -s tests` runs each slow test on one backend, and on the two others it
+# is marked elsewhere; `nox -s full` runs all on all. Most files are dealt out: their first, fourth, seventh test is
+# JAX's, and so on. So each backend has a part of each file.
 _BACKENDS = ("jax", "tensorflow", "torch")
 _DEALT = (
     "checkpoints/test_adapt_files.py",
