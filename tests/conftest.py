@@ -32,6 +32,9 @@ atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
 # Figures are drawn into files.
 os.environ.setdefault("MPLBACKEND", "agg")
 
+# Asserts outside tests show their values, too.
+pytest.register_assert_rewrite("helpers.page_outcomes")
+
 # Files that take long, or folders, which end with a slash. Their tests are marked slow and come first: last, they would
 # leave one of two processes without work. `nox -s tests` runs each slow test on one backend, and on the two others it
 # is marked elsewhere; `nox -s full` runs all on all. Most files are dealt out: their first, fourth, seventh test is
