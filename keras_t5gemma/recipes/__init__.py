@@ -1,6 +1,5 @@
 """Training recipes: one TOML file describes a run. The recipes of the published runs are in this folder.
 
-classification     Builds the classifier of the section `[task]`, its data and its held-out measurement
 components         Builds the model, the data and the optimizer of a recipe
 cross_checks       Checks of recipe keys against each other
 devices            The devices and the processes of a recipe
@@ -14,5 +13,6 @@ run_folder         The folder of a run: its recipe and its lock. Needs no Keras
 schema             Every key of a training recipe, with its type, its range and its meaning. Needs no Keras
 section_rules      Checks of the keys of the sections `[evaluation]` and `[task]` against others
 superglue/         The paper's fine-tuning on SuperGLUE: seven tasks, a grid each, the mean of the best accuracies
+tasks/             The section `[task]`: a model with a head, its data and its held-out measurement
 written_model      The model that a run writes at its end
 """

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from keras_t5gemma.recipes.objective_section import SUPERVISED
 from keras_t5gemma.recipes.schema import PREFERENCES_WITH_REFERENCE, Recipe
-from keras_t5gemma.recipes.section_rules import EVALUATION_RULES, TASK_RULES, Rule, held_out_values
+from keras_t5gemma.recipes.section_rules import EVALUATION_RULES, FIELDS, TASK_RULES, Rule, held_out_values
 
 RULES = (
     *TASK_RULES,
@@ -163,6 +163,7 @@ def _derived_numbers(recipe: Recipe) -> dict[str, object]:
         "devices": _batch_devices(recipe),
         "rows": _row_multiple(recipe),
         "mesh": list(recipe.hardware.mesh),
+        "fields_of_head": FIELDS.get(recipe.task.head or ""),
         "values": ", ".join(held_out_values(recipe)) or "nothing, as no held-out value is measured",
     }
 

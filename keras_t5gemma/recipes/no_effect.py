@@ -71,6 +71,30 @@ RULES: tuple[tuple[str, tuple[str, ...], Callable[[Recipe], object], str], ...] 
         lambda recipe: recipe.task.head,
         "there is no `head`.",
     ),
+    (
+        "task",
+        ("labels", "label_field", "stack", "dropout"),
+        lambda recipe: recipe.task.head != "text_embedder",
+        "it is for classifiers.",
+    ),
+    (
+        "task",
+        ("problem", "separator"),
+        lambda recipe: recipe.task.head == "text_classifier",
+        "it is for text classifiers.",
+    ),
+    (
+        "task",
+        ("pooling",),
+        lambda recipe: recipe.task.head != "token_classifier",
+        "a token classifier has a class per word.",
+    ),
+    (
+        "task",
+        ("normalize", "dimensions", "temperature", "matryoshka"),
+        lambda recipe: recipe.task.head == "text_embedder",
+        "it is for embedders.",
+    ),
     ("hardware", ("fully_sharded",), lambda recipe: recipe.hardware.mesh, "there is no `mesh`."),
 )
 

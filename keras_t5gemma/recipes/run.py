@@ -9,7 +9,6 @@ import keras
 from rich.console import Console
 
 from keras_t5gemma.checkpoints.processes import gather, on_all_processes
-from keras_t5gemma.recipes.classification import HeldOutLabels, compiled_classifier, held_out_labels, labelled_data
 from keras_t5gemma.recipes.components import compiled_model, held_out_batches, reference, training_data
 from keras_t5gemma.recipes.cross_checks import precomputes_reference
 from keras_t5gemma.recipes.devices import distribution, process
@@ -19,6 +18,8 @@ from keras_t5gemma.recipes.reading import read_recipe
 from keras_t5gemma.recipes.reporters import HeldOutGeneration, reporters
 from keras_t5gemma.recipes.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, begin, locked
 from keras_t5gemma.recipes.schema import Recipe
+from keras_t5gemma.recipes.tasks.heads import HEADS
+from keras_t5gemma.recipes.tasks.held_out import HeldOutRows
 from keras_t5gemma.recipes.written_model import description, write_model
 from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
 from keras_t5gemma.training.callbacks.progress_bar import progress_display
@@ -100,21 +101,22 @@ def _language_model(recipe: Recipe, folder: Path, index: int, console: Console) 
     return Parts(lm, data, held_out_batches(recipe, lm.preprocessor, objective, index, stored), measuring)
 
 
-def _classifier(recipe: Recipe) -> Parts:
-    """The parts of a run that trains a classifier."""
-    classifier = compiled_classifier(recipe)
+def _model_with_head(recipe: Recipe) -> Parts:
+    """The parts of a run that trains a model with a head."""
+    head = HEADS[recipe.task.head]
+    model = head.make_model(recipe)
     measuring = []
     if recipe.data.validation:
         every = recipe.training.evaluate_every // recipe.training.log_every
-        measuring.append(HeldOutLabels(held_out_labels(recipe, classifier), every))
-    return Parts(classifier, labelled_data(recipe, classifier), None, measuring)
+        measuring.append(HeldOutRows(head.measurement(recipe, model), every))
+    return Parts(model, head.training_batches(recipe, model), None, measuring)
 
 
 def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> Any:
     """Trains the model to the recipe's last step, from the last checkpoint in the folder if there is one."""
     training = recipe.training
     keras.utils.set_random_seed(training.seed)
-    parts = _classifier(recipe) if recipe.task.head else _language_model(recipe, folder, index, console)
+    parts = _model_with_head(recipe) if recipe.task.head else _language_model(recipe, folder, index, console)
     checkpoint = TrainingCheckpoint(
         folder / CHECKPOINTS_FOLDER,
         save_every=training.save_every,

@@ -271,33 +271,47 @@ class EvaluationSection:
 
 @dataclasses.dataclass(frozen=True)
 class TaskSection:
-    """`[task]`: trains a classifier if `head` is stated, see `keras_t5gemma.T5GemmaTextClassifier`.
+    """`[task]`: trains a model with a head if `head` is stated, see `keras_t5gemma.T5GemmaTextClassifier`.
 
-    There is then no [objective], and the rows of [data] have texts and labels. The head is new, also if the preset has
-    one. All rows of [data] validation are measured, and the log has `val_loss` and `val_accuracy`.
+    There is then no [objective], and the rows of [data] have fields. The head is new, also if the preset has one. All
+    rows of [data] validation are measured, and the log has `val_loss` and `val_accuracy`.
 
     Attributes:
-        head: the kind of model.
-        labels: names of the classes, in the order of their ids; empty for a regression, which learns one number.
-        text_fields: the field of the text, or the two fields of a pair.
-        label_field: the field of the label: a name or an id; for "multi" a list of them; for "regression" a number.
-        problem: "single": one class per text; "multi": any number of classes; "regression": a number.
-        pooling: "last" token, or "mean" of all tokens, which needs [output] format = "keras".
-        stack: "encoder"; or "decoder", the encoder-decoder mode of `transformers`.
-        dropout: the rate before the head.
+        head: the kind of model. The rows of a "text_classifier" have a text or a pair, and a label; those of a
+            "token_classifier" a list of words, and a label per word; those of a "text_embedder" a query and a document.
+        labels: of a classifier, names of the classes, in the order of their ids; empty for a regression, which learns
+            one number.
+        text_fields: the field of the text or the words; the two fields of a pair; or the fields of the query, the
+            document and any hard negatives.
+        label_field: of a classifier, the field of the label: a name or an id; for "multi" a list of them; for
+            "regression" a number; for words a list with one per word.
+        problem: of a text classifier, "single": one class per text; "multi": any number of classes; "regression": a
+            number.
+        pooling: "last" token, the default of a text classifier; or "mean" of all tokens, that of an embedder. For a
+            text classifier "mean" needs [output] format = "keras".
+        stack: of a classifier, "encoder"; or "decoder", the encoder-decoder mode of `transformers`.
+        dropout: of a classifier, the rate before the head.
+        normalize: of an embedder, whether vectors have length 1.
+        dimensions: of an embedder, the numbers of a vector that are kept; all if left out.
+        temperature: of an embedder's loss, `InBatchNegatives`.
+        matryoshka: of the same loss, widths to which vectors may be cut afterwards.
         sequence_length: S, the maximum number of tokens of a text or a pair.
-        truncate: the end at which a text that is too long is cut; an error if left out.
-        separator: the text between the parts of a pair.
+        truncate: the end at which a text that is too long is cut; an error if left out. Of words, "right" alone.
+        separator: of a text classifier, the text between the parts of a pair.
     """
 
-    head: str | None = _key(None, choices=("text_classifier",))
+    head: str | None = _key(None, choices=("text_classifier", "token_classifier", "text_embedder"))
     labels: tuple[str, ...] = ()
-    text_fields: tuple[str, ...] = _key(("text",), least_items=1, most_items=2)
+    text_fields: tuple[str, ...] = _key(("text",), least_items=1)
     label_field: str = "label"
     problem: str = _key("single", choices=("single", "multi", "regression"))
-    pooling: str = _key("last", choices=("last", "mean"))
+    pooling: str | None = _key(None, choices=("last", "mean"))
     stack: str = _key("encoder", choices=("encoder", "decoder"))
     dropout: float = _key(0.0, least=0, most=0.99)
+    normalize: bool = True
+    dimensions: int | None = _key(None, least=1)
+    temperature: float = _key(0.05, above=0)
+    matryoshka: tuple[int, ...] = _key((), least=1)
     sequence_length: int = _key(512, least=1)
     truncate: str | None = _key(None, choices=("left", "right"))
     separator: str = "\n"

@@ -102,7 +102,7 @@ TASK_RULES = (
     Rule(
         "[task] head:",
         lambda r: not (r.task.head and r.evaluation.prompts),
-        "a classifier does not generate answers to [evaluation] prompts. Leave them out. Received: head={task.head!r}.",
+        "a model with a head does not answer [evaluation] prompts. Leave them out. Received: head={task.head!r}.",
     ),
     Rule(
         "[task] head:",
@@ -111,7 +111,7 @@ TASK_RULES = (
     ),
     Rule(
         "[task] labels:",
-        lambda r: not r.task.head or len(r.task.labels) >= {"single": 2, "multi": 1}.get(r.task.problem, 0),
+        lambda r: len(r.task.labels) >= _least_labels(r),
         "expected a name per class. Received: {task.labels}.",
     ),
     Rule(
@@ -126,10 +126,34 @@ TASK_RULES = (
     ),
     Rule(
         "[output] format:",
-        lambda r: not (r.task.head and r.task.pooling == "mean" and r.output.format == "hf"),
+        lambda r: not (r.task.head == "text_classifier" and r.task.pooling == "mean" and r.output.format == "hf"),
         '`transformers` reads the last token only. Set it to "keras" for [task] pooling = "mean".',
     ),
+    Rule(
+        "[task] text_fields:",
+        lambda r: not r.task.head or len(r.task.text_fields) in NUMBERS_OF_FIELDS[r.task.head],
+        "expected {fields_of_head}. Received: {task.text_fields}.",
+    ),
+    Rule(
+        "[task] truncate:",
+        lambda r: not (r.task.head == "token_classifier" and r.task.truncate == "left"),
+        'words are cut at their end: "right". Received: {task.truncate!r}.',
+    ),
 )
+# Per head: how many `text_fields` it has.
+NUMBERS_OF_FIELDS = {"text_classifier": (1, 2), "token_classifier": (1,), "text_embedder": range(2, 100)}
+FIELDS = {
+    "text_classifier": "the field of the text, or the two fields of a pair",
+    "token_classifier": "the field of the words",
+    "text_embedder": "the fields of the query, of the document and of hard negatives",
+}
+
+
+def _least_labels(recipe: Recipe) -> int:
+    """The least number of `[task] labels`."""
+    if recipe.task.head == "text_classifier":
+        return {"single": 2, "multi": 1, "regression": 0}[recipe.task.problem]
+    return 2 if recipe.task.head == "token_classifier" else 0
 
 
 def held_out_values(recipe: Recipe) -> list[str]:
