@@ -147,10 +147,11 @@ def test_each_thread_cuts_its_prompts_as_its_call_says(tmp_path):
     config = tiny_config(balanced=False, num_layers=1, vocabulary_size=512)
     lm = kt.T5GemmaSeq2SeqLM(loud_backbone(config), kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, 6, 8))
     lm.compile(sampler="greedy")
+    options = {"stop_token_ids": None, "max_length": 8}
     prompt, ends = "Why did the apples knock on the quick brown fox?", ["left", "right"] * 4
     with pytest.warns(UserWarning, match="1 of 1 prompts"):
-        alone = [lm.generate(prompt, truncate=end) for end in ends]
-        together = at_once([lambda end=end: lm.generate(prompt, truncate=end) for end in ends])
+        alone = [lm.generate(prompt, truncate=end, **options) for end in ends]
+        together = at_once([lambda end=end: lm.generate(prompt, truncate=end, **options) for end in ends])
     assert together == alone
     assert len(set(alone)) == 2
     with pytest.raises(ValueError, match="truncate"):
