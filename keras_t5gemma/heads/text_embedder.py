@@ -1,6 +1,6 @@
 """`T5GemmaTextEmbedder`: texts as vectors, trained on pairs of queries and documents."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -289,10 +289,16 @@ class T5GemmaTextEmbedder(OwnSteps, RecompilationMixin, Fits, Guarded, Quantizat
         """The results of the metrics as a dict. `compute_loss` has updated them already."""
         return self.get_metrics_result()
 
-    def _to_arrays(self, for_devices: bool = False) -> Callable:
-        """The function that converts a batch of pairs to the model's arrays."""
+    def pair_arrays(self, for_devices: bool = False) -> PairArrays:
+        """The function that converts a batch of pairs to the model's arrays.
+
+        Args:
+            for_devices: whether to fill the rows up to a multiple of the devices along the batch.
+        """
         limit = None if self.preprocessor is None else self.preprocessor.encoder_sequence_length
         return PairArrays(partial(_rows, self), limit, devices_of_a_batch()[1] if for_devices else 1)
+
+    _to_arrays = pair_arrays  # as `Fits` calls it
 
     def get_config(self) -> dict:
         """The constructor's arguments, JSON-ready."""

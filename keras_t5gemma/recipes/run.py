@@ -103,7 +103,7 @@ def _language_model(recipe: Recipe, folder: Path, index: int, console: Console) 
 
 def _model_with_head(recipe: Recipe) -> Parts:
     """The parts of a run that trains a model with a head."""
-    head = HEADS[recipe.task.head]
+    head = HEADS[str(recipe.task.head)]
     model = head.make_model(recipe)
     measuring = []
     if recipe.data.validation:

@@ -66,6 +66,6 @@ def means(
         model.reset_metrics()
         total += count(y, weights)
         for name, value in values.items():
-            of_loss = name == "loss" and count_of_loss is not None
-            sums[name] += float(value) * (count_of_loss if of_loss else count)(y, weights)
+            counted = (count_of_loss or count) if name == "loss" else count
+            sums[name] += float(value) * counted(y, weights)
     return {name: value / total for name, value in sums.items()}

@@ -1,6 +1,6 @@
 """`[task] head = "text_embedder"`: rows with a query, a document and perhaps hard negatives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ def make_model(recipe: Recipe) -> T5GemmaTextEmbedder:
     return compiled(T5GemmaTextEmbedder, recipe, options=options, inputs=inputs, loss=loss)
 
 
-def training_batches(recipe: Recipe, embedder: T5GemmaTextEmbedder) -> grain.IterDataset:  # noqa: ARG001 as of the others
+def training_batches(recipe: Recipe, embedder: T5GemmaTextEmbedder) -> grain.IterDataset:
     """Makes the endless dataset of a `Recipe`.
 
     Args:
@@ -30,10 +30,12 @@ def training_batches(recipe: Recipe, embedder: T5GemmaTextEmbedder) -> grain.Ite
         embedder: its model.
 
     Returns:
-        A `grain.IterDataset` of tuples of columns: B queries, B documents and, for each further field, B negatives.
+        A `grain.IterDataset` of (x, y, weights), as of `PairArrays`: x, `{"query": {"token_ids": [B, S], ...}, ...}`
+        with "document" and, for further fields, hard negatives; y, the numbers of the texts [B, C].
     """
     rows = training_rows(recipe, recipe.task.text_fields, partial(_texts, task=recipe.task))
-    return rows.batch(recipe.training.batch_size, drop_remainder=True, batch_fn=_columns)
+    batches = rows.batch(recipe.training.batch_size, drop_remainder=True, batch_fn=_columns)
+    return batches.map(embedder.pair_arrays())
 
 
 def measurement(recipe: Recipe, embedder: T5GemmaTextEmbedder) -> Callable[[], dict[str, float]]:
@@ -47,5 +49,5 @@ def _texts(row: Mapping, *, task: TaskSection) -> tuple[str, ...]:
     return tuple(text(row, name) for name in task.text_fields)
 
 
-def _columns(rows: list[tuple[str, ...]]) -> tuple[list[str], ...]:
+def _columns(rows: Sequence[tuple[str, ...]]) -> tuple[list[str], ...]:
     return tuple(list(column) for column in zip(*rows, strict=True))

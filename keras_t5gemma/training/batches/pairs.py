@@ -44,10 +44,12 @@ def column_names(x: Mapping) -> list[str]:
 
 
 def unpacked_pairs(batch) -> tuple:
-    """`(x, y, sample_weight)` of a batch: columns, (columns,), or (columns, None, weights); y is None."""
+    """`(x, y, sample_weight)` of a batch: columns, (columns,), (columns, None, weights), or of `PairArrays`."""
     parts = (batch,)
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], Mapping):
         parts = tuple(batch)
+    if len(parts) == 3 and is_converted(parts[0]):
+        return parts
     if len(parts) > 3 or (len(parts) > 1 and parts[1] is not None):
         raise ValueError(f"{FORM} Weights come third: (x, None, sample_weight). Received: {described(batch)}.")
     return (columns_of(parts[0]), None, parts[2] if len(parts) == 3 else None)

@@ -3,7 +3,7 @@
 import datetime
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import keras
 import numpy as np
@@ -136,6 +136,8 @@ class TokenRate(keras.callbacks.Callback):
 
 
 def _tokens(batch: tuple) -> int:
-    """The number of tokens of a batch without padding: of encoder and decoder, or of a classifier's texts."""
-    masks = [array for name, array in batch[0].items() if name.endswith("padding_mask")]
+    """The tokens of a batch without padding: of encoder and decoder, a classifier's texts, an embedder's columns."""
+    x = batch[0]
+    inputs = [x, *(column for column in x.values() if isinstance(column, Mapping))]
+    masks = [array for item in inputs for name, array in item.items() if name.endswith("padding_mask")]
     return sum(int(np.count_nonzero(mask)) for mask in masks)
