@@ -90,6 +90,13 @@ if on_jax:
             assert_same_arrays(found, expected)
         assert steps(folder / "killed") == steps(folder / "whole") == [[f"step_{i:08d}" for i in (4, 6, 8)]] * 2
 
+    def test_early_stopping_ends_the_run_of_both_processes_and_a_restart_does_not_train(runs):
+        folder, told = runs
+        for (first, quiet), (again, warned) in (errors["early"] for errors in told):
+            assert (first, quiet, again) == (sharded_runs.LAST, [], 0)
+            assert len(warned) == 1 and "is over: EarlyStopping on loss ended it after 2 epochs" in warned[0]
+        assert steps(folder / "early") == [[f"step_{i:08d}" for i in (4, 6, 8)]] * 2
+
     def test_no_process_writes_a_whole_matrix_nor_two_the_same_shard(runs):
         folder, _ = runs
         for tensor in tensor_specs(CONFIG):

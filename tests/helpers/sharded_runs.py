@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import keras
@@ -48,15 +49,15 @@ def compiled():
     return lm
 
 
-def fit(lm, folder, index, begin=None):
-    """To the last batch. Each process reads its share."""
+def fit(lm, folder, index, begin=None, epochs=2, more=()):
+    """To the last batch, unless one of `more` callbacks ends the run earlier. Each process reads its share."""
     ids = np.random.default_rng(0).integers(110, CONFIG.vocabulary_size, 4_000, dtype="int32")
     data = kt.pretraining_dataset(ids, None, kt.PrefixLM(14, 10), batch_size=4, seed=1)[index::PROCESSES]
     checkpoint = kt.TrainingCheckpoint(folder, save_every=SAVE_EVERY, keep=3)
-    callbacks = [checkpoint]
+    callbacks = [*more, checkpoint]
     if begin is not None:
         callbacks.append(keras.callbacks.LambdaCallback(on_train_begin=lambda logs: begin(checkpoint.batches)))
-    lm.fit(checkpoint.data(data), epochs=2, steps_per_epoch=LAST // 2, callbacks=callbacks, verbose=0)
+    lm.fit(checkpoint.data(data), epochs=epochs, steps_per_epoch=LAST // 2, callbacks=callbacks, verbose=0)
 
 
 def train(index, folder):
@@ -107,6 +108,7 @@ def go_on(index, folder):
             fit(lm, damaged, index)
         with told(errors, "full disk"), full_disk(index):
             fit(compiled(), folder / "full", index)
+        errors["early"] = [stopped_early(folder / "early", index) for _ in range(2)]
         lm = with_lora()
         kt.save_lora(lm, folder / "adapter")
         kt.export_to_hugging_face(lm, folder / "merged")
@@ -118,6 +120,17 @@ def go_on(index, folder):
             fit(lm, alone, index)
     follow_recipe(folder / "recipe")
     (folder / f"errors_{index}.json").write_text(json.dumps(errors))
+
+
+def stopped_early(folder, index):
+    """`[steps, warnings]` of a run of four epochs that early stopping ends after two: no loss is below the baseline."""
+    steps = []
+    early = keras.callbacks.EarlyStopping("loss", baseline=0.0, patience=1)
+    count = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: steps.append(batch))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(compiled(), folder, index, epochs=4, more=[early, count])
+    return [len(steps), [str(warning.message) for warning in caught if "EarlyStopping" in str(warning.message)]]
 
 
 @contextlib.contextmanager
