@@ -34,11 +34,11 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     To resume, start the same program again: `fit` finds the checkpoint, continues in its epoch with the batch after the
     last one trained on, and ends with the weights of a run that was never stopped: bit-exactly on JAX, and as equal as
     two runs are on TensorFlow and PyTorch. No example is skipped or repeated. The first epoch after a restart has the
-    remaining batches; its metrics count all batches of the epoch. Other callbacks see its batches numbered from 0. Put
-    this callback last, so that it saves after the others have acted. The states of `EarlyStopping`,
-    `ReduceLROnPlateau`, `ModelCheckpoint` and `SwapEMAWeights` (best value, epochs without improvement, best weights)
-    are restored, so that the run stops with the same epoch as without the interruption; the states of other callbacks
-    are not.
+    remaining batches, and Keras's progress bar counts these; its metrics count all batches of the epoch. Other
+    callbacks see its batches numbered from 0. Put this callback last, so that it saves after the others have acted. The
+    states of `EarlyStopping`, `ReduceLROnPlateau`, `ModelCheckpoint` and `SwapEMAWeights` (best value, epochs without
+    improvement, best weights) are restored, so that the run stops with the same epoch as without the interruption; the
+    states of other callbacks are not.
 
     A run that `EarlyStopping` ended is over: if it is started again, it warns, does not train, and has the weights that
     it ended with, which are the best ones under `restore_best_weights=True`. The folder holds the last epoch. A run
@@ -195,6 +195,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 "before the callback is used."
             )
         self._stateful = callback_state.stateful_callbacks(self)
+        self._progress_bar = callback_state.progress_bar(self)
         self._wait()
         self._thread = threading.current_thread()
         self._steps = params["steps"]  # batches per epoch; None if epochs end with the data
@@ -233,6 +234,10 @@ class TrainingCheckpoint(keras.callbacks.Callback):
                 f"The checkpoint in {self.folder} is of epoch {self._epoch}, and `fit` begins with {epoch}. Leave "
                 f"`initial_epoch` out: it is restored."
             )
+        if self._progress_bar is not None:
+            self._progress_bar.target = self._steps and self._steps - self._offset
+            if not self._offset:  # Keras's own totals are right from here on
+                self._progress_bar = None
         if self._offset:
             model_state.restore_metrics(model, *self._restored)
         elif self._steps is None:

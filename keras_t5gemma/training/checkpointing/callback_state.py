@@ -49,6 +49,21 @@ def stateful_callbacks(checkpoint: keras.callbacks.Callback) -> list[keras.callb
     return [callback for callback in callbacks if _names(callback)]
 
 
+def progress_bar(checkpoint: keras.callbacks.Callback) -> keras.callbacks.ProgbarLogger | None:
+    """Keras's progress bar of a `fit`, whose `target` is the number of batches of the epoch that begins next.
+
+    Args:
+        checkpoint: a callback, while Keras calls its `set_params`.
+
+    Returns:
+        None if there is no bar, or if it comes before `checkpoint` and so has begun an epoch already. Keras puts its
+        own bar last.
+    """
+    callbacks = callbacks_of_the_same_fit(checkpoint)
+    later = callbacks[callbacks.index(checkpoint) :]
+    return next((callback for callback in later if isinstance(callback, keras.callbacks.ProgbarLogger)), None)
+
+
 def states(
     callbacks: Sequence[keras.callbacks.Callback], earlier: tuple[list[dict], dict] | None = None
 ) -> tuple[list[dict], dict[str, np.ndarray]]:

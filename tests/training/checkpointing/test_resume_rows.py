@@ -13,7 +13,7 @@ X = {"first": np.arange(4.0 * ROWS).reshape(ROWS, 4), "second": np.ones((ROWS, 4
 Y, WEIGHTS = np.arange(2.0 * ROWS).reshape(ROWS, 2), np.arange(float(ROWS))
 
 
-def run(folder, callbacks=(), epochs=3, seed=1, **kwargs):
+def run(folder, callbacks=(), epochs=3, seed=1, verbose=0, **kwargs):
     """`(model, dataset)` after epochs of 4, 4 and 2 rows."""
     keras.utils.set_random_seed(0)
     inputs = {name: keras.Input((4,), name=name) for name in X}
@@ -21,7 +21,7 @@ def run(folder, callbacks=(), epochs=3, seed=1, **kwargs):
     model.compile("sgd", "mse", run_eagerly=True)
     checkpoint = TrainingCheckpoint(folder, save_every=2)
     data = checkpoint.data(X, Y, WEIGHTS, batch_size=4, seed=seed)
-    model.fit(data, epochs=epochs, verbose=0, shuffle=False, callbacks=[*callbacks, checkpoint], **kwargs)
+    model.fit(data, epochs=epochs, verbose=verbose, shuffle=False, callbacks=[*callbacks, checkpoint], **kwargs)
     return model, data
 
 
@@ -80,3 +80,14 @@ def test_texts_and_rows_of_unequal_length_come_as_lists(tmp_path):
 def test_what_is_no_data_to_go_on_with_is_named(tmp_path, x, options, said):
     with pytest.raises(ValueError, match=said):
         TrainingCheckpoint(tmp_path).data(x, **options)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [None, 3])
+def test_progress_bar_of_an_interrupted_epoch_counts_the_batches_that_remain(tmp_path, steps_per_epoch, capsys):
+    with pytest.raises(Stop):
+        run(tmp_path, [Interrupt(5)], steps_per_epoch=steps_per_epoch)
+    wait_for_writers()
+    capsys.readouterr()
+    run(tmp_path, verbose=2, steps_per_epoch=steps_per_epoch)
+    bars = [line.split(" - ")[0] for line in capsys.readouterr().out.splitlines() if "/step" in line]
+    assert bars == ["2/2", "3/3"]  # the last checkpoint is after the first batch of the second epoch
