@@ -56,6 +56,7 @@ HOMES = (
 # Attributes that Keras, keras-hub, Grain and PyTorch do not promise, and where they are used beside `_keras_internals`.
 # Checked with Keras 3.15.1, keras-hub 0.32, Grain 0.2 and PyTorch 2.13.
 PRIVATE_OF_OTHERS = {
+    "caller_warnings": {"_getframe", "_current_frames"},  # of `sys`, which documents both
     "text.tokenizer": {"_add_special_token", "_set_proto_tf"},
     "kernels.embedding.quantized": {"_embeddings", "_int4_block_size"},
     "layers.embedding": {"_embeddings"},

@@ -2,11 +2,11 @@
 
 import dataclasses
 import hashlib
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checks import integer
 from keras_t5gemma.evaluation.batches import choice_batches, prompt_batches
 from keras_t5gemma.evaluation.decoding import Decoding, ReadyPrompts, answers
@@ -282,8 +282,7 @@ class HarnessLM(LM):
         cut = sum(prompt.is_cut for prompt in found)
         if cut:
             self.truncated += cut
-            warnings.warn(
+            warn_caller(
                 f"{cut} of {len(found)} contexts have more than max_length={self.max_length} tokens and were cut on "
-                f"the {self.reader.truncate}. Raise `max_length`, or ask for fewer examples by `num_fewshot`.",
-                stacklevel=3,
+                f"the {self.reader.truncate}. Raise `max_length`, or ask for fewer examples by `num_fewshot`."
             )

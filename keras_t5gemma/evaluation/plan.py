@@ -2,11 +2,11 @@
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.evaluation import human_eval
 from keras_t5gemma.evaluation.extra import require_lm_eval
 from keras_t5gemma.evaluation.suites import SUITES, Benchmark, runs_code
@@ -77,7 +77,7 @@ def plan(
             skipped += [f"{row.name}: it runs code, which run_code=True allows" for row in suite if runs_code(row.task)]
             shots = {task: count for task, count in shots.items() if not runs_code(task)}
         if skipped:
-            warnings.warn(f"Left out of the suite {tasks!r}: {'; '.join(skipped)}.", stacklevel=3)
+            warn_caller(f"Left out of the suite {tasks!r}: {'; '.join(skipped)}.")
         tasks = list(shots)
     has_human_eval = human_eval.NAME in tasks
     if has_human_eval:

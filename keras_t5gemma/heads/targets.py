@@ -1,10 +1,10 @@
 """Labels of classifiers: ids or names to arrays, with every value checked."""
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.suggestions import did_you_mean
 from keras_t5gemma.training.losses.labels import IGNORED_LABEL
 
@@ -111,10 +111,9 @@ def warn_of_one_class(y: np.ndarray, num_classes: int) -> None:
     """Warns if all the labels of a training are the same class."""
     found = np.unique(y[y != IGNORED_LABEL]) if y.dtype.kind == "i" else ()
     if len(found) == 1 and num_classes > 1 and y.size > 1:
-        warnings.warn(
+        warn_caller(
             f"All {y.size} labels are class {found[0]} of {num_classes}: there is nothing to tell apart. Check that "
-            f"the data are not sorted or filtered by label.",
-            stacklevel=3,
+            f"the data are not sorted or filtered by label."
         )
 
 

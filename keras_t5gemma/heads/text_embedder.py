@@ -162,7 +162,7 @@ class T5GemmaTextEmbedder(OwnSteps, RecompilationMixin, Fits, Guarded, Quantizat
         """
         program = self.programs.get(("embed",), lambda: Program(partial(_vectors, self), self))
         batch_size = integer(batch_size, "batch_size")
-        with cuts_reported(stacklevel=2):
+        with cuts_reported():
             rows, batched = encoder_rows(self, inputs, truncate)
         vectors = vectors_of(self, rows, program, self.dimensions, batch_size=batch_size, progress=progress)
         return vectors if batched else vectors[0]

@@ -55,7 +55,7 @@ def embed(
     """
     check_choice(pooling, "pooling", POOLINGS)
     batch_size = integer(batch_size, "batch_size")
-    with cuts_reported(stacklevel=2):
+    with cuts_reported():
         rows, batched = encoder_rows(lm, inputs, truncate)
     program = lm.programs.get(("embed", pooling), lambda: Program(partial(_pooled, lm, pooling=pooling), lm))
     width = lm.backbone.config.encoder.hidden_dim

@@ -102,7 +102,7 @@ def encode(lm, inputs, *, truncate: str | None = None) -> EncodedPrompts:
         ValueError: as for `generate`.
         MemoryError, RuntimeError: as for `generate`.
     """
-    with cuts_reported(stacklevel=2):
+    with cuts_reported():
         batch = prompt_inputs(lm, inputs, truncate=truncate)
     if isinstance(inputs, EncodedPrompts):
         return inputs

@@ -103,7 +103,7 @@ def generate(
     batches = inputs.as_numpy_iterator() if hasattr(inputs, "as_numpy_iterator") else [inputs]
     lengths = {"max_length": max_length, "max_new_tokens": max_new_tokens, "truncate": truncate}
     form = {"strip_prompt": strip_prompt, "stops": stops, "has_samples_axis": num_samples is not None}
-    with cuts_reported(stacklevel=2), reading(lm, "generate"), Draws(lm.sampler, seed) as draws:
+    with cuts_reported(), reading(lm, "generate"), Draws(lm.sampler, seed) as draws:
         results = [_generate_batch(lm, batch, options, draws, **lengths, **form) for batch in batches]
     return results[0] if len(results) == 1 else _concatenated(results)
 

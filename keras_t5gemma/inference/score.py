@@ -48,7 +48,7 @@ def score(
         ValueError: if prompts or targets are not as described, or do not match in number.
         MemoryError, RuntimeError: as for `generate`.
     """
-    with cuts_reported(stacklevel=2):
+    with cuts_reported():
         return _scores(lm, inputs, targets, closed, truncate)
 
 

@@ -68,7 +68,7 @@ def stream(
     check_streamable(lm.sampler)
     stops = stop_texts(lm, stop)
     options = {"stop_token_ids": stop_ids(lm, stop_token_ids), "processors": processors}
-    with cuts_reported(stacklevel=2):
+    with cuts_reported():
         inputs = prompt_inputs(lm, inputs, max_length=max_length, truncate=truncate)
     prompts = prompt_arrays(inputs, max_length, lm.backbone.config.vocabulary_size, max_new_tokens)
     if (rows := len(prompts["encoder_token_ids"])) != 1:

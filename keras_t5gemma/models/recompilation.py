@@ -11,6 +11,7 @@ import weakref
 import keras
 
 from keras_t5gemma._keras_internals import EvaluatesWithoutOptimizer, copy_weight_decay_exclusions, optimized_variables
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.layers.lora import lora_layers
 
 
@@ -104,11 +105,10 @@ class RecompilationMixin(EvaluatesWithoutOptimizer):
         if self._replaced_counts is None:
             return
         (then, now), self._replaced_counts = self._replaced_counts, None
-        warnings.warn(
+        warn_caller(
             f"The weights to train changed since the optimizer was built ({then} variables then, {now} now). Training "
             f"continues as after another `compile` with the same arguments: with a new optimizer, whose moments are "
-            f"zero and whose learning rate schedule is at the start.",
-            stacklevel=4,
+            f"zero and whose learning rate schedule is at the start."
         )
 
     def _outdated_variables(self) -> list[keras.Variable] | None:

@@ -1,12 +1,12 @@
 """`reinforce`: a model learns from rewards for the answers that it draws."""
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import keras
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checks import integer, is_number
 from keras_t5gemma.concurrency import changing
 from keras_t5gemma.progress import text_progress
@@ -148,7 +148,7 @@ def reinforce(
             run = RunFolder(folder, policy, reference, options, save_every=save_every, keep=keep)
         start, history = (0 if run is None else run.step), {}
         if start >= steps:
-            warnings.warn(f"The run in {folder} has made its {start} steps; more `steps` continue it.", stacklevel=2)
+            warn_caller(f"The run in {folder} has made its {start} steps; more `steps` continue it.")
             return history
         with text_progress("Learning from rewards", steps) as advance:
             advance(start)

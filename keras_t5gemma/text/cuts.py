@@ -1,9 +1,10 @@
 """Texts that were cut because they were too long: counted per call, and reported in one warning."""
 
 import contextlib
-import warnings
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+
+from keras_t5gemma.caller_warnings import warn_caller
 
 
 class Cuts:
@@ -40,13 +41,8 @@ _CURRENT: ContextVar[Cuts | None] = ContextVar("cuts", default=None)
 
 
 @contextlib.contextmanager
-def cuts_reported(stacklevel: int) -> Iterator[None]:
-    """A context that counts the texts which are cut in it. At its end, one warning reports them, if there are any.
-
-    Args:
-        stacklevel: that of `warnings.warn`, counted from the function that has the `with`: 1 for this function, 2 for
-            its caller.
-    """
+def cuts_reported() -> Iterator[None]:
+    """A context that counts the texts which are cut in it. At its end, one warning reports them, if there are any."""
     cuts = Cuts()
     token = _CURRENT.set(cuts)
     try:
@@ -54,7 +50,7 @@ def cuts_reported(stacklevel: int) -> Iterator[None]:
     finally:
         _CURRENT.reset(token)
     if message := cuts.message():
-        warnings.warn(message, stacklevel=stacklevel + 2)  # this generator, and contextlib
+        warn_caller(message)
 
 
 def count_cuts(kind: str, sizes: Sequence[int], limit: int, side: str | None) -> None:

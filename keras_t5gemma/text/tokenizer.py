@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import keras
 import keras_hub
 import numpy as np
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checks import is_integer
 from keras_t5gemma.hub import PresetFolder, kaggle_file, open_preset
 from keras_t5gemma.presets import PRESETS
@@ -143,11 +143,10 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
             if tokens:
                 self._has_warned = True
                 start = max(0, text.index(tokens[0]) - 30)
-                warnings.warn(
+                warn_caller(
                     f"A text holds {' and '.join(map(repr, tokens))}, which is read as plain characters, not as a "
                     f"special token: these are added for you. Leave it out, unless the text is about it. Received: "
-                    f"{text[start : start + 80]!r}. Other texts are not reported.",
-                    stacklevel=4,
+                    f"{text[start : start + 80]!r}. Other texts are not reported."
                 )
                 return
 

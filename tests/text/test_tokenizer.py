@@ -167,6 +167,7 @@ def test_text_with_a_token_that_is_added_is_one_warning_that_shows_it(model_file
         way(T5GemmaTokenizer(proto=model_file), ["the lazy dog", *texts_with_it, "a <b> of html"])
     (warning,) = (warning for warning in caught if warning.category is UserWarning)
     assert repr(token) in str(warning.message)
+    assert warning.filename == __file__
     # Datasets read in several threads: which text comes first is left open.
     assert any(repr(text) in str(warning.message) for text in texts_with_it)
     with warnings.catch_warnings():

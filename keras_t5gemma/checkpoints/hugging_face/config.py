@@ -6,10 +6,10 @@ error. The sliding window is the published one: `sliding_window` counts the quer
 """
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.checkpoints.tensor_table import TensorSpec, tensor_specs
 from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, StackConfig, T5GemmaConfig, T5GemmaEncoderConfig
@@ -246,10 +246,9 @@ def _read_stack(values: Mapping[str, Any], where: str, dropout: float) -> StackC
         if values.get(name, default) not in allowed:
             raise _wrong(where, name, values[name], allowed[0])
     if values.get("attention_dropout"):
-        warnings.warn(
+        warn_caller(
             f"{where}: attention_dropout={values['attention_dropout']} is dropped; attention has no dropout of its own "
-            f"here. Outputs are the same, training differs.",
-            stacklevel=2,
+            f"here. Outputs are the same, training differs."
         )
     pattern = _layer_pattern(values, fields["num_layers"], where)
     if values.get("sliding_window") is not None:

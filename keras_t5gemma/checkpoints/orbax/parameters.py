@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from keras_t5gemma import presets
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checkpoints.orbax.files import open_orbax, result
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource
 from keras_t5gemma.checkpoints.tensor_table import STACKS, TensorSpec, tensor_specs
@@ -245,10 +245,9 @@ def _without_extra_rows(
     longer = [path for path in paths if arrays[path].shape[:1] == (VOCABULARY_SIZE + EXTRA_ROWS,)]
     if not longer or config.vocabulary_size != VOCABULARY_SIZE:
         return arrays
-    warnings.warn(
+    warn_caller(
         f"{folder}: of {VOCABULARY_SIZE + EXTRA_ROWS} rows of the embeddings, the last {EXTRA_ROWS}, UL2's extra ids, "
-        f"are dropped, as in every other format of T5Gemma.",
-        stacklevel=4,  # The caller of `read_orbax_t5gemma`.
+        f"are dropped, as in every other format of T5Gemma."
     )
     return {**arrays, **{path: arrays[path][:VOCABULARY_SIZE] for path in longer}}
 

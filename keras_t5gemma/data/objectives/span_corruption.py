@@ -2,12 +2,12 @@
 
 import bisect
 import dataclasses
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checks import check_integer_fields
 from keras_t5gemma.data.objectives.example import Example, check_ids
 from keras_t5gemma.data.objectives.noise_masks import corrupt, mask_around, random_mask
@@ -172,11 +172,10 @@ class SpanCorruption:
         unlimited = self._raw_length(None)
         if self.too_few_sentinels == "cap" and self.raw_length < unlimited:
             inputs = self.denoiser.lengths(self.raw_length)[0]
-            warnings.warn(
+            warn_caller(
                 f"{self.denoiser} takes {self.raw_length} tokens at a time instead of {unlimited}, because there are "
                 f"only {len(sentinels)} sentinels: its inputs take {inputs} of encoder_length={self.encoder_length} "
-                f'places. Pass more ids as `sentinels`, too_few_sentinels="merge", or use shorter lengths.',
-                stacklevel=3,
+                f'places. Pass more ids as `sentinels`, too_few_sentinels="merge", or use shorter lengths.'
             )
 
     @cached_property

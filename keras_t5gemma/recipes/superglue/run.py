@@ -1,12 +1,12 @@
 """Trains the grids of all tasks, and continues where it was stopped."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checks import integer
 from keras_t5gemma.recipes.run_folder import locked
 from keras_t5gemma.recipes.schema import DTYPES
@@ -131,10 +131,7 @@ def _encoded(settings: dict[str, Any], name: str, splits: tuple) -> Encoded:
     encoded = encode(settings["model"], name, splits, length)
     if encoded.truncated:
         count = sum(len(split.texts) for split in splits)
-        warnings.warn(
-            f"{encoded.truncated} of {count} texts of {name} are cut to sequence_length={length} tokens.",
-            stacklevel=3,
-        )
+        warn_caller(f"{encoded.truncated} of {count} texts of {name} are cut to sequence_length={length} tokens.")
     return encoded
 
 

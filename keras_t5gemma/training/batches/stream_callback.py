@@ -1,10 +1,9 @@
 """`StreamCallback`: tells streams when a run begins, and warns if an epoch was shorter than requested."""
 
-import warnings
-
 import keras
 
 from keras_t5gemma._keras_internals import begin_with_epoch
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.training.batches.streams import Stream
 
 
@@ -50,10 +49,9 @@ class StreamCallback(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:  # noqa: ARG002
         """Warns once if the epoch had fewer batches than requested."""
         if self._steps is not None and self._done < self._steps and not self.model.stop_training:
-            warnings.warn(
+            warn_caller(
                 f"The data ended after {self._done} of {self._steps} steps of epoch {epoch + 1}, which ends there. Use "
-                f"more data, or `steps_per_epoch={self._done}` or less.",
-                stacklevel=2,
+                f"more data, or `steps_per_epoch={self._done}` or less."
             )
             self._steps = None
 

@@ -1,10 +1,10 @@
 """The epoch of a run with the best value of a metric."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.suggestions import check_choice
 from keras_t5gemma.training.checkpointing import step_folder
@@ -55,10 +55,9 @@ class BestEpoch:
         value = (logs or {}).get(self.monitor)
         if value is None:
             if not self._has_warned:
-                warnings.warn(
+                warn_caller(
                     f"`best={self.monitor!r}` is not in the logs of this epoch, so that no checkpoint is the best one. "
-                    f"They have {sorted(logs or {})}.",
-                    stacklevel=2,
+                    f"They have {sorted(logs or {})}."
                 )
             self._has_warned = True
             return False

@@ -2,7 +2,6 @@
 
 import math
 import threading
-import warnings
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma._keras_internals import begin_with_epoch
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checkpoints.processes import on_all_processes, process_count
 from keras_t5gemma.checks import integer
 from keras_t5gemma.training.checkpointing import callback_state, model_state, process_folders, random_state, step_folder
@@ -423,4 +423,4 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         begin_with_epoch(self.model, self._epoch)
 
     def _warn_of_end(self, why: str, remedy: str):
-        warnings.warn(f"The run in {self.folder} is over: {why}. Nothing is trained; {remedy}.", stacklevel=3)
+        warn_caller(f"The run in {self.folder} is over: {why}. Nothing is trained; {remedy}.")

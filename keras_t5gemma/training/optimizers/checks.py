@@ -1,13 +1,13 @@
 """Checks that an optimizer can move the weights of a model."""
 
 import math
-import warnings
 
 import keras
 import numpy as np
 from keras import ops
 
 from keras_t5gemma._keras_internals import flatten_layers, variable_array
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.training.optimizers.indexed_slices import is_distributed
 from keras_t5gemma.training.optimizers.low_precision import LowPrecision, is_bfloat16
 
@@ -51,10 +51,9 @@ def warn_of_quantized_weights(model: keras.Model) -> None:
     if not layers or any(getattr(layer, "lora_enabled", False) for layer in layers):
         return
     rest = sum(math.prod(variable.shape) for variable in model.trainable_variables)
-    warnings.warn(
+    warn_caller(
         f"Quantized weights are not trained: `fit` changes {rest:,} numbers in other layers, such as norms. Call "
-        f"`enable_lora` on the backbone first to train LoRA on top of quantized weights.",
-        stacklevel=2,
+        f"`enable_lora` on the backbone first to train LoRA on top of quantized weights."
     )
 
 

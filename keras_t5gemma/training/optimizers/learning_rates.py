@@ -2,10 +2,11 @@
 
 import math
 import statistics
-import warnings
 
 import keras
 from keras import ops
+
+from keras_t5gemma.caller_warnings import warn_caller
 
 # Peak rates by the model's width D: `factor / D**power`, and at most the last number. The best of a grid for widths of
 # 64, 128 and 256 (benchmarks/log/2026-11-29-learning-rates-by-width.md), extrapolated to published widths as in
@@ -120,7 +121,7 @@ class DefaultLearningRate:
             **kwargs,
         )
         self._has_default_rate = learning_rate is None
-        self._set_rate = None
+        self._set_rate, self._has_warned = None, False
         if isinstance(self._learning_rate, WarmupCosine):
             self._learning_rate.default_peak = rate_by_width(self.recommendation, "full", _USUAL_WIDTH)
         if isinstance(self._learning_rate, keras.optimizers.schedules.LearningRateSchedule):
@@ -157,15 +158,17 @@ class DefaultLearningRate:
             keras.optimizers.Optimizer.learning_rate.fset(self, value)
 
     def _warn_of_warm_up(self, value: float) -> None:
-        """Warns if the rate is set during the warm-up."""
+        """Warns, once per optimizer, if the rate is set during the warm-up."""
+        if self._has_warned:
+            return
         steps = getattr(self._learning_rate, "warmup_steps", 0)
         step = int(ops.convert_to_numpy(self.iterations.value))
         if step < steps:
-            warnings.warn(
+            self._has_warned = True
+            warn_caller(
                 f"The learning rate was set to {value:g} at step {step}, within the warm-up of {steps} steps. It ends "
                 f"the schedule: the rate stays {value:g} until it is set again. With callbacks that set the rate, use "
-                f"`kt.optimizer(..., warmup_steps=0)`.",
-                stacklevel=4,
+                f"`kt.optimizer(..., warmup_steps=0)`."
             )
 
     def _get_current_learning_rate(self):

@@ -283,6 +283,7 @@ def test_batches_are_read_once_an_epoch_and_epochs_are_as_long_as_asked_for(lm, 
         lm.fit((batch for batch in slices(arrays)), epochs=2, steps_per_epoch=2, callbacks=[steps], verbose=0)
     assert steps.seen == [2, 1]
     assert not [warning for warning in caught if "ran out" in str(warning.message)]
+    assert {warning.filename for warning in caught if "The data ended" in str(warning.message)} == {__file__}
 
 
 def test_held_out_data_come_in_any_form(lm, arrays, expected):

@@ -172,5 +172,7 @@ def test_callback_that_sets_the_rate_in_the_warm_up_is_a_warning_and_one_that_le
     as_it_is = keras.callbacks.LearningRateScheduler(lambda _, rate: rate)
     lm.fit(PAIRS, batch_size=72, epochs=2, verbose=0, callbacks=[as_it_is])  # 2 steps an epoch
     assert float(lm.optimizer.learning_rate) == pytest.approx(1e-2 * 4 / 12)
-    with pytest.warns(UserWarning, match="within the warm-up of 12 steps.*warmup_steps=0"):
-        lm.fit(PAIRS, epochs=1, verbose=0, callbacks=[keras.callbacks.LearningRateScheduler(lambda _, rate: rate / 2)])
+    halving = keras.callbacks.LearningRateScheduler(lambda _, rate: rate / 2)
+    with pytest.warns(UserWarning, match="within the warm-up of 12 steps.*warmup_steps=0") as caught:
+        lm.fit(PAIRS, batch_size=72, epochs=2, verbose=0, callbacks=[halving])
+    assert [warning.filename for warning in caught if "warm-up" in str(warning.message)] == [__file__]
