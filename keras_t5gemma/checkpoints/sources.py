@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     import keras_hub
 
 
+_ADAPT = "`keras_t5gemma.adapt_gemma2` makes a T5Gemma of a Gemma 2, `adapt_gemma2_files` one from files to files."
+
+
 @dataclasses.dataclass(frozen=True)
 class Source(Generic[AnyConfig]):
     """An opened checkpoint, whose tensors are those of its config. Its numbers are not read yet.
@@ -166,6 +169,25 @@ def gemma2_source(
 
 def open_t5gemma(origin: str | Path | hub.PresetFolder) -> hub.PresetFolder:
     """The `PresetFolder` of a T5Gemma. Also opens Flax's checkpoints, which have no `config.json`.
+
+    Raises:
+        ValueError, ConnectionError: as for `hub.open_preset`.
+        CheckpointError: as for `open_checkpoint`; or if the folder holds a Gemma 2. The message names `adapt_gemma2`.
+    """
+    if not isinstance(origin, hub.PresetFolder) and str(origin).startswith("gemma2") and not Path(origin).exists():
+        raise ValueError(f"Unknown preset {str(origin)!r}: it is not a folder here, nor a T5Gemma's name. {_ADAPT}")
+    folder = open_checkpoint(origin)
+    config = folder.config or {}
+    if config.get("model_type") == "gemma2":
+        raise CheckpointError(f"{folder / 'config.json'}: `model_type` is 'gemma2'. Expected 't5gemma'. {_ADAPT}")
+    if (name := config.get("registered_name")) in GEMMA2.registered_names:
+        expected = KERAS_HUB_T5GEMMA.registered_names[0]
+        raise CheckpointError(f"{folder / 'config.json'}: a Keras preset of {name}. Expected {expected}. {_ADAPT}")
+    return folder
+
+
+def open_checkpoint(origin: str | Path | hub.PresetFolder) -> hub.PresetFolder:
+    """The `PresetFolder` of a checkpoint of any architecture, Flax's included.
 
     Raises:
         ValueError, ConnectionError: as for `hub.open_preset`.

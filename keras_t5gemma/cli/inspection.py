@@ -8,7 +8,7 @@ from rich.table import Table
 from keras_t5gemma import presets
 from keras_t5gemma.checkpoints.hugging_face.config import Gemma2Config
 from keras_t5gemma.checkpoints.keras_formats.layouts import GEMMA2
-from keras_t5gemma.checkpoints.sources import Source, gemma2_source, open_gemma2, open_t5gemma, stacks_source
+from keras_t5gemma.checkpoints.sources import Source, gemma2_source, open_checkpoint, open_gemma2, stacks_source
 from keras_t5gemma.checkpoints.tensor_source import TensorSource
 from keras_t5gemma.config import StackConfig, T5GemmaConfig, T5GemmaEncoderConfig
 
@@ -25,7 +25,7 @@ def recognize(model: str) -> tuple[str, Source]:
     Raises:
         ValueError: if the checkpoint has another architecture, or its tensors are not those of its config.
     """
-    folder = open_gemma2(model) if str(model).startswith("gemma2") else open_t5gemma(model)
+    folder = open_gemma2(model) if str(model).startswith("gemma2") else open_checkpoint(model)
     if folder.config is None:
         return f"T5Gemma, Flax's Orbax checkpoint, {folder}", stacks_source(folder)
     config = folder.config

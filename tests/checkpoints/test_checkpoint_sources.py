@@ -10,6 +10,7 @@ from helpers.peers import keras_t5gemma, loud_inputs, tiny_config, tiny_gemma_st
 from helpers.tiny import backbone_of
 from keras import ops
 
+import keras_t5gemma as kt
 from keras_t5gemma.checkpoints.adapt import AdaptedTensors
 from keras_t5gemma.checkpoints.load import load_into
 from keras_t5gemma.checkpoints.sources import gemma2_source, t5gemma_source
@@ -110,7 +111,7 @@ def test_gemma2_folder_that_does_not_fit_its_config_is_refused(damaged, gemma2_f
 def test_t5gemma_folder_is_no_gemma2_and_the_reverse(single_folder, gemma2_folder):
     with pytest.raises(CheckpointError, match=r"`model_type` is 't5gemma'\. Expected 'gemma2'"):
         gemma2_source(single_folder)
-    with pytest.raises(CheckpointError, match=r"`model_type` is 'gemma2'\. Expected 't5gemma'"):
+    with pytest.raises(CheckpointError, match=r"`model_type` is 'gemma2'\. Expected 't5gemma'\. .*adapt_gemma2"):
         t5gemma_source(gemma2_folder)
 
 
@@ -194,8 +195,26 @@ def test_keras_t5gemma_that_we_do_not_compute_is_refused(changes, message):
 
 def test_keras_preset_of_another_model_is_refused_by_name(tmp_path, keras_gemma):
     keras_gemma.save_to_preset(tmp_path / "gemma")
-    with pytest.raises(CheckpointError, match=r"Keras preset of keras_hub>GemmaBackbone\. Expected keras_hub>T5Gemma"):
+    with pytest.raises(
+        CheckpointError, match=r"Keras preset of keras_hub>GemmaBackbone\. Expected keras_hub>T5Gemma.*adapt_g"
+    ):
         t5gemma_source(tmp_path / "gemma")
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        kt.T5GemmaSeq2SeqLM.from_preset,
+        kt.T5GemmaBackbone.from_preset,
+        kt.T5GemmaTextEmbedder.from_preset,
+        lambda preset: kt.T5GemmaTextClassifier.from_preset(preset, num_classes=2),
+        kt.T5GemmaTokenClassifier.from_preset,
+    ],
+)
+def test_gemma2_in_place_of_a_t5gemma_is_an_error_that_names_what_makes_one_of_it(load, gemma2_folder):
+    for preset in ("gemma2_2b_en", gemma2_folder):
+        with pytest.raises(ValueError, match=r"`keras_t5gemma\.adapt_gemma2` makes a T5Gemma of a Gemma 2"):
+            load(preset)
 
 
 @pytest.mark.parametrize("find", [gemma2_source, t5gemma_source])
