@@ -7,6 +7,7 @@ continues with its old program: it trains weights that are frozen now, or predic
 import contextlib
 import warnings
 import weakref
+from collections.abc import Mapping, Sequence
 
 import keras
 
@@ -32,6 +33,33 @@ class RecompilationMixin(EvaluatesWithoutOptimizer):
         """Trains on one batch as Keras does, after a change of the weights too."""
         self._refresh(trains=True)
         return super().train_on_batch(*args, **kwargs)
+
+    def enable_lora(
+        self,
+        rank: int | Mapping[str, int],
+        target_layer_names: str | Sequence[str] | None = None,
+        *,
+        lora_alpha: float | None = None,
+    ) -> None:
+        """The backbone's `enable_lora`. The weights of a head outside the backbone stay trainable.
+
+        Args:
+            rank: as for `T5GemmaBackbone.enable_lora`.
+            target_layer_names: as for `T5GemmaBackbone.enable_lora`.
+            lora_alpha: as for `T5GemmaBackbone.enable_lora`.
+
+        Raises:
+            ValueError: as for `T5GemmaBackbone.enable_lora`.
+        """
+        self.backbone.enable_lora(rank, target_layer_names, lora_alpha=lora_alpha)
+
+    def merge_lora(self) -> None:
+        """The backbone's `merge_lora`.
+
+        Raises:
+            ValueError: as for `T5GemmaBackbone.merge_lora`.
+        """
+        self.backbone.merge_lora()
 
     def renew_for_training(self) -> None:
         """Discards outdated compiled functions and renews an outdated optimizer, for code that trains without `fit`."""

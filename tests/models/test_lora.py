@@ -10,7 +10,11 @@ from helpers.tiny import loud_backbone
 from keras import ops
 
 from keras_t5gemma.checkpoints.hugging_face.peft import load_lora, save_lora
+from keras_t5gemma.heads.text_classifier import T5GemmaTextClassifier
+from keras_t5gemma.heads.text_embedder import T5GemmaTextEmbedder
+from keras_t5gemma.heads.token_classifier import T5GemmaTokenClassifier
 from keras_t5gemma.layers.lora import lora_layers
+from keras_t5gemma.models.encoder import T5GemmaEncoder
 from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.training.optimizers.factory import optimizer
 
@@ -228,3 +232,24 @@ def test_optimizer_that_cannot_be_made_again_says_to_compile():
     lm.backbone.enable_lora(2)
     with pytest.raises(ValueError, match="Call `compile` again"):
         lm.fit(**FIT)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        T5GemmaSeq2SeqLM,
+        T5GemmaTextEmbedder,
+        lambda backbone: T5GemmaTextClassifier(backbone, num_classes=2),
+        lambda backbone: T5GemmaTokenClassifier(backbone, num_classes=2),
+    ],
+)
+def test_lora_of_a_task_is_lora_of_its_backbone(task):
+    backbone = loud_backbone(SMALL)
+    model = task(backbone if task is T5GemmaSeq2SeqLM else T5GemmaEncoder(**SMALL.encoder_alone().to_dict()))
+    before = trainable(model)
+    model.enable_lora(2, "encoder/*", lora_alpha=4)
+    assert set(ranks(model.backbone).values()) == {2}
+    assert not any(path.startswith("decoder") for path in ranks(model.backbone))
+    model.merge_lora()
+    assert not ranks(model.backbone)
+    assert trainable(model) == before
