@@ -133,6 +133,34 @@ def track_loss_in_float32(model: keras.Model) -> None:
         object.__setattr__(model, "_loss_tracker", keras.metrics.Mean(name="loss", dtype="float32"))
 
 
+class BuildsMetricsFirst:
+    """A mixin of `keras.Model` with one output whose metrics have their variables before the first step on TensorFlow.
+
+    Keras creates metrics that are named by strings in the first step there. A step that creates variables is traced
+    twice. On other backends Keras builds them beforehand itself.
+    """
+
+    output: Any  # of `keras.Model`
+    _compile_metrics: Any
+
+    def _maybe_symbolic_build(self, iterator: Any = None, data_batch: tuple | None = None) -> None:
+        """Extends Keras's method: also builds the metrics, for the shapes of the targets, without reading a batch."""
+        import keras
+
+        keras_model: Any = super()  # `keras.Model` comes after this class in the method resolution order
+        keras_model._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+        metrics = self._compile_metrics
+        if metrics is None or metrics.built:
+            return
+        dataset = getattr(iterator, "_distributed_dataset", None)  # a `tf.data.Dataset`
+        batch = getattr(dataset, "element_spec", None) if data_batch is None else data_batch
+        if batch is None:
+            return
+        _, y, _ = keras.utils.unpack_x_y_sample_weight(batch)
+        if getattr(getattr(y, "shape", None), "rank", None) is not None:  # one tensor
+            metrics.build(keras.KerasTensor(tuple(y.shape), y.dtype.name), self.output)
+
+
 class EvaluatesWithoutOptimizer:
     """A mixin of `keras.Model` whose `evaluate` creates no optimizer state.
 

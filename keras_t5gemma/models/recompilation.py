@@ -11,12 +11,17 @@ from collections.abc import Mapping, Sequence
 
 import keras
 
-from keras_t5gemma._keras_internals import EvaluatesWithoutOptimizer, copy_weight_decay_exclusions, optimized_variables
+from keras_t5gemma._keras_internals import (
+    BuildsMetricsFirst,
+    EvaluatesWithoutOptimizer,
+    copy_weight_decay_exclusions,
+    optimized_variables,
+)
 from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.layers.lora import lora_layers
 
 
-class RecompilationMixin(EvaluatesWithoutOptimizer):
+class RecompilationMixin(BuildsMetricsFirst, EvaluatesWithoutOptimizer):
     """Mixin for a task model around a `T5GemmaBackbone`: renews compiled functions and the optimizer when needed."""
 
     # Weak references to the variables, and the numbers, that the compiled functions belong to.
