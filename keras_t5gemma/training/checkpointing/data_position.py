@@ -199,10 +199,16 @@ def _plain(value: np.generic | np.ndarray):
     return value.item() if isinstance(value, np.generic) else value.tolist()
 
 
+def _row_as_array(node) -> np.ndarray | None:
+    """A list of numbers, such as the ids of a row, as one array; None for all else."""
+    is_row = isinstance(node, list) and bool(node) and all(isinstance(entry, (int, float, np.number)) for entry in node)
+    return np.asarray(node) if is_row else None
+
+
 def _description(batch) -> dict[str, str]:
     """Names, dtypes and shapes of a batch's arrays, and a checksum of their contents."""
     arrays, checksum = {}, xxhash.xxh3_64()
-    for path, leaf in keras.tree.flatten_with_path(batch):
+    for path, leaf in keras.tree.flatten_with_path(keras.tree.traverse(_row_as_array, batch)):
         if leaf is None:
             continue
         array = np.asarray(leaf)

@@ -4,6 +4,7 @@ import grain
 import keras
 import numpy as np
 import pytest
+from helpers.one_step import language_model
 from helpers.resumed import Interrupt, Stop, assert_same, wait_for_writers
 
 from keras_t5gemma.training.checkpointing.callback import TrainingCheckpoint
@@ -91,3 +92,22 @@ def test_progress_bar_of_an_interrupted_epoch_counts_the_batches_that_remain(tmp
     run(tmp_path, verbose=2, steps_per_epoch=steps_per_epoch)
     bars = [line.split(" - ")[0] for line in capsys.readouterr().out.splitlines() if "/step" in line]
     assert bars == ["2/2", "3/3"]  # the last checkpoint is after the first batch of the second epoch
+
+
+def test_run_of_a_language_model_on_ids_of_unequal_length_goes_on(tmp_path):
+    x = {"encoder_token_ids": [[5, 6], [7], [8, 9, 10], [3]], "decoder_token_ids": [[2, 3, 4], [2, 5], [2, 9], [2, 3]]}
+
+    def trained(folder, callbacks=(), x=x):
+        lm = language_model(run_eagerly=True)
+        checkpoint = TrainingCheckpoint(folder, save_every=1)
+        data = checkpoint.data(x, batch_size=2)
+        lm.fit(data, epochs=2, verbose=0, callbacks=[*callbacks, checkpoint])
+        return lm
+
+    with pytest.raises(Stop):
+        trained(tmp_path / "run", [Interrupt(3)])
+    wait_for_writers()
+    assert_same(trained(tmp_path / "run"), trained(tmp_path / "whole"))
+    longer = x | {"decoder_token_ids": [[*row, 4] for row in x["decoder_token_ids"]]}
+    with pytest.raises(ValueError, match=r"decoder_token_ids/0 is int64 \[\d\], and was int64 \[\d\]"):
+        trained(tmp_path / "run", x=longer)
