@@ -11,4 +11,5 @@ rows             Rows in memory as a dataset of batches, in an order determined 
 shards           The arrays of a checkpoint: written as the shards that this process holds, and read region by region
 step_folder      A training checkpoint on disk: one folder per step, complete or absent, each file with its checksum
 weights          The weights in a run's checkpoints: as folders to average and load, and loaded into a model
+writer           Writes checkpoints in a thread, one after the other, and removes older ones
 """

@@ -4,22 +4,20 @@ import math
 import threading
 import weakref
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn
 
 import keras
-import numpy as np
 
 from keras_t5gemma._keras_internals import begin_with_epoch
 from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checkpoints.processes import on_all_processes, process_count
 from keras_t5gemma.checks import integer
-from keras_t5gemma.training.checkpointing import callback_state, model_state, process_folders, random_state, step_folder
+from keras_t5gemma.training.checkpointing import callback_state, model_state, process_folders, random_state
 from keras_t5gemma.training.checkpointing.best_epoch import BestEpoch
 from keras_t5gemma.training.checkpointing.data_position import NumberedBatches
 from keras_t5gemma.training.checkpointing.rows import batches_of_rows
 from keras_t5gemma.training.checkpointing.shards import SavedArrays
+from keras_t5gemma.training.checkpointing.writer import CheckpointWriter
 
 # A value of `stop_training` that ends an epoch, not the training: it is truthy, and no other code sets it.
 _END_OF_EPOCH = "end of epoch"
@@ -123,11 +121,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._best = BestEpoch(best, mode)
         self.monitor = best  # as Keras's callbacks call it
         self.save_every = integer(save_every, "save_every")
-        self.keep = integer(keep, "keep", optional=True, none_means="for all")
+        self._writer = CheckpointWriter(integer(keep, "keep", optional=True, none_means="for all"))
         self.folder, self.stop_on_nan, self.continue_stopped = folder, stop_on_nan, continue_stopped
         self._data, self._number = None, 0
-        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-        self._pending = None
 
     def data(
         self,
@@ -196,10 +192,10 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             )
         self._stateful = callback_state.stateful_callbacks(self)
         self._progress_bar = callback_state.progress_bar(self)
-        self._wait()
+        self._writer.wait()
         self._thread = threading.current_thread()
         self._steps = params["steps"]  # batches per epoch; None if epochs end with the data
-        self._number = self._saved = 0  # batches in all epochs
+        self._number = 0  # batches in all epochs
         self._epoch, self._offset, self._batch = None, 0, 0  # offset: batches of the epoch trained on before a restart
         self._restored = self._random = None
         self._best.forget()
@@ -208,12 +204,12 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         if not self.model.optimizer.built:  # on TensorFlow Keras builds it only in the first step
             self.model.optimizer.build(self.model.trainable_variables)
         self._run = model_state.description(self.model) | {"steps_per_epoch": self._steps}
-        self._own_folder, checkpoint = process_folders.begin(self.folder)
+        own_folder, checkpoint = process_folders.begin(self.folder)
         if checkpoint is None:
             self._data.start(0)
         else:
             on_all_processes(lambda: self._restore(*checkpoint))
-        self._agreed = self._number  # the last checkpoint that all processes have written
+        self._writer.begin(own_folder, self._number)
 
     def on_train_begin(self, logs: dict | None = None) -> None:  # noqa: ARG002 Keras's signature
         """Restores the states of callbacks, which they have just reset."""
@@ -269,7 +265,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._batch = in_epoch
         loss = (logs or {}).get("loss")
         if self.stop_on_nan and loss is not None and not math.isfinite(loss):
-            self._raise_not_finite(
+            self._writer.wait()
+            raise self._writer.not_finite(
                 f"The loss is {loss} at batch {self._number}, number {in_epoch} of epoch {self._epoch}."
             )
         if self._is_last():
@@ -288,9 +285,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             model.stop_training = False
         last = model.stop_training or epoch + 1 == self.params["epochs"]
         complete = self._is_last()
-        due = self._number // self.save_every > self._saved // self.save_every
+        due = self._number // self.save_every > self._writer.saved // self.save_every
         is_best = complete and self._best.is_improved_by(logs, self._number)
-        if self._number > self._saved and (last or is_best or (complete and due)):
+        if self._number > self._writer.saved and (last or is_best or (complete and due)):
             if complete:
                 ended_by = callback_state.ended_by(self._stateful, epoch) if model.stop_training else None
                 self._save(epoch + 1, 0, ended_by=ended_by)
@@ -301,7 +298,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:  # noqa: ARG002
         """Waits until the last checkpoint is written."""
         begin_with_epoch(self.model, None)
-        self._wait()
+        self._writer.wait()
 
     def _is_last(self) -> bool:
         """Whether the batch just trained on is the last of its epoch."""
@@ -316,7 +313,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             states: the result of `callback_state.states`; the current states if None.
             ended_by: the result of `callback_state.ended_by`.
         """
-        self._wait()
+        self._writer.wait()
         # Copied now, because the next step changes all of it.
         layout, arrays, model = model_state.host_copy(self.model)
         callbacks, best_weights = states or callback_state.states(self._stateful)
@@ -335,54 +332,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             **layout,
         }
         if process_count() > 1:
-            content["agreed"] = self._agreed
-        self._saved = self._number
-        self._best_written = self._best.entry
-        self._pending = self._writer.submit(self._write, self._number, content, arrays | best_weights, model)
-
-    def _write(self, number: int, content: dict, arrays: dict[str, np.ndarray], model: dict | None) -> None:
-        """Writes a checkpoint; runs in the thread.
-
-        Args:
-            number: batches trained on.
-            content: as for `step_folder.write_step`.
-            arrays: as for `step_folder.write_step`.
-            model: as for `step_folder.write_step`.
-
-        Raises:
-            FloatingPointError: if a weight is not finite.
-        """
-        try:
-            model_state.check_finite(arrays, model)
-        except FloatingPointError as error:
-            self._raise_not_finite(f"{error} It was to be saved after batch {number}.")
-        step_folder.write_step(self._own_folder, number, content, arrays, model)
-        if process_count() == 1:
-            self._prune(content["best"])
-
-    def _wait(self) -> None:
-        """Waits for the threads of all processes, and raises the error of a thread, once."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return
-        on_all_processes(pending.result)
-        self._agreed = self._saved
-        if process_count() > 1:
-            # Only now: until all have written, the oldest checkpoint may be the only one that all have.
-            self._prune(self._best_written)
-
-    def _prune(self, best: dict | None) -> None:
-        """Removes older checkpoints; `best` is the entry of the one to keep besides."""
-        if self.keep is not None:
-            step_folder.prune(self._own_folder, self.keep, spared=best and best["step"])
-
-    def _raise_not_finite(self, reason: str) -> NoReturn:
-        """Raises a FloatingPointError that names the last good checkpoint."""
-        if threading.current_thread() is self._thread:
-            self._wait()
-        steps = step_folder.steps_in(self._own_folder)
-        good = f"The last good checkpoint is {steps[-1]}." if steps else "No checkpoint was saved before."
-        raise FloatingPointError(f"{reason} {good}")
+            content["agreed"] = self._writer.agreed
+        self._writer.write(self._number, content, arrays | best_weights, model, self._best.entry)
 
     def _restore(self, path: Path, content: dict) -> None:
         """Restores the state of a checkpoint: the model, the data and the random generators.
@@ -412,7 +363,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._restored = path, content
         self._random = content["random"]
         random_state.set_random_state(self._random)
-        self._number = self._saved = content["data"]["number"]
+        self._number = content["data"]["number"]
         self._epoch, self._offset = content["epoch"], content["batch"]
         if (ended_by := content.get("ended_by")) and not self.continue_stopped:
             why = f"{ended_by['class']} on {ended_by['monitor']} ended it after {ended_by['epochs']} epochs"
