@@ -89,7 +89,7 @@ def _print_results(results: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table()
-    for heading in ("task", "examples", "metric", "", "standard error"):
+    for heading in ("task", "shots", "metric", "value", "standard error"):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     for task, numbers in results["results"].items():
         for key, value in numbers.items():
@@ -124,7 +124,7 @@ def _print_comparison(results: dict[str, Any], stage: str) -> None:
         return
     table = Table(caption="In percent. The prompts and the scoring of published numbers may differ: docs/paper.md.")
     table.add_column("benchmark")
-    for heading in ("examples", "this model", *models):
+    for heading in ("shots", "this model", *models):
         table.add_column(heading, justify="right")
     for row in rows:
         published = [f"{row['published'][model]:.1f}" if model in row["published"] else "" for model in models]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from keras_t5gemma.checks import is_number
 from keras_t5gemma.evaluation import human_eval
 from keras_t5gemma.evaluation.extra import require_lm_eval
 from keras_t5gemma.evaluation.plan import Plan, plan
@@ -99,6 +100,8 @@ def run_plan(planned: Plan, lm, limit: int | float | None, chat: bool | str, **h
         chat: whether contexts are in turns.
         **harness: arguments of `lm_eval.simple_evaluate`.
     """
+    if limit is not None and not (is_number(limit) and limit > 0 and (limit < 1 or limit == int(limit))):
+        raise ValueError(f"`limit` must be a positive integer, a share below 1, or None. Received: limit={limit!r}.")
     if not isinstance(chat, bool):
         check_choice(chat, "chat", ("auto",), others=", or True or False")
         chat = lm.lm.preprocessor.chat

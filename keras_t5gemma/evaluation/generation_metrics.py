@@ -142,13 +142,24 @@ class GenerationMetrics(keras.callbacks.Callback):
                 generated = self.model.generate([*prompts, *padding], strip_prompt=True, **self.options)
                 answers += generated[: len(prompts)]
                 advance(len(prompts))
-        values = {name: float(function(answers, self.references)) for name, function in self.functions.items()}
+        values = {name: self._value(name, answers) for name in self.functions}
         self._newest = {f"val_{name}": value for name, value in values.items()}
         step = self._start + self._batches
         self.results.append({"step": step, **values})
         if self.samples:
             title = f"Step {step:,}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items())
             self._print(self._table(title, answers))
+
+    def _value(self, name: str, answers: list[str]) -> float:
+        """The value of a metric. An error of a user's function names it."""
+        try:
+            value = self.functions[name](answers, self.references)
+        except Exception as error:
+            raise RuntimeError(f"The metric {name!r} raised {type(error).__name__}: {error}") from error
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"The metric {name!r} must return a number. Received: {value!r:.80}.") from None
 
     def _progress(self) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """A progress bar of the prompts."""

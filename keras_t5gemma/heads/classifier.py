@@ -23,6 +23,7 @@ from keras_t5gemma.models.quantization import QuantizationMixin
 from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
 from keras_t5gemma.suggestions import check_choice
+from keras_t5gemma.training.losses.checks import check_reads_logits
 from keras_t5gemma.training.optimizers.factory import resolve_optimizer
 from keras_t5gemma.training.steps.accumulation import Accumulation
 from keras_t5gemma.training.steps.model import OwnSteps
@@ -70,6 +71,10 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
         if unknown := sorted(set(kwargs) - {"name", "trainable", "compile"}):  # Keras would silently accept them
             raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}.")
         check_choice(stack, "stack", STACKS)
+        if preprocessor is not None and not isinstance(preprocessor, self.preprocessor_cls):
+            raise ValueError(
+                f"`preprocessor` must be a {self.preprocessor_cls.__name__}, or None. Received: {preprocessor!r:.80}."
+            )
         if not isinstance(backbone, (T5GemmaBackbone, T5GemmaEncoder)):
             raise ValueError(f"`backbone` must be a T5GemmaBackbone or a T5GemmaEncoder. Received: {backbone!r:.80}.")
         if stack == "decoder" and not isinstance(backbone, T5GemmaBackbone):
@@ -134,12 +139,14 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
             **kwargs: further arguments of `keras.Model.compile`, such as `metrics`.
 
         Raises:
-            ValueError: if `accumulation_steps` is not a positive integer or not available with the loss.
+            ValueError: if the loss takes probabilities, or `accumulation_steps` is not a positive integer or not
+                available with the loss.
         """
         self._replaced_counts = None
         loss = self.auto_loss() if isinstance(loss, str) and loss == "auto" else loss
         if isinstance(weighted_metrics, str) and weighted_metrics == "auto":
             weighted_metrics = self.auto_metrics()
+        check_reads_logits(loss)
         self.accumulation = Accumulation(accumulation_steps, loss)
         optimizer = resolve_optimizer(optimizer, self.dtype_policy, kwargs.get("auto_scale_loss", True))
         forget_compiled_metrics(self)

@@ -109,11 +109,12 @@ TARGETS: dict[str, Callable] = {"single": single_targets, "multi": multi_targets
 
 def warn_of_one_class(y: np.ndarray, num_classes: int) -> None:
     """Warns if all the labels of a training are the same class."""
-    found = np.unique(y[y != IGNORED_LABEL]) if y.dtype.kind == "i" else ()
-    if len(found) == 1 and num_classes > 1 and y.size > 1:
+    given = y[y != IGNORED_LABEL] if y.dtype.kind == "i" else y[:0]
+    found = np.unique(given)
+    if len(found) == 1 and num_classes > 1 and given.size > 1:
         warn_caller(
-            f"All {y.size} labels are class {found[0]} of {num_classes}: there is nothing to tell apart. Check that "
-            f"the data are not sorted or filtered by label."
+            f"All {given.size} labels are class {found[0]} of {num_classes}: there is nothing to tell apart. Check "
+            f"that the data are not sorted or filtered by label."
         )
 
 

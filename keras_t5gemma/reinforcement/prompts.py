@@ -1,12 +1,13 @@
 """Prompts with columns, in an order determined by a seed."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import xxhash
 
 PROMPT = "prompt"
+_CHECKED_AT_ONCE = 256
 # Names that reward functions receive besides columns.
 _RESERVED = ("prompts", "completions")
 
@@ -70,6 +71,27 @@ class Prompts:
                 self._order = turn, np.random.default_rng([self._seed, turn]).permutation(len(self._rows))
             rows.append(self._rows[self._order[1][place]])
         return rows
+
+    def check(self, read: Callable[[list], object]) -> None:
+        """Reads all prompts once, before the first step.
+
+        Args:
+            read: a function of a list of prompts, with a ValueError for those that the model cannot read.
+
+        Raises:
+            ValueError: if it raises one; the message has the number of the row and the prompt.
+        """
+        for first in range(0, len(self._rows), _CHECKED_AT_ONCE):
+            rows = self._rows[first : first + _CHECKED_AT_ONCE]
+            try:
+                read([row[PROMPT] for row in rows])
+            except ValueError:
+                for number, row in enumerate(rows, first):
+                    try:
+                        read([row[PROMPT]])
+                    except ValueError as error:
+                        raise ValueError(f"Row {number} of `prompts`, {row[PROMPT]!r:.80}: {error}") from error
+                raise
 
     def checksum(self) -> str:
         """A checksum of all rows, to recognize the prompts of a run."""

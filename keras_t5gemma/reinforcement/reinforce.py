@@ -122,6 +122,8 @@ def reinforce(
     max_new_tokens = max_new_tokens or lm.preprocessor.decoder_sequence_length - 1
     policy_loss = PolicyLoss(loss, beta, epsilon, epsilon_high)
     rows = Prompts(prompts, batch_size, seed)
+    if lm.preprocessor.truncate is None:  # else the steps cut prompts, and say how many
+        rows.check(lm.preprocessor.generate_preprocess)
     functions = Rewards(rewards, reward_weights, rows.columns)
     options = {
         "prompts": rows.checksum(),
@@ -207,6 +209,8 @@ def _judge(functions: Rewards, rollout: Rollout, batch: list[dict], num_samples:
 
 def _check_model(lm, learning_rate: float | None) -> None:
     """Checks that a model can draw answers and be trained."""
+    if not callable(getattr(lm, "generate", None)):
+        raise ValueError(f"`lm` must be a T5GemmaSeq2SeqLM, which draws answers. Received: a {type(lm).__name__}.")
     if lm.preprocessor is None:
         raise ValueError("`lm` must have a `preprocessor`: reward functions read texts.")
     if not lm.compiled:

@@ -154,7 +154,7 @@ def test_sources_of_rows_are_the_same_data(plain, rows, tmp_path):
         ({"prompt": "a", "chosen": "yes", "rejected": [says("no")]}, "must both be texts, or both be messages"),
         ({"prompt": "a", "chosen": [QUESTION], "rejected": [says("no")]}, "one message of the assistant"),
         ({"prompt": None, "completion": "b", "label": True}, "lacks 'prompt'"),
-        ({"prompt": "a", "chosen": None, "rejected": "b"}, "lacks 'chosen'"),
+        ({"prompt": "a", "chosen": None, "rejected": "b"}, "lacks 'chosen'; it is None"),
         ({"prompt": "a", "completion": "b", "label": "yes"}, "`label` must be true .* Received: 'yes'"),
         ({"prompt": "a", "completion": "b", "label": True}, "have the same prompt"),
         (("a", "b", "c"), "it is a tuple. Rows are dicts"),

@@ -152,6 +152,12 @@ def test_command_refuses_what_it_cannot_do_before_a_model_is_loaded(arguments, m
     assert message in result.output
 
 
+@pytest.mark.parametrize("limit", [0, -1, 1.5, True])
+def test_limit_that_measures_nothing_is_refused(limit, copying):
+    with pytest.raises(ValueError, match="`limit` must be a positive integer, a share below 1"):
+        kt.evaluate(copying, ["arc_easy"], limit=limit, include_path=TASKS / "arc")
+
+
 def test_unknown_task_is_refused_with_a_suggestion(monkeypatch):
     # Instead of the 14,000 tasks of the harness, whose files take long to read.
     whole = lm_eval.tasks.TaskManager

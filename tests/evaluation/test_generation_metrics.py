@@ -134,6 +134,22 @@ def test_name_that_the_logs_have_is_refused(lm):
         lm.fit(PAIRS, validation_data=PAIRS, verbose=0, callbacks=[metrics])
 
 
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        ([1.0], ValueError, r"'mine' must return a number. Received: \[1.0\]"),
+        (None, RuntimeError, "'mine' raised KeyE"),
+    ],
+)
+def test_function_that_fails_is_named(returned, error, message, lm):
+    def mine(predictions, references):
+        return returned if returned else {}["missing"]
+
+    lm.compile(optimizer=keras.optimizers.SGD(0.0), sampler="greedy")
+    with pytest.raises(error, match=message):
+        lm.fit(PAIRS, batch_size=4, verbose=0, callbacks=[kt.GenerationMetrics(PAIRS, [mine], samples=0, batch_size=3)])
+
+
 def test_model_without_preprocessor_is_refused():
     lm = kt.T5GemmaSeq2SeqLM(loud_backbone(tiny_config(num_layers=1)))
     inputs = {"encoder_token_ids": np.ones((1, 3), int), "decoder_token_ids": np.ones((1, 3), int)}

@@ -231,6 +231,7 @@ def test_wrong_arguments_are_named(backbone):
         ({"stack": "both"}, "stack"),
         ({"problem": "ranking"}, "problem"),
         ({"dropout": 1}, "dropout"),
+        ({"preprocessor": object()}, "must be a T5GemmaTextClassifierPreprocessor, or None"),
     ):
         with pytest.raises(ValueError, match=message):
             kt.T5GemmaTextClassifier(backbone, 3, **arguments)
@@ -238,6 +239,14 @@ def test_wrong_arguments_are_named(backbone):
         kt.T5GemmaTextClassifier(kt.T5GemmaEncoder.from_backbone(backbone), 3, stack="decoder")
     with pytest.raises(TypeError, match="hidden_dim"):
         kt.T5GemmaTextClassifier(backbone, 3, hidden_dim=8)
+
+
+@pytest.mark.parametrize("loss", ["binary_crossentropy", keras.losses.SparseCategoricalCrossentropy()])
+def test_loss_of_probabilities_is_refused(loss, backbone):
+    classifier = kt.T5GemmaTextClassifier(backbone, 3)
+    with pytest.raises(ValueError, match="`loss` must take logits.*takes probabilities"):
+        classifier.compile(loss=loss)
+    classifier.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 
 
 def test_data_of_every_form_gives_the_same_numbers(preset):

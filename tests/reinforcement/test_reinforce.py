@@ -232,6 +232,7 @@ def shared(proto):
         ({"prompts": []}, "at least one prompt"),
         ({"prompts": [{"prompt": "a", "x": 1}, {"prompt": "b"}]}, "row 1: prompt"),
         ({"prompts": [{"prompt": "a", "completions": 1}]}, "'completions'"),
+        ({"prompts": ["a", "b", "a b " * 40]}, r"Row 2 of `prompts`, 'a b a b .*takes \d+ tokens"),
     ],
 )
 def test_invalid_argument_is_an_error_that_names_it(shared, arguments, message):
@@ -247,6 +248,8 @@ def test_model_that_cannot_be_trained_is_an_error_that_says_why(shared):
     uncompiled = kt.T5GemmaSeq2SeqLM(shared.backbone, shared.preprocessor, compile=False)
     with pytest.raises(ValueError, match="not compiled"):
         kt.reinforce(uncompiled, ["Why?"], judge, steps=1)
+    with pytest.raises(ValueError, match="must be a T5GemmaSeq2SeqLM.*Received: a T5GemmaTextClassifier"):
+        kt.reinforce(kt.T5GemmaTextClassifier(shared.backbone, 2), ["Why?"], judge, steps=1)
 
 
 def test_conversations_are_prompts_of_a_preprocessor_for_chats(shared):

@@ -226,6 +226,7 @@ def _value(row: Any, name: str) -> Any:
     """A column of a row."""
     if not isinstance(row, Mapping) or row.get(name) is None:
         has = f"it has {', '.join(map(str, row))}" if isinstance(row, Mapping) else f"it is a {type(row).__name__}"
+        has = "it is None" if isinstance(row, Mapping) and name in row else has
         raise ValueError(
             f"A row of `rows` lacks {name!r}; {has}. Rows are dicts of prompt, chosen and rejected; of chosen and "
             f"rejected; or of prompt, completion and label."

@@ -2,8 +2,17 @@
 
 import keras
 
-_BY_NAME = ("sparse_categorical_crossentropy", "categorical_crossentropy", "SparseCategoricalCrossentropy")
-_CLASSES = keras.losses.SparseCategoricalCrossentropy, keras.losses.CategoricalCrossentropy
+_CLASSES = (
+    keras.losses.SparseCategoricalCrossentropy,
+    keras.losses.CategoricalCrossentropy,
+    keras.losses.BinaryCrossentropy,
+)
+_BY_NAME = (
+    *(cls.__name__ for cls in _CLASSES),
+    "sparse_categorical_crossentropy",
+    "categorical_crossentropy",
+    "binary_crossentropy",
+)
 
 
 def check_reads_logits(loss) -> None:
@@ -19,7 +28,7 @@ def check_reads_logits(loss) -> None:
     if is_of_probabilities or (isinstance(loss, str) and loss in _BY_NAME):
         name = loss if isinstance(loss, str) else type(loss).__name__
         raise ValueError(
-            f"`loss` must take logits, which are the model's outputs. Leave it out for the mean over target tokens, or "
-            f"pass `keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction="
-            f'"mean_with_sample_weight")`. Received: {name}, which takes probabilities.'
+            f"`loss` must take logits, which are the model's outputs. Leave it out for the model's own, or pass an "
+            f"object with `from_logits=True`, such as `keras.losses.SparseCategoricalCrossentropy(from_logits=True, "
+            f'reduction="mean_with_sample_weight")`. Received: {name}, which takes probabilities.'
         )

@@ -126,7 +126,7 @@ class PreferenceLoss(AnswerLoss):
         is_paired = DESIRABLE not in y
         if is_paired != self._kind.is_paired or x["decoder_token_ids"].shape[1] != 2:
             columns = "prompt, chosen and rejected" if self._kind.is_paired else "prompt, completion and label"
-            others = "kto" if is_paired else "dpo"
+            others = "dpo" if is_paired else "kto"
             raise ValueError(
                 f"kind={self.kind!r} needs batches of `preference_dataset` from rows of {columns}. Received: batches "
                 f"of {'pairs' if is_paired else 'single answers'}, which are for kinds such as {others!r}."

@@ -194,7 +194,9 @@ def test_invalid_batch_or_model_is_named(preset):
     with pytest.raises(ValueError, match=r"`PreferenceLoss` takes batches .* such as `preference_dataset` makes"):
         evaluated(lm, kt.supervised_dataset([("a", "b")] * 8, lm.preprocessor, batch_size=8, num_epochs=1))
     unpaired = [{"prompt": f"a {i}", "completion": "b", "label": True} for i in range(8)]
-    with pytest.raises(ValueError, match=r"kind='dpo' needs batches .* prompt, chosen and rejected"):
+    with pytest.raises(
+        ValueError, match=r"kind='dpo' needs .* chosen and rejected\. .* single answers, which are for .*'kto'"
+    ):
         evaluated(lm, data(lm, unpaired))
     lm.compile(loss=kt.PreferenceLoss("dpo", reference="lora_off"), run_eagerly=True)
     with pytest.raises(ValueError, match="without its LoRA, and the model has none"):
