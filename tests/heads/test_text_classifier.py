@@ -244,7 +244,7 @@ def test_wrong_arguments_are_named(backbone):
 @pytest.mark.parametrize("loss", ["binary_crossentropy", keras.losses.SparseCategoricalCrossentropy()])
 def test_loss_of_probabilities_is_refused(loss, backbone):
     classifier = kt.T5GemmaTextClassifier(backbone, 3)
-    with pytest.raises(ValueError, match="`loss` must take logits.*takes probabilities"):
+    with pytest.raises(ValueError, match=r"`loss` must take logits.*takes probabilities"):
         classifier.compile(loss=loss)
     classifier.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
 

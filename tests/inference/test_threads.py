@@ -145,7 +145,10 @@ def test_state_of_a_sampler_of_ones_own_is_carried_through_the_loop_and_belongs_
 def test_each_thread_cuts_its_prompts_as_its_call_says(tmp_path):
     tokenizer = kt.T5GemmaTokenizer(train_tiny_tokenizer(tmp_path / "tokenizer.model"))
     config = tiny_config(balanced=False, num_layers=1, vocabulary_size=512)
-    lm = kt.T5GemmaSeq2SeqLM(loud_backbone(config), kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, 6, 8))
+    lm = kt.T5GemmaSeq2SeqLM(loud_backbone(config, seed=1), kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, 6, 8))
+    # So that answers are letters: loud models repeat the start, and tokens of bytes are no text.
+    embeddings = lm.backbone.decoder.token_embedding.embeddings
+    embeddings.assign(ops.concatenate([ops.zeros_like(embeddings[:400]), embeddings[400:]], axis=0))
     lm.compile(sampler="greedy")
     options = {"stop_token_ids": None, "max_length": 8}
     prompt, ends = "Why did the apples knock on the quick brown fox?", ["left", "right"] * 4

@@ -248,7 +248,7 @@ def test_model_that_cannot_be_trained_is_an_error_that_says_why(shared):
     uncompiled = kt.T5GemmaSeq2SeqLM(shared.backbone, shared.preprocessor, compile=False)
     with pytest.raises(ValueError, match="not compiled"):
         kt.reinforce(uncompiled, ["Why?"], judge, steps=1)
-    with pytest.raises(ValueError, match="must be a T5GemmaSeq2SeqLM.*Received: a T5GemmaTextClassifier"):
+    with pytest.raises(ValueError, match=r"must be a T5GemmaSeq2SeqLM.*Received: a T5GemmaTextClassifier"):
         kt.reinforce(kt.T5GemmaTextClassifier(shared.backbone, 2), ["Why?"], judge, steps=1)
 
 
