@@ -71,7 +71,7 @@ class Block(keras.layers.Layer):
             encoder_output: [B, S, E]; None with a cache, or if there is no encoder.
             encoder_visible: cross-attention's mask; None if there is no encoder.
             cache: `{"self": {"key", "value"}, "cross": {"key", "value"}}`, or None.
-            index: position of x's first token. For a single token: its slot in the cache.
+            index: position of x's first token. For a single token: its slot in the cache, or a slot per row, int [B].
             training: whether dropout is on.
 
         Returns:

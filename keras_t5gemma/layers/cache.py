@@ -11,7 +11,7 @@ and again later. The additional slots ensure that they overwrite no position tha
 
 from keras import ops
 
-from keras_t5gemma.kernels.cache_update import write_at
+from keras_t5gemma.kernels.cache_update import is_per_row, write_at
 
 
 def cache_slots(length: int, window: int | None, ahead: int) -> int:
@@ -29,7 +29,11 @@ def cache_slots(length: int, window: int | None, ahead: int) -> int:
 
 
 def positions(slots, last):
-    """The position in each slot if `last` is the newest position: int [R], below 0 for empty slots."""
+    """The position in each slot if `last` is the newest position: int [R], below 0 for empty slots.
+
+    With a newest position per row, int [B], the result is [B, R].
+    """
+    last = ops.expand_dims(last, 1) if is_per_row(last) else last
     return last - _mod(last - ops.arange(slots, dtype="int32"), slots)
 
 
@@ -39,7 +43,7 @@ def is_start(index) -> bool:
 
 
 def slot_of(index, slots):
-    """The slot of a position in a cache with this many slots; the same for all layers of a kind."""
+    """The slot of a position, or of a position per row, in a cache of this many slots; all layers of a kind share it."""
     return index if isinstance(index, int) and index < slots else _mod(index, slots)
 
 
@@ -49,7 +53,7 @@ def write(buffer, update, index):
     Args:
         buffer: the cache's keys or values, [B, K, R, H].
         update: the new ones, [B, K, T, H].
-        index: position of the first new one. For a single one: its slot.
+        index: position of the first new one. For a single one: its slot, or a slot per row, int [B].
 
     Returns:
         The updated buffer. On PyTorch, `buffer` itself may be overwritten.

@@ -7,7 +7,7 @@ from keras_t5gemma.config import StackConfig
 from keras_t5gemma.kernels.attention.dispatch import has_kernel
 from keras_t5gemma.kernels.attention.masks import attention_mask, visible_keys
 from keras_t5gemma.kernels.barriers import materialized, with_gradients_summed_early
-from keras_t5gemma.kernels.cache_update import write_at
+from keras_t5gemma.kernels.cache_update import is_per_row, write_at
 from keras_t5gemma.kernels.embedding.lookup import look_up
 from keras_t5gemma.kernels.rematerialization import rematerialized
 from keras_t5gemma.layers.block import Block
@@ -77,7 +77,7 @@ class Stack(keras.layers.Layer):
             token_ids: int [B, T].
             key_segments: int [B, S], segment ids of the keys' positions: those of the tokens, or of a cache.
             query_segments: int [B, T], segment ids of the tokens.
-            start: position of the first token among the keys.
+            start: position of the first token among the keys; an int, a scalar tensor, or a position per row, int [B].
             encoder: for a decoder, `(encoder_output, encoder_visible)` of `Block.call`.
             caches: one cache per block, or None.
             training: whether dropout is on.
@@ -127,7 +127,7 @@ class Stack(keras.layers.Layer):
             kind: "sliding" or "global".
             query_segments: int [B, T].
             key_segments: int [B, S].
-            start: position of the first query.
+            start: position of the first query, or one per row.
             slots: the number of slots of the layers' caches, or None without a cache.
 
         Returns:
@@ -139,7 +139,8 @@ class Stack(keras.layers.Layer):
             fused = has_kernel(self.compute_dtype)
             return visible_keys(config.num_query_heads, query_segments, key_segments, fused=fused, **options)
         slot_positions = positions(slots, start + query_segments.shape[1] - 1)
-        segments = ops.take(key_segments, ops.maximum(slot_positions, 0), axis=1)
+        take = ops.take_along_axis if is_per_row(start) else ops.take
+        segments = take(key_segments, ops.maximum(slot_positions, 0), axis=1)
         segments = ops.where(slot_positions < 0, 0, segments)
         return attention_mask(query_segments, segments, key_positions=slot_positions, **options)
 
@@ -245,11 +246,19 @@ class Decoder(Stack):
             token_ids: int [B, T].
             padding_mask: int [B, T], as in `call`.
             cache: from `start_cache` or an earlier step.
-            index: position of the first token; an int or a scalar tensor.
+            index: position of the first token; an int, a scalar tensor, or, for single tokens, a position per row,
+                int [B].
 
         Returns:
             `(x, cache)`: [B, T, D], equal to the output of `call` at these positions, and the updated cache.
+
+        Raises:
+            ValueError: if there is a position per row and several tokens.
         """
+        if is_per_row(index) and token_ids.shape[1] != 1:
+            raise ValueError(
+                f"With an `index` per row a step takes one token per row. Received: {token_ids.shape[1]} tokens."
+            )
         segments = ops.cast(padding_mask, "int32")
         key_segments = write_at(cache["segments"], segments, index)
         encoder = (None, self._visible_encoder(segments, cache["encoder_segments"]))

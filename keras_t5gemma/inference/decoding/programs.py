@@ -55,7 +55,7 @@ def decoding_step(lm, token_ids, cache, index):
         lm: a `T5GemmaSeq2SeqLM`.
         token_ids: int [B, T].
         cache: nested structure of tensors; see `Decoder.start_cache`.
-        index: the position of the first token.
+        index: the position of the first token, or of single tokens a position per row, int [B].
 
     Returns:
         `(logits [B, T, V], hidden states [B, T, D], cache)`.

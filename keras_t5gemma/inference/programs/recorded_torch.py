@@ -69,7 +69,7 @@ class RecordedStep:
         leaves = keras.tree.flatten(cache)
         if not self._continues_last_run(leaves):
             self._last.key = self._key(token_ids, leaves)
-        key = self._last.key
+        key = (*self._last.key, getattr(index, "shape", ()))  # a position per row is another recording
         if key not in self._recordings:
             if len(self._counts) == _MOST_COUNTS:
                 self._counts.clear()
@@ -109,7 +109,7 @@ class _Recording:
         step: the function that is recorded.
         token_ids: int [B, 1].
         cache: nested structure of tensors.
-        index: an int or a scalar tensor.
+        index: an int, a scalar tensor or a tensor [B].
         jit_compile: whether to compile the recorded operations by `torch.compile`.
     """
 
@@ -150,7 +150,7 @@ class _Graph:
     Args:
         run: the recorded operations, `(token_ids, index, *leaves) -> (logits, hidden states, *leaves)`.
         token_ids: int [B, 1].
-        index: int scalar tensor.
+        index: int tensor, a scalar or [B].
         leaves: the tensors of the cache.
     """
 

@@ -9,6 +9,7 @@ import typing
 import keras
 from keras import ops
 
+from keras_t5gemma.kernels.cache_update import is_per_row
 from keras_t5gemma.kernels.device import on_cpu
 
 # Attention logits in memory at once, in bytes of float32. About three times as much is in use at a time. With the eight
@@ -40,10 +41,11 @@ def attention_mask(query_segments, key_segments, *, query_start=0, causal=False,
     Args:
         query_segments: int [B, T], segment ids of the queries.
         key_segments: int [B, S], segment ids of the keys.
-        query_start: position of the first query, counted from the first key. It is 0 except in cached decoding.
+        query_start: position of the first query, counted from the first key, or one per row, int [B]. It is 0 except in
+            cached decoding.
         causal: whether later keys are hidden.
         window: a query at `q` sees keys with `|q - k| < window`; None for any distance.
-        key_positions: int [S], if they are not 0, 1, 2, ...
+        key_positions: int [S] or [B, S], if they are not 0, 1, 2, ...
 
     Returns:
         bool [B, T, S].
@@ -52,10 +54,11 @@ def attention_mask(query_segments, key_segments, *, query_start=0, causal=False,
     visible = ops.logical_and(ops.equal(queries, keys), ops.not_equal(keys, 0))
     if not causal and window is None:
         return visible
+    query_start = ops.expand_dims(query_start, 1) if is_per_row(query_start) else query_start
     query_positions = ops.add(ops.arange(ops.shape(query_segments)[1], dtype="int32"), query_start)
     if key_positions is None:
         key_positions = ops.arange(ops.shape(key_segments)[1], dtype="int32")
-    distance = ops.expand_dims(query_positions, 1) - ops.expand_dims(key_positions, 0)
+    distance = ops.expand_dims(query_positions, -1) - ops.expand_dims(key_positions, -2)
     if causal:
         visible = ops.logical_and(visible, distance >= 0)
     if window is not None:
