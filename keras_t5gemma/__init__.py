@@ -82,6 +82,11 @@ if TYPE_CHECKING:
     # Learning from rewards
     from keras_t5gemma.reinforcement.reinforce import reinforce as reinforce
 
+    # Serving
+    from keras_t5gemma.serving.batcher import Batcher as Batcher
+    from keras_t5gemma.serving.handles import BatcherClosed as BatcherClosed
+    from keras_t5gemma.serving.handles import QueueFull as QueueFull
+
     # Text
     from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor as T5GemmaSeq2SeqLMPreprocessor
     from keras_t5gemma.text.tokenizer import T5GemmaTokenizer as T5GemmaTokenizer
@@ -167,6 +172,10 @@ _MODULES = {
     "superglue": "recipes.superglue.run",
     # Learning from rewards
     "reinforce": "reinforcement.reinforce",
+    # Serving
+    "Batcher": "serving.batcher",
+    "BatcherClosed": "serving.handles",
+    "QueueFull": "serving.handles",
     # Text
     "T5GemmaSeq2SeqLMPreprocessor": "text.preprocessor",
     "T5GemmaTokenizer": "text.tokenizer",

@@ -3,7 +3,7 @@
 import contextlib
 import math
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 import numpy as np
@@ -65,8 +65,9 @@ def explanation(request: str, weights: float, cache: float = 0) -> str:
     return f"{request} does not fit into memory: {size}. Use fewer rows or shorter ones."
 
 
-@contextlib.contextmanager
-def memory_errors_explained(model, request: dict, arrays: dict, caches: int = 0) -> Iterator[None]:
+def memory_errors_explained(
+    model, request: dict, arrays: dict, caches: int = 0
+) -> contextlib.AbstractContextManager[None]:
     """Turns a backend's out-of-memory error into a `MemoryError` that explains it; other errors pass.
 
     Args:
@@ -78,6 +79,12 @@ def memory_errors_explained(model, request: dict, arrays: dict, caches: int = 0)
     Raises:
         MemoryError: from the backend's error.
     """
+    return out_of_memory_explained(lambda: _explanation_for(model, request, arrays, caches))
+
+
+@contextlib.contextmanager
+def out_of_memory_explained(explain: Callable[[], str]) -> Iterator[None]:
+    """A context that turns a backend's out-of-memory error into a `MemoryError` with the message `explain()`."""
     try:
         yield
     except Exception as error:
@@ -85,7 +92,15 @@ def memory_errors_explained(model, request: dict, arrays: dict, caches: int = 0)
             raise
         # A stored error, as in a notebook, keeps its frames' variables alive, on PyTorch the cache among them.
         traceback.clear_frames(error.__traceback__)
-        raise MemoryError(_explanation_for(model, request, arrays, caches)) from error
+        raise MemoryError(explain()) from error
+
+
+def slots_explanation(model, slots: int, encoder_length: int, decoder_length: int) -> str:
+    """The `explanation` of an out-of-memory error of a batcher whose slots have these lengths."""
+    itemsize = _item_bytes(model.backbone.compute_dtype)
+    size = cache_bytes(model.backbone.config, slots, encoder_length, decoder_length, itemsize, 1)
+    request = f"{slots} slots x {encoder_length} input tokens x max_length {decoder_length}"
+    return explanation(request, _weight_bytes(model), size)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,5 +13,6 @@ Each operation has a plain implementation in `keras.ops`. It is the oracle of al
     float16           clips values to the range of float16
     gradients         whether gradients are recorded
     rematerialization recomputes activations in the backward pass
+    row_draws         random choices of rows that each have a seed of their own
     soft_cap          `cap * tanh(x / cap)`
 """

@@ -77,6 +77,13 @@ class TopKTopPSampler(keras_hub.samplers.Sampler):
         return {**super().get_config(), "k": self.k, "p": self.p, "seed": self.seed}
 
 
+def generator_start(entropy: list[int], calls: tuple[int, ...] = ()) -> int:
+    """The first number of a generator's state, for a call's seed followed by the number of the generator: `entropy`."""
+    # Keras counts draws in the second number, and PyTorch adds the two: the plain seeds 1 and 2 would give the same
+    # draws, one step apart. 30 bits leave room for the count in every backend's integers.
+    return int(np.random.SeedSequence(entropy, spawn_key=calls).generate_state(1)[0] >> 2)
+
+
 # Held while a call reads a sampler's state and advances it: the two are one atomic step.
 _LOCK = threading.Lock()
 
@@ -135,10 +142,7 @@ class Draws:
 
     def _start(self, entropy: list[int], variable, calls: tuple[int, ...] = ()) -> np.ndarray:
         """A generator's first state, int [2], from `entropy`."""
-        # Keras counts draws in the second number, and PyTorch adds the two: the plain seeds 1 and 2 would give the same
-        # draws, one step apart. 30 bits leave room for the count in every backend's integers.
-        start = np.random.SeedSequence(entropy, spawn_key=calls).generate_state(1)[0] >> 2
-        return np.array([start, 0], keras.backend.standardize_dtype(variable.dtype))
+        return np.array([generator_start(entropy, calls), 0], keras.backend.standardize_dtype(variable.dtype))
 
     def _read(self) -> list[list[int]]:
         return [variable_array(variable).tolist() for variable in self._variables]
