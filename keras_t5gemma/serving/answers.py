@@ -57,7 +57,8 @@ class OpenAnswer:
         request, length = self.request, len(self.request.prompt)
         ended = len(token_ids) > length and token_ids[-1] in request.stop_ids
         first = length if request.strip_prompt else 0
-        arrays = {"decoder_token_ids": token_ids[None, first:].copy(), "log_probs": log_probs[None, first:].copy()}
+        log_probs = np.where(np.arange(len(token_ids)) < length, np.float32(0), log_probs)  # a prompt has none
+        arrays = {"decoder_token_ids": token_ids[None, first:].copy(), "log_probs": log_probs[None, first:]}
         arrays["decoder_padding_mask"] = np.ones_like(arrays["decoder_token_ids"], bool)
         text, mask = None, arrays["decoder_padding_mask"][0]
         if self._preprocessor is not None:
