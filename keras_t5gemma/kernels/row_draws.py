@@ -7,7 +7,7 @@ from keras import ops
 def draw_per_row(logits, starts, counts, sizes):
     """Draws one column per row, as `keras.random.categorical` draws for a batch of that row alone.
 
-    A row's draw depends on its logits, its seed and its size, not on the other rows. So it is the draw number `count` of
+    A row's draw depends on its logits, its seed and its size, not on the other rows. It is the draw number `count` of a
     `keras.random.SeedGenerator` whose state began with `start`.
 
     Args:

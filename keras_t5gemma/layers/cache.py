@@ -43,7 +43,7 @@ def is_start(index) -> bool:
 
 
 def slot_of(index, slots):
-    """The slot of a position, or of a position per row, in a cache of this many slots; all layers of a kind share it."""
+    """The slot of a position, or of a position per row, in a cache with this many slots; the same in all layers."""
     return index if isinstance(index, int) and index < slots else _mod(index, slots)
 
 

@@ -15,8 +15,8 @@ from keras_t5gemma.serving.requests import longest_request, read_request
 class Batcher:
     """Answers requests from any number of threads with continuous batching.
 
-    Requests share one decoding batch of B slots. A request that ends makes room for the next one at once, and no request
-    waits until others end. Its answer does not depend on who shares the batch, nor on the order of arrival.
+    Requests share one decoding batch of B slots. A request that ends makes room for the next one at once, and others go
+    on. An answer does not depend on who shares the batch, nor on the order of arrival.
 
         slot 0   A A A A A D D D D D D
         slot 1   B B B B B B B B B E E
@@ -31,9 +31,9 @@ class Batcher:
     Args:
         lm: a `T5GemmaSeq2SeqLM`. Its sampler is not used; each request has its own `temperature`, `top_k` and `top_p`.
         slots: B, requests that are decoded at a time.
-        buckets: sizes of prompts in tokens, ascending: a prompt is padded to the smallest that holds it, and one that is
-            longer than the largest is an error. A quarter of the preprocessor's `encoder_sequence_length` and all of it
-            if left out.
+        buckets: sizes of prompts in tokens, ascending. A prompt is padded to the smallest that holds it; one that is
+            longer than the largest is an error. Sizes are capped at the preprocessor's `encoder_sequence_length`; a
+            quarter of this and all of it if left out.
         max_length: L, the longest answer in tokens with its decoder prompt; the preprocessor's
             `decoder_sequence_length` if left out.
         most_waiting: the most requests that wait for a slot.
@@ -112,8 +112,8 @@ class Batcher:
         """Adds a request; returns at once. May be called from any thread.
 
         Args:
-            inputs: one prompt, as for `generate`: a string, a conversation, a dict of `encoder_text` and `decoder_text`,
-                or without a preprocessor a dict of ids.
+            inputs: one prompt, as for `generate`: a string, a conversation, a dict of `encoder_text` and
+                `decoder_text`, or without a preprocessor a dict of ids.
             max_length: the maximum length in tokens with the decoder prompt; the batcher's if left out.
             max_new_tokens: instead of `max_length`, how many tokens may follow the decoder prompt.
             temperature: 0 for the likeliest token at each step, or what logits are divided by before a random draw.

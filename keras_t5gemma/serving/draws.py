@@ -44,8 +44,8 @@ def penalized(logits, token_ids, index, rows: Rows):
 def next_tokens(logits, index, rows: Rows):
     """Chooses: int32 [B] from logits [B, V].
 
-    Each row gets what `generate` gives for it alone, with the sampler "greedy" or `TopKTopPSampler`. Each kind of choice
-    is computed only if a row needs it, and a row's kind depends on that row alone.
+    Each row gets what `generate` gives for it alone, with the sampler "greedy" or `TopKTopPSampler`. Each kind of
+    choice is computed only if a row needs it, and a row's kind depends on that row alone.
 
     Args:
         logits: [B, V].

@@ -104,7 +104,7 @@ class ModelThread:
         while (admitted := self._next_admitted()) is not None:
             try:
                 self._turn(admitted)
-            except BaseException as error:  # noqa: BLE001 every request learns of it
+            except BaseException as error:
                 self._fail_open(error)
         self._state = None
 
@@ -136,7 +136,7 @@ class ModelThread:
             request, handle = self._waiting.popleft()
             try:
                 return OpenAnswer(self._lm, request, handle)
-            except Exception as error:  # noqa: BLE001 the request learns of it
+            except Exception as error:
                 handle.fail(error)
         return None
 
@@ -166,7 +166,7 @@ class ModelThread:
             length = max(int(index[slot]), len(answer.request.prompt))
             try:
                 answer.take(token_ids[slot, :length], log_probs[slot, :length], not running[slot])
-            except Exception as error:  # noqa: BLE001 the request learns of it
+            except Exception as error:
                 answer.handle.fail(error)
 
     def _free_done(self) -> None:

@@ -140,16 +140,17 @@ def _arrays(lm, inputs, longest_prompt: int, longest: int, max_length, max_new_t
     ids = arrays["encoder_token_ids"][0][arrays["encoder_padding_mask"][0] != 0]
     if len(ids) > longest_prompt:
         raise ValueError(
-            f"The prompt takes {len(ids)} tokens, more than the batcher's largest bucket, {longest_prompt}. Shorten it, "
-            f"or create the batcher with larger `buckets`."
+            f"The prompt takes {len(ids)} tokens, more than the batcher's largest bucket, {longest_prompt}. Shorten "
+            f"it, or create the batcher with larger `buckets`."
         )
     limit = int(arrays["limits"][0])
     if max_length is None and max_new_tokens is None:
         limit = longest
     if limit > longest:
         raise ValueError(
-            f"The answer may take {limit} tokens with its decoder prompt, more than the batcher's max_length={longest}. "
-            f"Pass a smaller `max_length` or `max_new_tokens`, or create the batcher with a larger `max_length`."
+            f"The answer may take {limit} tokens with its decoder prompt, more than the batcher's "
+            f"max_length={longest}. Pass a smaller `max_length` or `max_new_tokens`, or create the batcher with a "
+            f"larger `max_length`."
         )
     prompt = arrays["decoder_token_ids"][0][arrays["decoder_padding_mask"][0] != 0]
     if len(prompt) > limit:

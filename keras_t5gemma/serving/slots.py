@@ -1,9 +1,9 @@
 """The slots of a batcher: rows of one decoding batch, each at a position of its own, and the programs that fill them.
 
-    slot        0               1              2
-    request     A, token 7      -              B, token 2
-    insert      A               C, token 0     B              one program per bucket of prompts: encode, write the row
-    advance     A, token 8      C, token 1     B, token 3     one program: a step of all rows, in a loop
+slot        0               1              2
+request     A, token 7      -              B, token 2
+insert      A               C, token 0     B              one program per bucket of prompts: encode, write the row
+advance     A, token 8      C, token 1     B, token 3     one program: a step of all rows, in a loop
 """
 
 from functools import partial
@@ -105,7 +105,9 @@ class SlotPrograms:
         cache = self._lm.backbone.decoder.start_cache(encoder_output, encoder_mask, self._length, 1)
         added = self._encoder_length - encoder_mask.shape[1]
         for layer in cache["layers"]:
-            layer["cross"] = {name: ops.pad(x, [(0, 0)] * 2 + [(0, added), (0, 0)]) for name, x in layer["cross"].items()}
+            layer["cross"] = {
+                name: ops.pad(x, [(0, 0)] * 2 + [(0, added), (0, 0)]) for name, x in layer["cross"].items()
+            }
         cache["encoder_segments"] = ops.pad(cache["encoder_segments"], [(0, 0), (0, added)])
         log_probs = ops.zeros(token_ids.shape, "float32")
         return SlotState(token_ids, cache, ops.ones((1,), "int32"), ops.ones((1,), "bool"), log_probs)
@@ -120,7 +122,8 @@ class SlotPrograms:
         started = ops.logical_and(state.running, state.index < rows.limits)
 
         # `while_loop` passes the fields one by one.
-        def cond(token_ids, cache, index, running, log_probs):
+        def cond(*fields):
+            running = SlotState(*fields).running
             has_ended = ops.any(ops.logical_and(started, ops.logical_not(running)))
             stops = ops.logical_and(is_awaited, has_ended)
             return ops.logical_and(ops.any(running), ops.logical_not(stops))

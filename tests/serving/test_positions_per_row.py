@@ -47,7 +47,7 @@ def test_several_tokens_with_a_position_per_row_are_an_error(backbone):
     output = backbone.encoder(inputs["encoder_token_ids"], inputs["encoder_padding_mask"])
     cache = backbone.decoder.start_cache(output, inputs["encoder_padding_mask"], LENGTH)
     ids = ops.convert_to_tensor(inputs["decoder_token_ids"][:, :2])
-    with pytest.raises(ValueError, match="one token per row. Received: 2 tokens"):
+    with pytest.raises(ValueError, match="one token per row"):
         backbone.decoder.step(ids, ops.ones_like(ids), cache, ops.convert_to_tensor([0, 1], "int32"))
 
 
