@@ -28,6 +28,7 @@ ROOMS = {
     "heads": "Heads",
     "evaluation": "Evaluation",
     "reinforcement": "Reinforcement",
+    "serving": "Serving",
     "recipes": "Recipes",
 }
 # Sections of README.md that have a page of their own, or that the site's navigation takes the place of.

@@ -97,7 +97,8 @@ class SlotPrograms:
         output = ops.zeros((1, self._encoder_length, config.encoder.hidden_dim), self._lm.backbone.compute_dtype)
         row = self._row(output, ops.zeros((1, self._encoder_length), "int32"), ops.zeros((1, self._length), "int32"))
         state = tree.map_structure(lambda x: ops.zeros((self._slots, *x.shape[1:]), x.dtype), row)
-        return state._replace(index=ops.ones((self._slots,), "int32"))
+        # A step reads the token before its index, also in a free slot.
+        return SlotState(state.token_ids, state.cache, state.index + 1, state.running, state.log_probs)
 
     def _row(self, encoder_output, encoder_mask, token_ids) -> SlotState:
         """The state [1, ...] of a request before its first token."""
@@ -131,7 +132,7 @@ class SlotPrograms:
         def body(*fields):
             return tuple(self._stepped(SlotState(*fields), rows))
 
-        fields = tuple(state._replace(running=started))
+        fields = state.token_ids, state.cache, state.index, started, state.log_probs
         return SlotState(*ops.while_loop(cond, body, fields, maximum_iterations=count))
 
     def _stepped(self, state: SlotState, rows: Rows) -> SlotState:

@@ -260,6 +260,27 @@ def rewards(_):
     return {"is_short]": rewarded, "kt.load_training_weights": loaded, "epsilon_high": limited}
 
 
+def serving(_):
+    def answered(names):
+        expected = names["lm"].generate("Why is the sky blue?", max_new_tokens=32)
+        # Two tokens of a random model may be equally likely in bfloat16.
+        assert names["answer"].text[:4] == expected[:4]
+        assert names["answer"].finish_reason in ("stop", "length")
+
+    def streamed(names):
+        answer = names["drawn"].result()
+        assert "".join(names["pieces"]) == answer.text
+        assert len(answer.log_probs) == len(answer.token_ids)
+        assert len(set(names["texts"])) > 1
+        assert not any("\n" in text for text in names["texts"])
+
+    def refused(names):
+        assert names["handle"].done
+        assert "encoder_sequence_length=128" in names["too_long"]
+
+    return {"batcher.warm()": answered, "for text in drawn": streamed, "too_long": refused}
+
+
 def embed(_):
     def embedded(names):
         assert names["vectors"].shape == (2, names["embedder"].dimensions)
@@ -374,5 +395,6 @@ OUTCOMES = {
     "docs/generation.md": generation,
     "docs/preferences.md": preferences,
     "docs/rewards.md": rewards,
+    "docs/serving.md": serving,
     "docs/training.md": training,
 }
