@@ -78,7 +78,7 @@ class Batcher:
             integer(most_waiting, "most_waiting"),
         )
         # A batcher that is forgotten, or open when the program ends, fails what is left.
-        weakref.finalize(self, self._thread.close, 0)
+        weakref.finalize(self, self._thread.abandon)
 
     @property
     def waiting(self) -> int:

@@ -16,6 +16,8 @@ from keras_t5gemma.serving.rows import rows_of, set_row
 from keras_t5gemma.serving.slots import SlotPrograms
 
 _CLOSED = "The batcher is closed."
+# More than a chunk of steps takes.
+_SECONDS_OF_STEPS = 5.0
 
 
 class ModelThread:
@@ -100,9 +102,17 @@ class ModelThread:
         for handle in left:
             handle.fail(BatcherClosed(f"{_CLOSED} It had no time left for this request."))
 
+    def abandon(self) -> None:
+        """Fails what is open, and waits a few seconds for the steps that run: a program cannot end during them."""
+        self.close(0)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(_SECONDS_OF_STEPS)
+
     def _run(self) -> None:
-        while (admitted := self._next_admitted()) is not None:
+        while True:
             try:
+                if (admitted := self._next_admitted()) is None:
+                    break
                 self._turn(admitted)
             except BaseException as error:
                 self._fail_open(error)

@@ -348,6 +348,19 @@ def test_requests_of_eight_threads_get_what_they_get_alone_and_compile_nothing(b
     assert len(set(map(tuple, alone))) > 8
 
 
+def test_requests_leave_nothing_behind(batcher):
+    def objects_after(count):
+        for handle in [batcher.submit("a", max_new_tokens=2, temperature=1.0, stop="b") for _ in range(count)]:
+            handle.result(60)
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = objects_after(10)
+    for _ in range(9):
+        after = objects_after(10)
+    assert after - before < 90  # not one object a request
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
