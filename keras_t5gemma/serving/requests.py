@@ -127,7 +127,7 @@ def _arrays(lm, inputs, longest_prompt: int, longest: int, max_length, max_new_t
     if lm.preprocessor is not None:
         most = min(longest_prompt, lm.preprocessor.encoder_sequence_length)
         options = {"encoder_sequence_length": most, "sequence_length": max_length, **truncation_of(lm, truncate)}
-        with cuts_reported(stacklevel=4):
+        with cuts_reported():
             inputs = lm.preprocessor.generate_preprocess(inputs, **options)
     else:
         inputs = prompt_inputs(lm, inputs, truncate=truncate)
