@@ -60,6 +60,7 @@ _DEALT = (
     "models/test_saved_optimizer.py",
     "recipes/",
     "reinforcement/",
+    "serving/",
     "test_cli.py",
     "test_cli_generate.py",
     "test_registration.py",
@@ -80,6 +81,7 @@ _DEALT = (
 # These share what takes long to make, or have devices of JAX: they stay together. None: on each backend.
 _WHOLE = {
     "journeys/test_dates.py": "tensorflow",
+    "journeys/test_rewards.py": "torch",
     "journeys/test_search.py": "jax",
     "test_demo.py": "torch",
     "test_distribution.py": "jax",

@@ -9,12 +9,12 @@ import random
 
 import keras
 import numpy as np
-import pytest
 
 import keras_t5gemma as kt
 
 ROWS = [
-    {"prompt": "".join(digits), "answer": "".join(sorted(digits))} for digits in itertools.product("0123456789", repeat=3)
+    {"prompt": "".join(digits), "answer": "".join(sorted(digits))}
+    for digits in itertools.product("0123456789", repeat=3)
 ]
 random.Random(0).shuffle(ROWS)
 HELD_OUT, EXAMPLES, PROMPTS = ROWS[:200], ROWS[200:235], ROWS[235:]
@@ -48,7 +48,6 @@ def fine_tuned():
     return lm
 
 
-@pytest.mark.slow
 def test_model_that_is_right_half_the_time_learns_from_rewards_alone_to_be_right():
     lm = fine_tuned()
     assert 0.4 <= right(lm) <= 0.6
