@@ -1,4 +1,4 @@
-"""A tiny model learns from 35 examples to sort digits about half the time, and from rewards alone to sort nearly always.
+"""A tiny model learns from examples to sort digits about half the time, and from rewards alone to sort nearly always.
 
 It never sees a right answer after the examples: a function says of each answer that it draws whether it is right. All
 numbers that are asked in the end are new to it, and an answer is right only if it is so to the last character.
@@ -12,9 +12,9 @@ import numpy as np
 
 import keras_t5gemma as kt
 
+DIGITS = "0123456789"
 ROWS = [
-    {"prompt": "".join(digits), "answer": "".join(sorted(digits))}
-    for digits in itertools.product("0123456789", repeat=3)
+    {"prompt": "".join(digits), "answer": "".join(sorted(digits))} for digits in itertools.product(DIGITS, repeat=3)
 ]
 random.Random(0).shuffle(ROWS)
 HELD_OUT, EXAMPLES, PROMPTS = ROWS[:200], ROWS[200:235], ROWS[235:]
@@ -39,7 +39,7 @@ def fine_tuned():
     keras.utils.set_random_seed(1)
     stack = kt.StackConfig(1, 64, 192, 4, 2, 16)
     backbone = kt.T5GemmaBackbone(stack, stack, vocabulary_size=VOCABULARY)
-    tokenizer = kt.T5GemmaTokenizer(proto=kt.train_tokenizer(["0123456789"], VOCABULARY))
+    tokenizer = kt.T5GemmaTokenizer(proto=kt.train_tokenizer([DIGITS], VOCABULARY))
     lm = kt.T5GemmaSeq2SeqLM(backbone, kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, 5, 5))
     seen = [EXAMPLES[i % len(EXAMPLES)] for i in np.random.RandomState(0).permutation(64 * FINE_TUNING)]
     lm.compile(optimizer=kt.optimizer(learning_rate=5e-3, steps=FINE_TUNING, warmup_steps=10, beta_2=0.99))
