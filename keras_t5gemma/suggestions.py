@@ -1,6 +1,7 @@
 """Suggestions for mistyped names: presets, keys, samplers, objectives, commands."""
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable
 
@@ -44,6 +45,27 @@ def check_choice(value: object, name: str, choices: Iterable[str], others: str =
         raise ValueError(
             f"`{name}` must be one of {', '.join(choices)}{others}. Received: {value!r}.{did_you_mean(value, choices)}"
         )
+
+
+def check_keywords(owner: type, kwargs: Iterable[str], known: Iterable[str], hint: str = "") -> None:
+    """Raises an error for keyword arguments that Keras would silently accept.
+
+    Args:
+        owner: the class whose constructor, or `from_preset`, got them.
+        kwargs: the names that arrived as `**kwargs`.
+        known: those that are valid there.
+        hint: what the message says in place of the valid names.
+
+    Raises:
+        TypeError: if a name is unknown. The message lists the valid names, and suggests a close one.
+    """
+    known = list(known)
+    if not (unknown := sorted(set(kwargs) - set(known))):
+        return
+    parameters = inspect.signature(owner.__init__).parameters.values()
+    known = dict.fromkeys([*(p.name for p in parameters if p.kind is p.KEYWORD_ONLY), *known])
+    hint = hint or f" Known are {', '.join(known)}.{did_you_mean(unknown[0], known)}"
+    raise TypeError(f"{owner.__name__} got an unexpected keyword argument {unknown[0]!r}.{hint}")
 
 
 def _normalized(name: object) -> str:

@@ -22,7 +22,7 @@ from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.quantization import QuantizationMixin
 from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
-from keras_t5gemma.suggestions import check_choice
+from keras_t5gemma.suggestions import check_choice, check_keywords
 from keras_t5gemma.training.losses.checks import check_reads_logits
 from keras_t5gemma.training.optimizers.factory import resolve_optimizer
 from keras_t5gemma.training.steps.accumulation import Accumulation
@@ -68,8 +68,7 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
             labels: names of the classes, or None.
             kwargs: further keyword arguments.
         """
-        if unknown := sorted(set(kwargs) - {"name", "trainable", "compile"}):  # Keras would silently accept them
-            raise TypeError(f"{type(self).__name__} got an unexpected keyword argument {unknown[0]!r}.")
+        check_keywords(type(self), kwargs, ("name", "trainable", "compile"))
         check_choice(stack, "stack", STACKS)
         if preprocessor is not None and not isinstance(preprocessor, self.preprocessor_cls):
             raise ValueError(
@@ -82,6 +81,12 @@ class Classifier(OwnSteps, RecompilationMixin, FitsLabelled, Guarded, Quantizati
         if not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Received: dropout={dropout!r}.")
         self.num_classes = integer(num_classes, "num_classes")
+        if self.num_classes == 1 and getattr(self, "problem", "single") == "single":
+            raise ValueError(
+                "`num_classes` must be at least 2: a single class has the probability 1, whatever the model computes. "
+                'For one number per text, T5GemmaTextClassifier has problem="multi" and problem="regression". '
+                f"Received: num_classes={num_classes!r}."
+            )
         self.labels = check_labels(labels, self.num_classes)
         self.stack, self.dropout_rate = stack, float(dropout)
         if stack == "encoder" and isinstance(backbone, T5GemmaBackbone):

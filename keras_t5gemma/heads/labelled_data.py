@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from keras_t5gemma.checks import check_finite
-from keras_t5gemma.heads.targets import warn_of_one_class
+from keras_t5gemma.heads.targets import warn_of_nothing_to_learn
 from keras_t5gemma.text.tokenizer import loaded_tensorflow
 from keras_t5gemma.training.batches.arrays import check_range, described, to_numpy, to_rows
 from keras_t5gemma.training.batches.fitting import Fits, steps_for_keras, warnings_suppressed, with_nones
@@ -81,7 +81,7 @@ class FitsLabelled(Fits):
             kwargs |= {"validation_data": validation_data, "validation_steps": validation_steps}
         if _in_memory(x):
             x, y, sample_weight = self._arrays_in_memory(x, y, sample_weight, needs_labels=True)
-            warn_of_one_class(y, self.num_classes)
+            warn_of_nothing_to_learn(y, sample_weight)
             kwargs |= {"batch_size": batch_size, "steps_per_epoch": steps_per_epoch}
             callbacks = callbacks if validation_data is None or stream is None else _with_stream(callbacks, stream)
             return self._by_keras(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checkpoints.hugging_face.config import ARCHITECTURE, ARCHITECTURES
 from keras_t5gemma.checkpoints.hugging_face.heads import Head, read_head
 from keras_t5gemma.checkpoints.keras_formats.presets import saved_task
@@ -11,6 +12,7 @@ from keras_t5gemma.checkpoints.sources import open_t5gemma, stacks_source
 from keras_t5gemma.hub import PresetFolder
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.encoder import T5GemmaEncoder
+from keras_t5gemma.suggestions import check_keywords
 
 TASK_WEIGHTS_FILE, TOKENIZER_FILE = "task.weights.h5", "tokenizer.json"
 # Arguments that describe a head's classes, and so are not kept for a new head.
@@ -26,14 +28,18 @@ def classifier_from_preset(cls: Any, preset: str | Path | PresetFolder, load_wei
         load_weights: whether to load weights.
         kwargs: arguments of the class and `dtype`.
     """
-    if unknown := sorted(set(kwargs) - {*cls.SAVED, "dtype", "preprocessor", "name", "trainable", "compile"}):
-        raise TypeError(f"{cls.__name__} got an unexpected keyword argument {unknown[0]!r}.")
+    check_keywords(cls, kwargs, (*cls.SAVED, "dtype", "preprocessor", "name", "trainable", "compile"))
     kwargs = dict(kwargs)
     folder = open_t5gemma(preset)
     hugging_face = folder.config is not None and folder.is_hugging_face
     saved = _from_hugging_face(cls, folder) if hugging_face else _from_keras(cls, folder)
     is_new = kwargs.get("num_classes") is not None
     if is_new:
+        if saved:
+            warn_caller(
+                f"The head in {folder.name}, of {saved['num_classes']} classes, is not loaded: `num_classes` was "
+                f"passed, so the head is new and has to be trained. Leave `num_classes` out to load it."
+            )
         saved = {name: value for name, value in saved.items() if name not in _OF_CLASSES}
     elif not saved:
         raise ValueError(

@@ -107,14 +107,21 @@ def regression_targets(y, num_classes: int, labels: Sequence[str] | None) -> np.
 TARGETS: dict[str, Callable] = {"single": single_targets, "multi": multi_targets, "regression": regression_targets}
 
 
-def warn_of_one_class(y: np.ndarray, num_classes: int) -> None:
-    """Warns if all the labels of a training are the same class."""
-    given = y[y != IGNORED_LABEL] if y.dtype.kind == "i" else y[:0]
-    found = np.unique(given)
-    if len(found) == 1 and num_classes > 1 and given.size > 1:
+def warn_of_nothing_to_learn(y: np.ndarray, sample_weight: np.ndarray | None) -> None:
+    """Warns if all labels of a training are the same, or all weights are 0.
+
+    Args:
+        y: ids [B] or [B, S], -100 where there is none; or numbers [B, C].
+        sample_weight: [B], [B, S] or None.
+    """
+    if sample_weight is not None and sample_weight.size and not sample_weight.any():
+        warn_caller("All of `sample_weight` is 0: nothing is learned. Leave it out for equal weights.")
+    rows = y[y != IGNORED_LABEL] if y.dtype.kind == "i" else y
+    if len(rows) > 1 and (rows == rows[0]).all():
+        value = f"class {rows[0]}" if y.dtype.kind == "i" else (rows[0].tolist() if rows.shape[1] > 1 else rows[0, 0])
         warn_caller(
-            f"All {given.size} labels are class {found[0]} of {num_classes}: there is nothing to tell apart. Check "
-            f"that the data are not sorted or filtered by label."
+            f"All {len(rows)} labels are {value}: there is nothing to tell apart. Check that the data are not sorted "
+            f"or filtered by label."
         )
 
 

@@ -26,6 +26,7 @@ from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.quantization import QuantizationMixin
 from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
+from keras_t5gemma.suggestions import check_keywords
 from keras_t5gemma.text.cuts import cuts_reported
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
@@ -342,8 +343,4 @@ def _in_columns(x):
 
 def _check_keywords(kwargs: Mapping, more: Sequence[str] = ()) -> None:
     """Raises a TypeError for keywords that Keras would silently accept."""
-    known = [*more, "name", "trainable", "compile"]
-    if unknown := sorted(set(kwargs) - set(known)):
-        raise TypeError(
-            f"T5GemmaTextEmbedder got an unexpected keyword argument {unknown[0]!r}. Known are {', '.join(known)}."
-        )
+    check_keywords(T5GemmaTextEmbedder, kwargs, (*more, "name", "trainable", "compile"))

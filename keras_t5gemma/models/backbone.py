@@ -10,6 +10,7 @@ from keras_t5gemma.config import StackConfig, T5GemmaConfig
 from keras_t5gemma.layers import lora
 from keras_t5gemma.models.stack_model import StackModel
 from keras_t5gemma.models.stacks import Decoder, Encoder
+from keras_t5gemma.suggestions import check_keywords
 
 INPUT_NAMES = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "decoder_padding_mask")
 
@@ -57,8 +58,7 @@ class T5GemmaBackbone(StackModel):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs,
     ):
-        if unknown := sorted(set(kwargs) - {"name", "trainable"}):  # Keras would silently accept them
-            raise TypeError(f"T5GemmaBackbone got an unexpected keyword argument {unknown[0]!r}.")
+        check_keywords(T5GemmaBackbone, kwargs, ("name", "trainable"))
         config = T5GemmaConfig(
             encoder=presets.stack(encoder),
             decoder=presets.stack(encoder if decoder is None else decoder),

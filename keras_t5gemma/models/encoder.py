@@ -14,6 +14,7 @@ from keras_t5gemma.layers import lora
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.stack_model import StackModel, has_saved_layers
 from keras_t5gemma.models.stacks import Encoder
+from keras_t5gemma.suggestions import check_keywords
 
 INPUT_NAMES = ("token_ids", "padding_mask")
 
@@ -55,8 +56,7 @@ class T5GemmaEncoder(StackModel):
         dtype: str | keras.DTypePolicy | None = None,
         **kwargs,
     ):
-        if unknown := sorted(set(kwargs) - {"name", "trainable"}):  # Keras would silently accept them
-            raise TypeError(f"T5GemmaEncoder got an unexpected keyword argument {unknown[0]!r}.")
+        check_keywords(T5GemmaEncoder, kwargs, ("name", "trainable"))
         config = T5GemmaEncoderConfig(presets.stack(encoder), vocabulary_size, encoder_attention)
         causal = encoder_attention == "causal"
         stack = Encoder(config.encoder, vocabulary_size, causal=causal, dtype=dtype, name="encoder")

@@ -27,6 +27,7 @@ from keras_t5gemma.models.guarded import Guarded
 from keras_t5gemma.models.quantization import QuantizationMixin
 from keras_t5gemma.models.recompilation import RecompilationMixin
 from keras_t5gemma.presets import PRESETS
+from keras_t5gemma.suggestions import check_keywords
 from keras_t5gemma.text.preprocessor import KERAS_CONFIG_FILE as PREPROCESSOR_FILE
 from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor
 from keras_t5gemma.text.tokenizer import T5GemmaTokenizer
@@ -342,13 +343,11 @@ def _check_keywords(kwargs: Mapping, more: Sequence[str] = ()) -> None:
     Raises:
         TypeError: if a keyword is unknown. For an option of the preprocessor, the message says where it belongs.
     """
-    unknown = sorted(set(kwargs) - {"name", "trainable", "compile", *more})
-    if not unknown:
-        return
-    hint = f" Known are {', '.join([*more, 'name', 'trainable', 'compile'])}."
-    if unknown[0] in PREPROCESSOR_OPTIONS:
-        hint = f" It is the preprocessor's: pass `preprocessor=T5GemmaSeq2SeqLMPreprocessor(..., {unknown[0]}=...)`."
-    raise TypeError(f"T5GemmaSeq2SeqLM got an unexpected keyword argument {unknown[0]!r}.{hint}")
+    misplaced = sorted(set(kwargs) & set(PREPROCESSOR_OPTIONS) - set(more))
+    hint = ""
+    if misplaced:
+        hint = f" It is the preprocessor's: pass `preprocessor=T5GemmaSeq2SeqLMPreprocessor(..., {misplaced[0]}=...)`."
+    check_keywords(T5GemmaSeq2SeqLM, misplaced or kwargs, (*more, "name", "trainable", "compile"), hint)
 
 
 # keras-hub finds the tokenizer and preprocessor of a backbone by this attribute. Their modules have a lower rank and

@@ -21,6 +21,9 @@ from keras_t5gemma.reinforcement.run_folder import RunFolder
 from keras_t5gemma.training.optimizers.checks import check_optimizer
 from keras_t5gemma.training.optimizers.factory import optimizer as new_optimizer
 
+# Steps after which a run in which nothing was learned is reported.
+_STEPS_TO_JUDGE = 10
+
 
 def reinforce(
     lm,
@@ -173,10 +176,22 @@ def reinforce(
                     run.after_step(step, row, is_last=step == steps)
                 for name, value in {"step": step, **row}.items():
                     history.setdefault(name, []).append(value)
+                if step - start == min(_STEPS_TO_JUDGE, steps - start):
+                    _warn_of_equal_rewards(history)
                 if on_step is not None:
                     on_step({"step": step, **row})
                 advance(1)
     return history
+
+
+def _warn_of_equal_rewards(history: dict[str, list[float]]) -> None:
+    """Warns if no step so far had answers to a prompt with different rewards."""
+    if min(history["frac_reward_zero_std"]) == 1:
+        warn_caller(
+            f"In none of {len(history['step'])} steps did two answers to a prompt get different rewards, so nothing "
+            f"was learned; the mean reward is {history['reward'][-1]:g}. Draw more varied answers (`temperature`, "
+            f"`num_samples`), fine-tune on examples first, or give partial rewards."
+        )
 
 
 def _judge(functions: Rewards, rollout: Rollout, batch: list[dict], num_samples: int, step: int):

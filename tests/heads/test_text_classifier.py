@@ -1,6 +1,8 @@
 """Classifiers of texts: `transformers`' logits, losses and gradients, and a rule that must be learned."""
 
 import json
+import re
+import warnings
 
 import keras
 import keras_hub
@@ -14,6 +16,7 @@ from helpers.tiny_tokenizer import train_tiny_tokenizer
 from keras import ops
 
 import keras_t5gemma as kt
+from keras_t5gemma.heads.targets import warn_of_nothing_to_learn
 
 # Windows longer than the rows: `transformers`' encoder sees one key more on each side.
 CONFIG = tiny_config(balanced=False, num_layers=1, sliding_window=32, vocabulary_size=512)
@@ -169,6 +172,26 @@ def test_rule_is_learned_to_the_last_held_out_text(dtype, preset, tmp_path):
         assert type(found) is kt.T5GemmaTextClassifier and found.classify(held_out[:4]) == expected[:4]
 
 
+@pytest.mark.parametrize(
+    ("y", "message"),
+    [
+        (np.array([2, 2], "int32"), "All 2 labels are class 2:"),
+        (np.array([[1, -100], [-100, 1]], "int32"), "All 2 labels are class 1:"),
+        (np.array([[0.5], [0.5], [0.5]], "float32"), "All 3 labels are 0.5:"),
+        (np.array([[0, 1], [0, 1]], "float32"), r"All 2 labels are \[0.0, 1.0\]:"),
+        (np.array([[0, 1], [1, 1]], "float32"), None),
+        (np.array([2], "int32"), None),
+    ],
+)
+def test_labels_that_are_all_the_same_are_reported(y, message):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_of_nothing_to_learn(y, np.ones(len(y)))
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (message is not None)
+    assert all(re.match(message, text) for text in messages)
+
+
 def test_preset_without_a_head_needs_num_classes(preset):
     with pytest.raises(ValueError, match="num_classes"):
         kt.T5GemmaTextClassifier.from_preset(preset)
@@ -179,6 +202,8 @@ def test_preset_without_a_head_needs_num_classes(preset):
 def test_classifier_loaded_as_a_generator_is_an_error_that_names_the_class(backbone, tmp_path):
     classifier = kt.T5GemmaTextClassifier(backbone, 3, stack="decoder")
     classifier.save_to_preset(str(tmp_path / "keras"))
+    with pytest.warns(UserWarning, match="of 3 classes, is not loaded: `num_classes` was passed"):
+        kt.T5GemmaTextClassifier.from_preset(tmp_path / "keras", num_classes=3)
     kt.export_to_hugging_face(classifier, tmp_path / "hf")
     for name in ("keras", "hf"):
         with pytest.raises(kt.CheckpointError, match=r"T5GemmaTextClassifier\.from_preset"):
@@ -237,8 +262,10 @@ def test_wrong_arguments_are_named(backbone):
             kt.T5GemmaTextClassifier(backbone, 3, **arguments)
     with pytest.raises(ValueError, match="has none"):
         kt.T5GemmaTextClassifier(kt.T5GemmaEncoder.from_backbone(backbone), 3, stack="decoder")
-    with pytest.raises(TypeError, match="hidden_dim"):
-        kt.T5GemmaTextClassifier(backbone, 3, hidden_dim=8)
+    with pytest.raises(TypeError, match=r"'poling'.*Did you mean 'pooling'\?"):
+        kt.T5GemmaTextClassifier(backbone, 3, poling="mean")
+    with pytest.raises(ValueError, match="num_classes=1"):
+        kt.T5GemmaTextClassifier(backbone, 1)
 
 
 @pytest.mark.parametrize("loss", ["binary_crossentropy", keras.losses.SparseCategoricalCrossentropy()])
@@ -270,6 +297,8 @@ def test_data_of_every_form_gives_the_same_numbers(preset):
         assert classifier.evaluate(data, verbose=0)[0] == pytest.approx(expected, rel=1e-5)
     with pytest.warns(UserWarning, match="All 2 labels are class 0"):
         classifier.fit(texts[:1] * 2, ["none"] * 2, verbose=0)
+    with pytest.warns(UserWarning, match="All of `sample_weight` is 0"):
+        classifier.fit(texts[:2], ids[:2], sample_weight=np.zeros(2), verbose=0)
 
 
 def test_quantized_classifier_keeps_its_head_and_lora_trains_it(preset, tmp_path):

@@ -235,6 +235,12 @@ def test_accuracy_and_loss_are_means_over_pairs(embedder):
     np.testing.assert_allclose([logs["loss"], logs["accuracy"]], np.mean(expected, axis=0), rtol=1e-4)
 
 
+def test_batches_without_negatives_are_reported(embedder):
+    for pairs in ({"query": ["a"], "document": ["b"]}, {"query": ["a", "a"], "document": ["b", "c"]}):
+        with pytest.warns(UserWarning, match="has a document other than its own"):
+            assert embedder.evaluate(pairs, verbose=0, return_dict=True)["loss"] == pytest.approx(0, abs=1e-5)
+
+
 def test_pairs_train_in_each_precision_and_with_lora(preprocessor):
     for dtype, lora in (("mixed_float16", False), ("float16", True), ("bfloat16", True)):
         model = kt.T5GemmaTextEmbedder(loud_backbone(CONFIG, dtype=dtype), preprocessor)

@@ -261,6 +261,7 @@ def test_conversations_are_prompts_of_a_preprocessor_for_chats(shared):
         seen.extend(prompts)
         return [0.0] * len(completions)
 
-    history = kt.reinforce(lm, chats, judge, steps=1, learning_rate=1e-9, **RUN)
+    with pytest.warns(UserWarning, match="In none of 1 steps did two answers"):
+        history = kt.reinforce(lm, chats, judge, steps=1, learning_rate=1e-9, **RUN)
     assert sorted(chat[0]["content"] for chat in seen) == ["Who?"] * 4 + ["Why?"] * 4
     assert history["frac_reward_zero_std"] == [1.0]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import grain
 import numpy as np
 
+from keras_t5gemma.caller_warnings import warn_caller
 from keras_t5gemma.checks import check_finite
 from keras_t5gemma.training.batches.arrays import described, to_numpy
 from keras_t5gemma.training.batches.rows import training_batches
@@ -128,6 +129,7 @@ class PairArrays:
 
     def __init__(self, encode: Callable, limit: int | None = None, multiple: int = 1):
         self.encode, self.limit, self.multiple = encode, limit, multiple
+        self._is_first = True
 
     def __call__(self, x, y=None, sample_weight=None) -> tuple:
         """Converts one batch.
@@ -160,6 +162,9 @@ class PairArrays:
         seen = {}
         numbers = [[seen.setdefault(tuple(row), len(seen)) for row in rows] for rows in columns.values()]
         numbers = np.array(numbers, "int32").T
+        if self._is_first:  # a last batch may well be a single pair
+            self._is_first = False
+            _warn_of_no_negatives(numbers)
         added = -count % self.multiple
         columns = {name: [*rows, *rows[-1:] * added] for name, rows in columns.items()}
         numbers = np.pad(numbers, ((0, added), (0, 0)), constant_values=-1)
@@ -174,6 +179,16 @@ class PairArrays:
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = row, 1
         return {"token_ids": ids, "padding_mask": mask}
+
+
+def _warn_of_no_negatives(numbers: np.ndarray) -> None:
+    """Warns if no query of a batch has a document other than its own; numbers of texts [B, C], as in `PairArrays`."""
+    queries, candidates = numbers[:, 0], numbers[:, 1:]
+    if len(np.unique(candidates)) == 1 or (candidates.shape[1] == 1 and len(np.unique(queries)) == 1):
+        warn_caller(
+            f"No query of the first batch, of {len(numbers)} pairs, has a document other than its own to be told from, "
+            f"so the loss is 0 and nothing is learned. Pass a larger batch_size, other pairs, or hard negatives."
+        )
 
 
 def is_converted(x) -> bool:
