@@ -1,8 +1,9 @@
 """Checks of arguments that many public functions share, so that all of them accept and refuse the same values."""
 
+import contextlib
 import math
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, TypeGuard, overload
 
 import numpy as np
@@ -16,6 +17,22 @@ def is_integer(value: object) -> TypeGuard[int]:
 def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, Python's or numpy's, and not a boolean."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@contextlib.contextmanager
+def arguments_named(names: Mapping[str, str]) -> Iterator[None]:
+    """A context in which a ValueError names the arguments that the caller has, not those they are passed on as.
+
+    Args:
+        names: the caller's names by those that are used inside.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for inner, outer in names.items():
+            message = message.replace(f"`{inner}`", f"`{outer}`")
+        raise ValueError(message) from None
 
 
 @overload

@@ -1,5 +1,6 @@
 """`evaluate`: benchmarks by lm-evaluation-harness."""
 
+import inspect
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,13 @@ from keras_t5gemma.evaluation import human_eval
 from keras_t5gemma.evaluation.extra import require_lm_eval
 from keras_t5gemma.evaluation.plan import Plan, plan
 from keras_t5gemma.evaluation.suites import Benchmark
-from keras_t5gemma.suggestions import check_choice
+from keras_t5gemma.suggestions import check_choice, did_you_mean
 
 # The harness's results that are dicts by task, so that those of several runs can be joined.
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
+# Arguments of `lm_eval.simple_evaluate` that `evaluate` sets.
+_SET_HERE = ("model", "tasks", "num_fewshot", "batch_size", "limit", "task_manager", "apply_chat_template")
+_SET_HERE += ("confirm_run_unsafe_code",)
 
 
 def evaluate(
@@ -59,12 +63,25 @@ def evaluate(
 
     Raises:
         ImportError: if lm-evaluation-harness is not installed.
+        TypeError: if an argument is unknown.
         ValueError: if a task is unknown or runs code, or an option is invalid.
         ConnectionError: if a task needs data from a hub that cannot be reached.
     """
     require_lm_eval()
+    _check_options(harness)
     planned = plan(tasks, num_fewshot, include_path, run_code)
     return run_plan(planned, harness_lm(lm, batch_size, max_length), limit, chat, **harness)
+
+
+def _check_options(harness: Mapping[str, Any]) -> None:
+    """Raises a TypeError for arguments that neither `evaluate` nor the harness has."""
+    import lm_eval
+
+    own = list(inspect.signature(evaluate).parameters)
+    theirs = [name for name in inspect.signature(lm_eval.simple_evaluate).parameters if name not in _SET_HERE]
+    if unknown := [name for name in harness if name not in theirs]:
+        hint = did_you_mean(unknown[0], own + theirs) or " See the arguments of lm_eval.simple_evaluate."
+        raise TypeError(f"evaluate() got an unexpected keyword argument {unknown[0]!r}.{hint}")
 
 
 def harness_lm(lm, batch_size: int, max_length: int | None, preset: str | None = None):

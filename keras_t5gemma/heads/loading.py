@@ -9,6 +9,7 @@ from keras_t5gemma.checkpoints.hugging_face.config import ARCHITECTURE, ARCHITEC
 from keras_t5gemma.checkpoints.hugging_face.heads import Head, read_head
 from keras_t5gemma.checkpoints.keras_formats.presets import saved_task
 from keras_t5gemma.checkpoints.sources import open_t5gemma, stacks_source
+from keras_t5gemma.config import T5GemmaEncoderConfig
 from keras_t5gemma.hub import PresetFolder
 from keras_t5gemma.models.backbone import T5GemmaBackbone
 from keras_t5gemma.models.encoder import T5GemmaEncoder
@@ -50,6 +51,8 @@ def classifier_from_preset(cls: Any, preset: str | Path | PresetFolder, load_wei
     dtype = {name: kwargs.pop(name) for name in ("dtype",) if name in kwargs}
     if stack == "encoder":
         backbone = T5GemmaEncoder.from_preset(folder, load_weights=load_weights, **dtype)
+    elif isinstance(stacks_source(folder).config, T5GemmaEncoderConfig):
+        raise ValueError(f'stack="decoder" needs a T5Gemma with a decoder. Received: {folder.name}, an encoder alone.')
     else:
         backbone = T5GemmaBackbone.from_folder(folder, stacks_source, load_weights=load_weights, **dtype)
     if "preprocessor" not in kwargs:

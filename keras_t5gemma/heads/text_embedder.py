@@ -12,7 +12,7 @@ from keras import ops
 from keras_t5gemma.checkpoints.hugging_face.modules import OPTIONS, options_of
 from keras_t5gemma.checkpoints.keras_formats.embedder_options import embedder_options
 from keras_t5gemma.checkpoints.sources import open_t5gemma
-from keras_t5gemma.checks import integer
+from keras_t5gemma.checks import arguments_named, integer
 from keras_t5gemma.config import PAD_ID
 from keras_t5gemma.hub import PresetFolder
 from keras_t5gemma.inference.buckets import Buckets
@@ -163,7 +163,7 @@ class T5GemmaTextEmbedder(OwnSteps, RecompilationMixin, Fits, Guarded, Quantizat
         """
         program = self.programs.get(("embed",), lambda: Program(partial(_vectors, self), self))
         batch_size = integer(batch_size, "batch_size")
-        with cuts_reported():
+        with cuts_reported(), arguments_named({"encoder_text": "inputs"}):
             rows, batched = encoder_rows(self, inputs, truncate)
         vectors = vectors_of(self, rows, program, self.dimensions, batch_size=batch_size, progress=progress)
         return vectors if batched else vectors[0]
@@ -326,13 +326,8 @@ def _rows(embedder, texts: list, name: str) -> list:
     """A column's texts, or rows of ids without `<pad>`, as checked rows of ids."""
     if embedder.preprocessor is None:
         texts = [row if isinstance(row, str) else [token for token in row if token != PAD_ID] for row in texts]
-    try:
+    with arguments_named(dict.fromkeys(("encoder_text", "encoder_token_ids", "inputs"), name)):
         rows, _ = encoder_rows(embedder, texts)
-    except ValueError as error:
-        message = str(error)
-        for given in ("encoder_text", "encoder_token_ids", "inputs"):
-            message = message.replace(f"`{given}`", f"`{name}`")
-        raise ValueError(message) from None
     return rows
 
 

@@ -158,6 +158,8 @@ def test_sources_of_rows_are_the_same_data(plain, rows, tmp_path):
         ({"prompt": "a", "completion": "b", "label": "yes"}, "`label` must be true .* Received: 'yes'"),
         ({"prompt": "a", "completion": "b", "label": True}, "have the same prompt"),
         (("a", "b", "c"), "it is a tuple. Rows are dicts"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c" * 99}, "`rejected` takes"),
+        ({"prompt": "", "chosen": "b", "rejected": "c"}, "`prompt` is empty"),
     ],
 )
 def test_invalid_row_is_named(plain, row, message):

@@ -158,6 +158,11 @@ def test_limit_that_measures_nothing_is_refused(limit, copying):
         kt.evaluate(copying, ["arc_easy"], limit=limit, include_path=TASKS / "arc")
 
 
+def test_misspelled_argument_is_refused_with_a_suggestion():
+    with pytest.raises(TypeError, match=r"'numfewshot'\. Did you mean 'num_fewshot'\?"):
+        kt.evaluate("t5gemma_s_s_ul2", ["arc_easy"], numfewshot=3)
+
+
 def test_unknown_task_is_refused_with_a_suggestion(monkeypatch):
     # Instead of the 14,000 tasks of the harness, whose files take long to read.
     whole = lm_eval.tasks.TaskManager

@@ -249,7 +249,7 @@ def test_wrong_labels_are_named(arguments, y, message, backbone):
         classifier.evaluate({"token_ids": IDS}, y if y is None else np.array(y), verbose=0)
 
 
-def test_wrong_arguments_are_named(backbone):
+def test_wrong_arguments_are_named(backbone, tmp_path):
     for arguments, message in (
         ({"labels": ["a", "b"]}, "num_classes=3"),
         ({"pooling": "first"}, "pooling"),
@@ -260,8 +260,16 @@ def test_wrong_arguments_are_named(backbone):
     ):
         with pytest.raises(ValueError, match=message):
             kt.T5GemmaTextClassifier(backbone, 3, **arguments)
+    encoder = kt.T5GemmaEncoder.from_backbone(backbone)
     with pytest.raises(ValueError, match="has none"):
-        kt.T5GemmaTextClassifier(kt.T5GemmaEncoder.from_backbone(backbone), 3, stack="decoder")
+        kt.T5GemmaTextClassifier(encoder, 3, stack="decoder")
+    kt.export_to_hugging_face(encoder, tmp_path / "encoder")
+    with pytest.raises(ValueError, match="an encoder alone"):
+        kt.T5GemmaTextClassifier.from_preset(tmp_path / "encoder", num_classes=3, stack="decoder", preprocessor=None)
+    with pytest.raises(
+        kt.CheckpointError, match=r"T5GemmaEncoder\.from_preset`, or .*T5GemmaTextEmbedder\.from_preset"
+    ):
+        kt.T5GemmaSeq2SeqLM.from_preset(tmp_path / "encoder")
     with pytest.raises(TypeError, match=r"'poling'.*Did you mean 'pooling'\?"):
         kt.T5GemmaTextClassifier(backbone, 3, poling="mean")
     with pytest.raises(ValueError, match="num_classes=1"):

@@ -329,7 +329,8 @@ def _check_architecture(values: Mapping[str, Any], model_type: str, architecture
     expected = f"[{' or '.join(map(repr, architectures))}]"
     loader = ARCHITECTURES.get(found[0]) if isinstance(found, list) and len(found) == 1 else None
     if isinstance(loader, str):
-        expected += f". A {found[0]} is loaded by `{loader}.from_preset`"
+        also = ", or for vectors of texts `T5GemmaTextEmbedder.from_preset`" if found == [ENCODER_ARCHITECTURE] else ""
+        expected += f". A {found[0]} is loaded by `{loader}.from_preset`{also}"
     raise _wrong(where, "architectures", found, expected)
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from keras_t5gemma.checks import integer
+from keras_t5gemma.checks import arguments_named, integer
 from keras_t5gemma.data.objectives.example import Example, SpecialIds, model_arrays
 from keras_t5gemma.data.pipelines.pairs import ANSWERING_ROLES, PairEncoding, pair_encoding, rows_of
 from keras_t5gemma.data.pipelines.streams import in_order
@@ -152,7 +152,8 @@ def _arrays(row: Any, *, encoding: PairEncoding) -> tuple[dict[str, np.ndarray],
 def _paired(row: Any, encoding: PairEncoding) -> tuple:
     """The arrays of a row with a chosen and a rejected answer."""
     prompt, *answers = _prompt_and_answers(row)
-    chosen, rejected = (encoding.encode(prompt, _answer_text(answer)) for answer in answers)
+    chosen = _encoded(encoding, prompt, answers[0], _CHOSEN)
+    rejected = _encoded(encoding, prompt, answers[1], _REJECTED)
     if np.array_equal(chosen.targets, rejected.targets):
         cut = " once both are cut to decoder_length" if _answer_text(answers[0]) != _answer_text(answers[1]) else ""
         raise ValueError(f"`chosen` and `rejected` are the same{cut}: there is no preference to learn.")
@@ -165,8 +166,14 @@ def _unpaired(row: Mapping, mismatched: Any, encoding: PairEncoding) -> tuple:
     if not isinstance(label, (bool, np.bool_, int, np.integer)) or int(label) not in (0, 1):
         raise ValueError(f"`label` must be true for a desirable completion, else false. Received: {label!r}.")
     answers = _value(row, _COMPLETION), mismatched
-    x, y, weight = _stacked([encoding.encode(prompt, _answer_text(answer)) for answer in answers], encoding)
+    x, y, weight = _stacked([_encoded(encoding, prompt, answer, _COMPLETION) for answer in answers], encoding)
     return x, {**y, DESIRABLE: np.int32(label)}, weight
+
+
+def _encoded(encoding: PairEncoding, prompt: Any, answer: Any, column: str) -> Example:
+    """A prompt and an answer from a column, whose names errors have."""
+    with arguments_named({"encoder_text": _PROMPT, "decoder_text": column}):
+        return encoding.encode(prompt, _answer_text(answer))
 
 
 def _stacked(examples: Sequence[Example], encoding: PairEncoding) -> tuple:
