@@ -363,6 +363,11 @@ def classify(_):
         assert sum(chances.values()) == pytest.approx(1)
         assert type(names["classifier"].backbone) is kt.T5GemmaEncoder
 
+    def cut(names):
+        inputs = names["longer"].preprocessor(["a fine film"] * 2 + ["a fine film " * 2000])
+        assert inputs["padding_mask"].shape == (3, 1024)
+        assert inputs["padding_mask"].sum(axis=1)[2] == 1024
+
     def exchanged(names):
         texts = names["texts"]
         expected = names["classifier"].predict(texts, verbose=0)
@@ -379,6 +384,7 @@ def classify(_):
 
     return {
         "T5GemmaTextClassifier.from_preset(\n": told_apart,
+        "sequence_length=1024": cut,
         "films_hf": exchanged,
         "T5GemmaTokenClassifier": tagged,
         "T5GemmaEncoder": encoded,
