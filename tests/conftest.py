@@ -42,15 +42,26 @@ pytest.register_assert_rewrite("helpers.page_outcomes")
 _BACKENDS = ("jax", "tensorflow", "torch")
 _DEALT = (
     "checkpoints/test_adapt_files.py",
+    "checkpoints/test_checkpoint_export.py",
+    "checkpoints/test_checkpoint_sources.py",
     "checkpoints/test_convert.py",
     "checkpoints/test_peft.py",
+    "data/test_dataset.py",
     "data/test_supervised.py",
     "evaluation/",
     "heads/",
     "inference/test_buckets.py",
     "inference/test_control.py",
+    "inference/test_encoded.py",
     "inference/test_generate_ids.py",
+    "inference/test_load.py",
+    "inference/test_scoring.py",
+    "inference/test_stop_strings.py",
     "inference/test_streaming.py",
+    "inference/test_threads.py",
+    "kernels/test_attention_blocks.py",
+    "kernels/test_attention_kernels.py",
+    "models/test_config_fields.py",
     "models/test_contract.py",
     "models/test_encoder.py",
     "models/test_lora.py",
@@ -63,12 +74,17 @@ _DEALT = (
     "serving/",
     "test_cli.py",
     "test_cli_generate.py",
+    "test_notebook.py",
+    "test_pages.py",
     "test_registration.py",
     "training/batches/test_forms_of_data.py",
     "training/callbacks/",
     "training/checkpointing/test_best.py",
+    "training/checkpointing/test_resume.py",
     "training/checkpointing/test_resume_early_stopping.py",
     "training/losses/test_distillation.py",
+    "training/losses/test_float16_loss.py",
+    "training/losses/test_in_batch_negatives.py",
     "training/losses/test_losses.py",
     "training/losses/test_preference.py",
     "training/losses/test_teachers.py",
@@ -78,18 +94,16 @@ _DEALT = (
     "training/test_long_memory.py",
     "training/test_rematerialization.py",
 )
-# These share what takes long to make, or have devices of JAX: they stay together. None: on each backend.
+# These share what takes long to make, or have devices of JAX: they stay together.
 _WHOLE = {
     "journeys/test_dates.py": "tensorflow",
     "journeys/test_rewards.py": "torch",
     "journeys/test_search.py": "jax",
     "test_demo.py": "torch",
     "test_distribution.py": "jax",
-    "test_notebook.py": None,
-    "test_pages.py": None,
     "test_quiet.py": "tensorflow",
     "test_sharded_runs.py": "jax",
-    "training/checkpointing/test_resume.py": "jax",
+    "training/checkpointing/test_killed_runs.py": "jax",
 }
 
 # Files that compute nothing with a backend: files, numbers on the host, the text of the repository. Folders end with a
@@ -140,6 +154,6 @@ def pytest_collection_modifyitems(items):
             if item.get_closest_marker("skipif") is None and item.get_closest_marker("once") is None:
                 home = _WHOLE.get(name, _BACKENDS[counts[name] % 3])
                 counts[name] += 1
-                if home not in (None, os.environ["KERAS_BACKEND"]):
+                if home != os.environ["KERAS_BACKEND"]:
                     item.add_marker("elsewhere")
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
