@@ -90,6 +90,17 @@ if on_jax:
             assert_same_arrays(found, expected)
         assert steps(folder / "killed") == steps(folder / "whole") == [[f"step_{i:08d}" for i in (4, 6, 8)]] * 2
 
+    def test_signal_to_one_process_has_both_save_after_the_same_batch_and_leave(runs):
+        folder, told = runs
+        (code, newest, batches), other = (errors["preempted"] for errors in told)
+        assert [code, newest, batches] == other
+        assert code == 75
+        assert 3 <= batches < sharded_runs.LAST and newest == f"step_{batches:08d}"
+        for index in range(PROCESSES):
+            found = arrays(folder / "preempted", index)
+            found = {re.sub(r"/adam_w_\d+/", "/adam_w/", name): array for name, array in found.items()}  # not the first
+            assert_same_arrays(found, arrays(folder / "whole", index))
+
     def test_early_stopping_ends_the_run_of_both_processes_and_a_restart_does_not_train(runs):
         folder, told = runs
         for (first, quiet), (again, warned) in (errors["early"] for errors in told):

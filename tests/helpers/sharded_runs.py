@@ -108,6 +108,7 @@ def go_on(index, folder):
             fit(lm, damaged, index)
         with told(errors, "full disk"), full_disk(index):
             fit(compiled(), folder / "full", index)
+        errors["preempted"] = preempted(folder / "preempted", index)
         errors["early"] = [stopped_early(folder / "early", index) for _ in range(2)]
         lm = with_lora()
         kt.save_lora(lm, folder / "adapter")
@@ -131,6 +132,19 @@ def stopped_early(folder, index):
         warnings.simplefilter("always")
         fit(compiled(), folder, index, epochs=4, more=[early, count])
     return [len(steps), [str(warning.message) for warning in caught if "EarlyStopping" in str(warning.message)]]
+
+
+def preempted(folder, index):
+    """`[exit code, newest step, ...]` of a run of which one process gets a SIGTERM in batch 3; then it goes on."""
+    notice = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: os.kill(os.getpid(), signal.SIGTERM) if (index, batch) == (1, 2) else 0
+    )
+    try:
+        fit(compiled(), folder, index, more=[notice])
+    except SystemExit as error:
+        found = [error.code, resume_files.steps_in(folder / f"process_{index}_of_2")[-1].name]
+    fit(compiled(), folder, index, begin=found.append)
+    return found
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from keras_t5gemma.checks import integer
 from keras_t5gemma.training.checkpointing import callback_state, model_state, process_folders, random_state
 from keras_t5gemma.training.checkpointing.best_epoch import BestEpoch
 from keras_t5gemma.training.checkpointing.data_position import NumberedBatches
+from keras_t5gemma.training.checkpointing.preemption import Preemption
 from keras_t5gemma.training.checkpointing.rows import batches_of_rows
 from keras_t5gemma.training.checkpointing.shards import SavedArrays
 from keras_t5gemma.training.checkpointing.writer import CheckpointWriter
@@ -65,6 +66,11 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     It is saved at the end of the epoch. A run that is started again knows the best value of before.
 
+    After a SIGTERM, which clouds and schedulers send to a machine that they will take away, the run is saved after the
+    step that is running (or after the validation, if this ends an epoch), and the program ends with the exit code 75. A
+    second SIGTERM ends it at once. If the program has a handler for SIGTERM, that one stays. Among several processes of
+    JAX a signal to one is enough.
+
     A checkpoint is checked when it is read: a damaged file, and another model, optimizer or dataset, raise an error
     that says which it is. Weights that are infinite or NaN are never saved.
 
@@ -103,6 +109,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             the run's, if a callback whose state is restored comes after this one, or if there is a `BackupAndRestore`.
         CheckpointError: in `fit`, if the newest checkpoint is damaged or of another model, or the folder cannot be
             written to.
+        SystemExit: in `fit`, after a SIGTERM.
         FloatingPointError: in `fit`, if loss or weights are not finite; the message names the last good checkpoint.
     """
 
@@ -124,6 +131,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._writer = CheckpointWriter(integer(keep, "keep", optional=True, none_means="for all"))
         self.folder, self.stop_on_nan, self.continue_stopped = folder, stop_on_nan, continue_stopped
         self._data, self._number = None, 0
+        self._preemption = Preemption()
 
     def data(
         self,
@@ -218,6 +226,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             reset = self.continue_stopped and bool(content.get("ended_by"))
             entries = content.get("callbacks", [])
             callback_state.restore(self._stateful, entries, SavedArrays(path, content), reset_early_stopping=reset)
+        self._preemption.begin()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:  # noqa: ARG002 Keras's signature
         """Restores the metrics of an interrupted epoch, and starts the data."""
@@ -269,21 +278,25 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             raise self._writer.not_finite(
                 f"The loss is {loss} at batch {self._number}, number {in_epoch} of epoch {self._epoch}."
             )
+        is_asked_to_leave = self._preemption.is_asked()
         if self._is_last():
             # Keras runs an epoch for the usual number of batches or until an iterator ends, and then takes this number
             # as the length of all epochs. So this callback ends an epoch that was interrupted or that ends with the
             # data.
             if (self._offset or self._steps is None) and not self._model.stop_training:
                 self._model.stop_training = _END_OF_EPOCH
-        elif self._number // self.save_every > previous // self.save_every:
+        elif is_asked_to_leave or self._number // self.save_every > previous // self.save_every:
             self._save(self._epoch, in_epoch)
+            if is_asked_to_leave:
+                self._leave()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Saves if training ends, if a save was due at the epoch's last batch, or if the epoch is the best one."""
         model = self.model
         if model.stop_training is _END_OF_EPOCH:
             model.stop_training = False
-        last = model.stop_training or epoch + 1 == self.params["epochs"]
+        is_asked_to_leave = self._preemption.is_asked()
+        last = is_asked_to_leave or model.stop_training or epoch + 1 == self.params["epochs"]
         complete = self._is_last()
         due = self._number // self.save_every > self._writer.saved // self.save_every
         is_best = complete and self._best.is_improved_by(logs, self._number)
@@ -294,11 +307,19 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             else:  # the epoch will continue, so the states of callbacks from before its first part are saved
                 self._save(epoch, self._batch, callback_state.states(self._stateful, self._states_at_begin))
         self._epoch, self._offset, self._batch = epoch + 1, 0, 0
+        if is_asked_to_leave:
+            self._leave()
 
     def on_train_end(self, logs: dict | None = None) -> None:  # noqa: ARG002
         """Waits until the last checkpoint is written."""
         begin_with_epoch(self.model, None)
+        self._preemption.end()
         self._writer.wait()
+
+    def _leave(self) -> None:
+        """Ends the program after the checkpoint is written."""
+        self._writer.wait()
+        self._preemption.leave(self.folder, self._number)
 
     def _is_last(self) -> bool:
         """Whether the batch just trained on is the last of its epoch."""
