@@ -136,11 +136,17 @@ def stopped_early(folder, index):
 
 def preempted(folder, index):
     """`[exit code, newest step, ...]` of a run of which one process gets a SIGTERM in batch 3; then it goes on."""
-    notice = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda batch, logs: os.kill(os.getpid(), signal.SIGTERM) if (index, batch) == (1, 2) else 0
-    )
+    seen, found = [], [None, None]
+
+    def notice(batch, logs):
+        seen.append(batch)
+        if (index, len(seen)) == (1, 3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        if len(seen) >= 3:
+            time.sleep(1)  # JAX's processes agree meanwhile, in threads of their own
+
     try:
-        fit(compiled(), folder, index, more=[notice])
+        fit(compiled(), folder, index, more=[keras.callbacks.LambdaCallback(on_train_batch_begin=notice)])
     except SystemExit as error:
         found = [error.code, resume_files.steps_in(folder / f"process_{index}_of_2")[-1].name]
     fit(compiled(), folder, index, begin=found.append)
