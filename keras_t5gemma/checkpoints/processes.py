@@ -1,8 +1,13 @@
-"""Multi-process helpers (JAX): rank, agreement between processes, and gathering of sharded tensors."""
+"""Multi-process helpers: rank, agreement between processes, and gathering of sharded tensors.
+
+On JAX, processes are connected by `keras.distribution.initialize`, and a tensor may be cut in shards over them. On
+PyTorch they are those of `torch.distributed`, and each has all tensors whole. On TensorFlow there is one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import TypeVar, cast
 
 import numpy as np
@@ -19,13 +24,19 @@ Result = TypeVar("Result")
 
 
 def process_count() -> int:
-    """The number of processes that compute together: those that `keras.distribution.initialize` connected, else one."""
-    return _jax().process_count() if _on_jax() else 1
+    """The number of processes that compute together: those that are connected, else one."""
+    if _on_jax():
+        return _jax().process_count()
+    group = _torch_group()
+    return 1 if group is None else group.get_world_size()
 
 
 def process_index() -> int:
     """The rank of this process, from 0."""
-    return _jax().process_index() if _on_jax() else 0
+    if _on_jax():
+        return _jax().process_index()
+    group = _torch_group()
+    return 0 if group is None else group.get_rank()
 
 
 def gather(value: ArrayLike) -> np.ndarray:
@@ -41,7 +52,9 @@ def gather(value: ArrayLike) -> np.ndarray:
     """
     if process_count() == 1:
         return np.asarray(value)[None]
-    return _multihost().process_allgather(np.asarray(value))
+    if _on_jax():
+        return _multihost().process_allgather(np.asarray(value))
+    return _gathered_by_torch(np.asarray(value))
 
 
 def on_all_processes(action: Callable[[], Result]) -> Result:
@@ -155,6 +168,29 @@ def _on_jax() -> bool:
     import keras
 
     return keras.config.backend() == "jax"
+
+
+def _torch_group() -> ModuleType | None:
+    """`torch.distributed`, if the backend is PyTorch and its processes are connected."""
+    import keras
+
+    if keras.config.backend() != "torch":
+        return None
+    from torch import distributed
+
+    return distributed if distributed.is_available() and distributed.is_initialized() else None
+
+
+def _gathered_by_torch(value: np.ndarray) -> np.ndarray:
+    """`gather` on PyTorch: as bytes, since its groups do not take all dtypes."""
+    import torch
+    from torch import distributed
+
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    sent = torch.tensor(list(value.tobytes()), dtype=torch.uint8, device=device)
+    received = [torch.empty_like(sent) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(received, sent)
+    return np.stack([np.frombuffer(x.cpu().numpy().tobytes(), value.dtype).reshape(value.shape) for x in received])
 
 
 def _jax():

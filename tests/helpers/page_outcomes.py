@@ -401,6 +401,7 @@ OUTCOMES = {
     "docs/generation.md": generation,
     "docs/preferences.md": preferences,
     "docs/rewards.md": rewards,
+    "docs/scale.md": lambda _: {},
     "docs/serving.md": serving,
     "docs/training.md": training,
 }

@@ -68,8 +68,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
 
     After a SIGTERM, which clouds and schedulers send to a machine that they will take away, the run is saved after the
     step that is running (or after the validation, if this ends an epoch), and the program ends with the exit code 75. A
-    second SIGTERM ends it at once. If the program has a handler for SIGTERM, that one stays. Among several processes of
-    JAX a signal to one is enough.
+    second SIGTERM ends it at once. If the program has a handler for SIGTERM, that one stays. Of several processes, a
+    signal to one is enough.
 
     A checkpoint is checked when it is read: a damaged file, and another model, optimizer or dataset, raise an error
     that says which it is. Weights that are infinite or NaN are never saved.
@@ -81,7 +81,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     checkpoint counts if all processes have their part of it, and all resume from the newest one that counts. A damaged
     part, and a missing part that had been written, is an error on all processes. With another mesh, a process reads
     shards that it lacks from the other parts, if it sees them, as on a shared file system. Another number of processes
-    is an error, because each process reads a share of the data.
+    is an error, because each process reads a share of the data. Processes of `torch.distributed` each write all arrays.
 
     From such checkpoints, `training_weights` assembles the weights of a plain T5Gemma in one process that sees all
     parts, tensor by tensor; and `load_training_weights` fills a model of any layout, on any number of processes.

@@ -10,7 +10,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_t5gemma._keras_internals import variable_array
 from keras_t5gemma.checkpoints.hugging_face.export import ModelTensors, write_checkpoint
 from keras_t5gemma.checkpoints.hugging_face.reader import CheckpointFolder
 from keras_t5gemma.checkpoints.load import load_into
@@ -45,7 +44,7 @@ def host_copy(model: keras.Model) -> tuple[dict, dict[str, np.ndarray], dict | N
         arrays, shapes = shards.local_shards(_named(model, None))
         t5gemma = _t5gemma(model, backbone) if backbone is not None and process_index() == 0 else None
         return {"layout": shards.layout(), "shapes": shapes, "t5gemma": t5gemma}, arrays, None
-    copies = {name: _copy(variable) for name, variable in _named(model, backbone).items()}
+    copies = {name: shards.host_array(variable) for name, variable in _named(model, backbone).items()}
     return {}, copies, None if backbone is None else _model_arguments(model, backbone)
 
 
@@ -324,13 +323,6 @@ def _named(
             if id(variable) not in elsewhere:
                 named[f"{group}/{position:06d}/{variable.path}"] = variable
     return named
-
-
-def _copy(variable: keras.Variable) -> np.ndarray:
-    """A copy of a variable's value."""
-    array = np.asarray(variable_array(variable))
-    # Contiguous, owned, and of the variable's dtype: some backends return bfloat16 as float32.
-    return np.array(array, dtype=DTYPES["BF16"] if str(variable.dtype) == "bfloat16" else array.dtype, order="C")
 
 
 def _describe(variable: keras.Variable) -> list:

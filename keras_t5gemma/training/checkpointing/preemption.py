@@ -8,8 +8,9 @@ import threading
 from types import FrameType
 
 import keras
+import numpy as np
 
-from keras_t5gemma.checkpoints.processes import process_count
+from keras_t5gemma.checkpoints.processes import gather, process_count
 
 # sysexits.h calls it EX_TEMPFAIL: a failure that trying again helps against.
 EXIT_CODE = 75
@@ -21,7 +22,8 @@ class Preemption:
     A first signal is noted. A second one acts as it would without this. A handler of the program's own stays, and so
     does that of a thread other than the main one, which Python allows no handlers.
 
-    Several processes of JAX agree on a step: `jax.distributed` tells each of them of a signal to one.
+    Several processes agree on a step: on JAX, `jax.distributed` tells each of them of a signal to one; on PyTorch they
+    ask each other after each step.
     """
 
     # Of the program: JAX never forgets a signal, and a later run must not meet the number that was agreed on.
@@ -54,6 +56,8 @@ class Preemption:
 
             # It answers True for the number that follows the largest so far, so numbers must have no gaps.
             self._noted |= multihost_utils.reached_preemption_sync_point(next(self._steps))
+        elif process_count() > 1:
+            self._noted = bool(gather(np.array(self._noted)).any())
         return self._noted
 
     def leave(self, folder, number: int) -> None:

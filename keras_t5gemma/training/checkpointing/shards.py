@@ -13,6 +13,7 @@ import keras
 import numpy as np
 from safetensors import safe_open
 
+from keras_t5gemma._keras_internals import variable_array
 from keras_t5gemma.checkpoints.processes import process_count, process_index
 from keras_t5gemma.checkpoints.tensor_source import DTYPES, CheckpointError, TensorSource
 from keras_t5gemma.checkpoints.tensor_table import TensorSpec
@@ -25,10 +26,10 @@ Box = tuple[tuple[int, int], ...]
 
 
 def local_shards(variables: dict[str, keras.Variable]) -> tuple[dict[str, np.ndarray], dict[str, list[int]]]:
-    """Copies of the shards of variables on this process's devices, each shard once, on JAX.
+    """Copies of the shards of variables on this process's devices, each shard once.
 
-    Arrays that are replicated over processes, such as the scales of norms, are copied by each of them. So a process can
-    resume from its own part, even if it does not see the others.
+    On PyTorch each array is one shard. Arrays that are replicated over processes, such as the scales of norms, are
+    copied by each of them. So a process can resume from its own part, even if it does not see the others.
 
     Args:
         variables: `keras.Variable`s by name.
@@ -39,11 +40,21 @@ def local_shards(variables: dict[str, keras.Variable]) -> tuple[dict[str, np.nda
     """
     arrays = {}
     for name, variable in variables.items():
+        if keras.config.backend() != "jax":
+            arrays[f"{name}[{_text(tuple((0, int(size)) for size in variable.shape))}]"] = host_array(variable)
+            continue
         for shard in variable.value.addressable_shards:
             key = f"{name}[{_text(_box(shard.index, variable.shape))}]"
             if key not in arrays:
                 arrays[key] = np.array(shard.data, order="C")
     return arrays, {name: [int(size) for size in variable.shape] for name, variable in variables.items()}
+
+
+def host_array(variable: keras.Variable) -> np.ndarray:
+    """A copy of a variable's value."""
+    array = np.asarray(variable_array(variable))
+    # Contiguous, owned, and of the variable's dtype: some backends return bfloat16 as float32.
+    return np.array(array, dtype=DTYPES["BF16"] if str(variable.dtype) == "bfloat16" else array.dtype, order="C")
 
 
 def layout() -> dict:
