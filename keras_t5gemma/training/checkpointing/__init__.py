@@ -5,6 +5,7 @@ callback         Checkpoints of a training run. A killed run resumes bit-exactly
 callback_state   The state of Keras's callbacks: saved with a run, and restored when the run resumes
 data_position    A Grain dataset that knows which of its batches were trained on, however far ahead it is read
 model_state      Captures and restores the state of a training model: weights, optimizer, metrics
+preemption       Notices that the machine will be taken away: a SIGTERM, after which a run saves and leaves
 process_folders  The folders of a run of several processes: one per process, each with that process's checkpoints
 random_state     Captures and restores the state of all global random generators
 rows             Rows in memory as a dataset of batches, in an order determined by a seed and the epoch
