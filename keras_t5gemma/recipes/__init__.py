@@ -14,5 +14,6 @@ schema             Every key of a training recipe, with its type, its range and 
 section_rules      Checks of the keys of the sections `[evaluation]` and `[task]` against others
 superglue/         The paper's fine-tuning on SuperGLUE: seven tasks, a grid each, the mean of the best accuracies
 tasks/             The section `[task]`: a model with a head, its data and its held-out measurement
+times              Where the time of a run went, over all its starts: `times.json`
 written_model      The model that a run writes at its end
 """

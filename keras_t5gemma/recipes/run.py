@@ -1,6 +1,7 @@
 """Runs a recipe, and resumes a run that was stopped."""
 
 import contextlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -20,6 +21,7 @@ from keras_t5gemma.recipes.run_folder import CHECKPOINTS_FOLDER, MODEL_FOLDER, b
 from keras_t5gemma.recipes.schema import Recipe
 from keras_t5gemma.recipes.tasks.heads import HEADS
 from keras_t5gemma.recipes.tasks.held_out import HeldOutRows
+from keras_t5gemma.recipes.times import TIMES_FILE, RunTimes
 from keras_t5gemma.recipes.written_model import description, write_model
 from keras_t5gemma.training.callbacks.cross_attention_warmup import CrossAttentionWarmup
 from keras_t5gemma.training.callbacks.progress_bar import progress_display
@@ -31,9 +33,9 @@ REFERENCE_FOLDER = "reference"
 def run_recipe(recipe: Recipe | str | Path, console: Console | None = None) -> Path:
     """Trains a model by a recipe. If the recipe's folder holds a run that was stopped, the run continues.
 
-    The folder of the run holds the recipe, which states every key; `log.csv`; `tensorboard/` if the recipe asks for it;
-    `checkpoints/`; `reference/` if preferences need one; and at the end `model/`, which `from_preset` takes. It has the
-    last weights, or the mean of the last checkpoints, or with `[evaluation] best` the best ones.
+    The folder of the run holds the recipe, which states every key; `log.csv`; `times.json`; `tensorboard/` if it is
+    asked for; `checkpoints/`; `reference/` if preferences need one; and at the end `model/`, which `from_preset`
+    takes. It has the last weights, or the mean of the last checkpoints, or with `[evaluation] best` the best ones.
 
     A run continues with the recipe with which it began. A different recipe is refused with a message that names the
     differences. Only keys that do not change the result of a step may differ: see `run_folder.MAY_CHANGE`.
@@ -114,7 +116,7 @@ def _model_with_head(recipe: Recipe) -> Parts:
 
 def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> Any:
     """Trains the model to the recipe's last step, from the last checkpoint in the folder if there is one."""
-    training = recipe.training
+    training, began, times = recipe.training, time.perf_counter(), None
     keras.utils.set_random_seed(training.seed)
     parts = _model_with_head(recipe) if recipe.task.head else _language_model(recipe, folder, index, console)
     checkpoint = TrainingCheckpoint(
@@ -126,7 +128,12 @@ def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> Any:
     callbacks = []
     if training.cross_attention_steps:
         callbacks.append(CrossAttentionWarmup(steps=training.cross_attention_steps))
-    with progress_display(console) if index == 0 else contextlib.nullcontext() as display:
+    with contextlib.ExitStack() as stack:
+        display = stack.enter_context(progress_display(console)) if index == 0 else None
+        if display is not None:  # the first process
+            times = RunTimes(folder / TIMES_FILE, checkpoint, began)
+            callbacks.insert(0, times)
+            stack.callback(times.end)
         callbacks += reporters(recipe, folder, checkpoint, parts.held_out, parts.measuring, display)
         # An epoch is as long as a row of the log, whose numbers are its means. A run that continues keeps them.
         parts.model.fit(
@@ -136,4 +143,6 @@ def _fit(recipe: Recipe, folder: Path, index: int, console: Console) -> Any:
             verbose=0,
             callbacks=[*callbacks, checkpoint],
         )
+    if times is not None:
+        console.print(times.summary(), soft_wrap=True)
     return parts.model

@@ -1,6 +1,8 @@
 """A run by a recipe, from the command to the averaged model, stopped and gone on with, and what it leaves to read."""
 
 import csv
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 import keras_t5gemma as kt
 from keras_t5gemma.cli import app
 from keras_t5gemma.recipes.reading import read_recipe, recipe_path
+from keras_t5gemma.recipes.times import KINDS
 from keras_t5gemma.training.callbacks.log_file import read_log
 from keras_t5gemma.training.evaluation import mean_loss
 
@@ -74,6 +77,18 @@ def test_run_writes_recipe_log_checkpoints_and_the_mean_of_the_last_ones(whole):
     for name, found in mean.items():
         np.testing.assert_allclose(found, (last[0][name] + last[1][name]) / 2, rtol=1e-6, atol=1e-7)
     assert kt.T5GemmaBackbone.from_preset(folder / "model").config.vocabulary_size == 440
+
+
+def test_times_of_both_starts_add_up_and_count_the_steps_that_were_repeated(whole, stopped):
+    (first,) = json.loads((whole[0] / "times.json").read_text(encoding="utf-8"))["starts"]
+    before, again = json.loads((stopped / "times.json").read_text(encoding="utf-8"))["starts"]
+    assert before == first
+    assert (first["first_batch"], first["last_batch"], first["repeated"]) == (0, 12, 0)
+    assert (again["first_batch"], again["last_batch"], again["repeated"]) == (8, 12, 4)
+    for start in (first, again):
+        assert list(start["seconds"]) == list(KINDS)
+        assert all(seconds > 0 for seconds in start["seconds"].values())
+    assert re.search(r"0:\d\d:\d\d: model and data \d+%, first step, with compiling \d+%, steps \d+%,", whole[1])
 
 
 def test_log_has_a_row_of_means_an_interval_and_held_out_loss_by_denoiser(whole):

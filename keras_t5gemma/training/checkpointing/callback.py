@@ -2,6 +2,7 @@
 
 import math
 import threading
+import time
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,8 +92,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
     use a folder. The data must have the same order each time, as Grain's datasets have.
 
     Args:
-        folder: the folder of the checkpoints, the same on all processes; it is created if it does not exist. A new run
-            needs a new folder.
+        folder: the folder of the checkpoints, the same on all processes, created if it does not exist; a new one for a
+            new run.
         save_every: batches between two checkpoints; with `steps_per_execution`, the next multiple of that.
         keep: the number of newest checkpoints to keep; None for all. Several processes keep one more between two saves.
         best: the name of a value in the logs of epochs, such as "val_loss", whose best checkpoint is kept besides; None
@@ -128,7 +129,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._best = BestEpoch(best, mode)
         self.monitor = best  # as Keras's callbacks call it
         self.save_every = integer(save_every, "save_every")
-        self._writer = CheckpointWriter(integer(keep, "keep", optional=True, none_means="for all"))
+        self.writer = CheckpointWriter(integer(keep, "keep", optional=True, none_means="for all"))
         self.folder, self.stop_on_nan, self.continue_stopped = folder, stop_on_nan, continue_stopped
         self._data, self._number = None, 0
         self._preemption = Preemption()
@@ -200,7 +201,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             )
         self._stateful = callback_state.stateful_callbacks(self)
         self._progress_bar = callback_state.progress_bar(self)
-        self._writer.wait()
+        self.writer.wait()
         self._thread = threading.current_thread()
         self._steps = params["steps"]  # batches per epoch; None if epochs end with the data
         self._number = 0  # batches in all epochs
@@ -217,7 +218,7 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             self._data.start(0)
         else:
             on_all_processes(lambda: self._restore(*checkpoint))
-        self._writer.begin(own_folder, self._number)
+        self.writer.begin(own_folder, self._number)
 
     def on_train_begin(self, logs: dict | None = None) -> None:  # noqa: ARG002 Keras's signature
         """Restores the states of callbacks, which they have just reset."""
@@ -274,8 +275,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         self._batch = in_epoch
         loss = (logs or {}).get("loss")
         if self.stop_on_nan and loss is not None and not math.isfinite(loss):
-            self._writer.wait()
-            raise self._writer.not_finite(
+            self.writer.wait()
+            raise self.writer.not_finite(
                 f"The loss is {loss} at batch {self._number}, number {in_epoch} of epoch {self._epoch}."
             )
         is_asked_to_leave = self._preemption.is_asked()
@@ -298,9 +299,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         is_asked_to_leave = self._preemption.is_asked()
         last = is_asked_to_leave or model.stop_training or epoch + 1 == self.params["epochs"]
         complete = self._is_last()
-        due = self._number // self.save_every > self._writer.saved // self.save_every
+        due = self._number // self.save_every > self.writer.saved // self.save_every
         is_best = complete and self._best.is_improved_by(logs, self._number)
-        if self._number > self._writer.saved and (last or is_best or (complete and due)):
+        if self._number > self.writer.saved and (last or is_best or (complete and due)):
             if complete:
                 ended_by = callback_state.ended_by(self._stateful, epoch) if model.stop_training else None
                 self._save(epoch + 1, 0, ended_by=ended_by)
@@ -314,11 +315,10 @@ class TrainingCheckpoint(keras.callbacks.Callback):
         """Waits until the last checkpoint is written."""
         begin_with_epoch(self.model, None)
         self._preemption.end()
-        self._writer.wait()
+        self.writer.wait()
 
     def _leave(self) -> None:
-        """Ends the program after the checkpoint is written."""
-        self._writer.wait()
+        self.writer.wait()
         self._preemption.leave(self.folder, self._number)
 
     def _is_last(self) -> bool:
@@ -334,7 +334,8 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             states: the result of `callback_state.states`; the current states if None.
             ended_by: the result of `callback_state.ended_by`.
         """
-        self._writer.wait()
+        self.writer.wait()
+        began = time.perf_counter()
         # Copied now, because the next step changes all of it.
         layout, arrays, model = model_state.host_copy(self.model)
         callbacks, best_weights = states or callback_state.states(self._stateful)
@@ -353,8 +354,9 @@ class TrainingCheckpoint(keras.callbacks.Callback):
             **layout,
         }
         if process_count() > 1:
-            content["agreed"] = self._writer.agreed
-        self._writer.write(self._number, content, arrays | best_weights, model, self._best.entry)
+            content["agreed"] = self.writer.agreed
+        self.writer.write(self._number, content, arrays | best_weights, model, self._best.entry)
+        self.writer.seconds += time.perf_counter() - began
 
     def _restore(self, path: Path, content: dict) -> None:
         """Restores the state of a checkpoint: the model, the data and the random generators.

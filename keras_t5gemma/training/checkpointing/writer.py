@@ -1,5 +1,6 @@
 """Writes checkpoints in a thread, one after the other, and removes older ones."""
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +20,13 @@ class CheckpointWriter:
     Attributes:
         saved: the number of the last checkpoint that was handed over, in batches trained on.
         agreed: that of the last one that all processes have written.
+        seconds: for how long training has waited for saving.
     """
 
     def __init__(self, keep: int | None):
         self.keep = keep
         self.saved = self.agreed = 0
+        self.seconds = 0.0
         self._folder, self._best, self._pending = None, None, None
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
 
@@ -56,7 +59,9 @@ class CheckpointWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        began = time.perf_counter()
         on_all_processes(pending.result)
+        self.seconds += time.perf_counter() - began
         self.agreed = self.saved
         if process_count() > 1:
             # Only now: until all have written, the oldest checkpoint may be the only one that all have.
