@@ -81,6 +81,16 @@ class Batcher:
         weakref.finalize(self, self._thread.abandon)
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """The sizes of prompts in tokens, ascending."""
+        return self._buckets
+
+    @property
+    def max_length(self) -> int:
+        """L, the longest answer in tokens with its decoder prompt."""
+        return self._length
+
+    @property
     def waiting(self) -> int:
         """The number of requests that wait for a slot."""
         return self._thread.counts()[0]

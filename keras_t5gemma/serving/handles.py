@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 
 import numpy as np
@@ -56,6 +56,7 @@ class Handle:
         self._pieces: list[str | int] = []
         self._answer: Answer | None = None
         self._error: BaseException | None = None
+        self._watchers: list[Callable[[], object]] = []
 
     @property
     def done(self) -> bool:
@@ -91,13 +92,31 @@ class Handle:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda start=given: len(self._pieces) > start or self.done)
-                new, is_last = self._pieces[given:], self.done
+                new, is_last = self.pieces(given)
             yield from new
             given += len(new)
             if is_last:
                 if self._error is not None:
                     raise self._error
                 return
+
+    # For callers that must not wait, such as an event loop.
+
+    def pieces(self, start: int = 0) -> tuple[list, bool]:
+        """`(pieces, is_last)`: the pieces so far from the one at `start` on, and whether no more will come."""
+        with self._changed:
+            return self._pieces[start:], self.done
+
+    def watch(self, function: Callable[[], object]) -> None:
+        """Has a function called at once, and after each new piece and the end of the request.
+
+        Args:
+            function: is called in the thread of the model or of whoever ends the request. It must return at once, raise
+                nothing, and not use the handle.
+        """
+        with self._changed:
+            self._watchers.append(function)
+            function()
 
     # For the thread of the model.
 
@@ -106,7 +125,7 @@ class Handle:
         with self._changed:
             if pieces and not self.done:
                 self._pieces.extend(pieces)
-                self._changed.notify_all()
+                self._tell()
 
     def finish(self, answer: Answer, pieces: list) -> bool:
         """Adds the last pieces and sets the answer; returns False if the request is done already."""
@@ -122,5 +141,10 @@ class Handle:
                 return False
             self._pieces.extend(pieces)
             self._answer, self._error = answer, error
-            self._changed.notify_all()
+            self._tell()
             return True
+
+    def _tell(self) -> None:
+        self._changed.notify_all()
+        for function in self._watchers:
+            function()
