@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from keras_t5gemma.serving.batcher import Batcher as Batcher
     from keras_t5gemma.serving.handles import BatcherClosed as BatcherClosed
     from keras_t5gemma.serving.handles import QueueFull as QueueFull
+    from keras_t5gemma.serving.http.server import Server as Server
 
     # Text
     from keras_t5gemma.text.preprocessor import T5GemmaSeq2SeqLMPreprocessor as T5GemmaSeq2SeqLMPreprocessor
@@ -176,6 +177,7 @@ _MODULES = {
     "Batcher": "serving.batcher",
     "BatcherClosed": "serving.handles",
     "QueueFull": "serving.handles",
+    "Server": "serving.http.server",
     # Text
     "T5GemmaSeq2SeqLMPreprocessor": "text.preprocessor",
     "T5GemmaTokenizer": "text.tokenizer",
