@@ -21,7 +21,7 @@ from keras_t5gemma.presets import PRESETS, STACKS
 from keras_t5gemma.recipes.reading import recipe_path
 
 VERBS = ("demo", "adapt", "export", "average", "inspect", "verify", "train", "plot", "generate", "evaluate", "env")
-VERBS += ("presets", "superglue")
+VERBS += ("presets", "superglue", "serve")
 BACKENDS = ("keras", "keras_hub", "jax", "tensorflow", "torch")
 
 

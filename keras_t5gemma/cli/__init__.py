@@ -8,6 +8,7 @@ inspection        The tables that `inspect` prints
 options           Arguments and options that several verbs share
 prompts           Prompts from arguments, stdin and files, and one line per answer
 session           Shared steps of the verbs: the backend, readable errors, loading and saving models
+serving           The verb serve
 superglue         The verb superglue
 training_verbs    The verbs train and plot
 """
@@ -22,6 +23,7 @@ from keras_t5gemma.cli.checkpoint_verbs import add_checkpoint_verbs
 from keras_t5gemma.cli.evaluation import evaluate
 from keras_t5gemma.cli.generation import generate
 from keras_t5gemma.cli.options import BackendOption
+from keras_t5gemma.cli.serving import serve
 from keras_t5gemma.cli.session import (
     check_free,
     first_free,
@@ -40,6 +42,7 @@ app = typer.Typer(
 add_checkpoint_verbs(app)
 add_training_verbs(app)
 app.command()(generate)
+app.command()(serve)
 app.command()(evaluate)
 app.command()(superglue)
 

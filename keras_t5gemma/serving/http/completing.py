@@ -88,9 +88,7 @@ class Form(abc.ABC):
             for i, answer in enumerate(answers)
         ]
 
-    async def _events(
-        self, choices: Choices, sampling: Sampling, service: Service, head: dict
-    ) -> AsyncGenerator[dict, None]:
+    async def _events(self, choices: Choices, sampling: Sampling, service: Service, head: dict) -> Events:
         """The events of a stream. When it is closed, so are the choices."""
         head = {**head, "usage": None} if sampling.has_usage else head
         answers, begun = {}, set()
