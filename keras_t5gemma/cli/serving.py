@@ -34,7 +34,7 @@ def serve(
     ] = 128,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="File with one key per line, one of which each request must have. Default: none."),
+        typer.Option(help="File with a key per line, one of which each request must have. Default: none."),
     ] = None,
     stop_after: Annotated[float, typer.Option(min=0, help="Seconds for open requests after SIGTERM or Ctrl+C.")] = 30,
     dtype: Annotated[
@@ -53,7 +53,7 @@ def serve(
         lm = load_for_inference(model, dtype, backend)
         import keras_t5gemma as kt
 
-        if sizes is not None:
+        if sizes is not None and lm.preprocessor is not None:
             lm.preprocessor.encoder_sequence_length = sizes[-1]
         shown = name or model.rstrip("/").rpartition("/")[2]
         options = {"slots": slots, "buckets": sizes, "max_length": max_length, "most_waiting": most_waiting}

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from keras_t5gemma.serving.handles import Answer
 from keras_t5gemma.serving.http.bodies import Body, check_model, read_object
 from keras_t5gemma.serving.http.choices import Choices, usage
-from keras_t5gemma.serving.http.clients import EventStream, unless_left
+from keras_t5gemma.serving.http.clients import Events, EventStream, unless_left
 from keras_t5gemma.serving.http.sampling import Sampling
 from keras_t5gemma.serving.http.service import Service
 
