@@ -2,15 +2,12 @@
 
 import contextlib
 import gc
-import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import keras
 import numpy as np
 import pytest
-from helpers.peers import tiny_config
-from helpers.tiny import loud_backbone
-from helpers.tiny_tokenizer import train_tiny_tokenizer
+from helpers.served import held, varied_lm
 from keras import ops
 
 import keras_t5gemma as kt
@@ -33,15 +30,7 @@ FEW = PROMPTS[:4]
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory):
-    tokenizer = kt.T5GemmaTokenizer(proto=train_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer") / "a.model"))
-    config = tiny_config(balanced=False, num_layers=1, decoder={"num_layers": 2}, vocabulary_size=512)
-    backbone = loud_backbone(config, seed=3)
-    table = backbone.decoder.token_embedding.embeddings
-    table.assign(0.3 * table)  # otherwise the likeliest token is always the last one again
-    preprocessor = kt.T5GemmaSeq2SeqLMPreprocessor(tokenizer, 24, LENGTH)
-    lm = kt.T5GemmaSeq2SeqLM(backbone, preprocessor, buckets=kt.Buckets((24,), (LENGTH,), (1,)))
-    lm.compile(sampler="greedy")
-    return lm
+    return varied_lm(tmp_path_factory.mktemp("tokenizer"), 24, LENGTH)
 
 
 def new_batcher(lm, most_waiting=16):
@@ -60,25 +49,6 @@ def batcher(lm):
 def whole(lm):
     """What `generate` gives for each prompt, greedily."""
     return [lm.generate(prompt, return_log_probs=True, **GREEDY) for prompt in PROMPTS]
-
-
-@contextlib.contextmanager
-def held(batcher, monkeypatch):
-    """A context in which the batcher decodes nothing. Gives a function that waits until it has come to decode."""
-    programs, go_on, is_here = batcher._thread._programs, threading.Event(), threading.Event()
-    advance = programs.advance
-
-    def slow(*arguments, **options):
-        is_here.set()
-        assert go_on.wait(60)
-        return advance(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(programs, "advance", slow)
-        try:
-            yield lambda: is_here.wait(60)
-        finally:
-            go_on.set()
 
 
 def ids(answer):

@@ -1,5 +1,6 @@
 """The endpoints as an ASGI application."""
 
+import asyncio
 import hmac
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -84,6 +85,11 @@ class Counted:
 
         try:
             await self._app(scope, receive, noted)
+        except asyncio.CancelledError:
+            # By uvicorn, which ends the server and would print this as a bug: the client took too long to read.
+            state["outcome"] = LEFT
+            if self._service.state is not State.closing:
+                raise
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._service.metrics.requests.add(1, path, str(state.get("outcome", LEFT)))
