@@ -1,6 +1,8 @@
 """What the blocks of README.md and docs/ come to: per page, words of a block and what is asserted after it."""
 
 import json
+import re
+import urllib.request
 from pathlib import Path
 
 import keras
@@ -9,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import keras_t5gemma as kt
+from helpers.pages import ROOT
 from keras_t5gemma._keras_internals import flatten_layers
 from keras_t5gemma.presets import STACKS
 from keras_t5gemma.training.callbacks.log_file import read_log
@@ -278,7 +281,25 @@ def serving(_):
         assert names["handle"].done
         assert "encoder_sequence_length=128" in names["too_long"]
 
-    return {"batcher.warm()": answered, "for text in drawn": streamed, "too_long": refused}
+    def served(names):
+        # The command that the page prints, sent by Python.
+        text = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+        command = re.search(r"^curl http://127.0.0.1:8000(\S+) -H \"(.+?)\" -d '(.+?)'$", text, re.M | re.S)
+        path, header, body = command.groups()
+        request = urllib.request.Request(names["server"].url + path, body.encode(), dict([header.split(": ")]))
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer = json.load(response)
+        assert 0 < answer["usage"]["completion_tokens"] <= 32
+
+    def asked(names):
+        expected = names["lm"].generate("Why is the sky blue?", max_new_tokens=32)
+        assert names["answer"].choices[0].message.content[:4] == expected[:4]
+        assert names["streamed"] == names["choices"][0].message.content
+        assert len({choice.message.content for choice in names["choices"]}) == 4
+        np.testing.assert_allclose([np.linalg.norm(item.embedding) for item in names["vectors"]], 1, rtol=1e-5)
+
+    blocks = {"batcher.warm()": answered, "for text in drawn": streamed, "too_long": refused}
+    return {**blocks, "server.start()": served, "import openai": asked}
 
 
 def embed(_):

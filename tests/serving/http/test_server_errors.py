@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -84,11 +85,7 @@ def test_invalid_chat_is_refused_with_its_field(post, fields, param, words):
     assert status == 400
     assert set(body["error"]) == {"message", "type", "param", "code"}
     assert (body["error"]["type"], body["error"]["param"]) == ("invalid_request_error", param)
-    pytest.raises(ValueError, raise_with, body["error"]["message"]).match(words)
-
-
-def raise_with(message):
-    raise ValueError(message)
+    assert re.search(words, body["error"]["message"])
 
 
 @pytest.mark.parametrize(
@@ -145,7 +142,7 @@ def test_unknown_model_path_and_method_are_told(client, post, server):
         lambda: client.embeddings.create(model="tinny", input="a"),
         lambda: client.models.retrieve("tinny"),
     ):
-        with pytest.raises(openai.NotFoundError, match="'tinny' does not exist here. This server has 'tiny'") as caught:
+        with pytest.raises(openai.NotFoundError, match=r"'tinny' does not exist here\. This server has") as caught:
             call()
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
     status, body = post("/v1/chat/completions", {"messages": QUESTION})
