@@ -70,17 +70,27 @@ def test_choices_have_seeds_one_after_the_other_and_drawing_is_the_default(chat,
     assert random[0] != random[1]
 
 
-def test_each_option_of_sampling_is_that_of_the_batcher(chat, batcher):
-    options = {"temperature": 1.9, "top_p": 0.2, "presence_penalty": 2.0, "frequency_penalty": 2.0}
-    options |= {"top_k": 3, "repetition_penalty": 3.0}
+DRAWN = {"temperature": 1.0, "seed": 1}
 
-    def answered(**option):
-        return chat(model="tiny", messages=QUESTION, extra_body={"seed": 1, **option}).choices[0].message.content
 
-    plain = answered()
-    for name, value in options.items():
-        expected = batcher.submit(QUESTION, seed=1, **{"temperature": 1.0, name: value}).result(60).text
-        assert answered(**{name: value}) == expected != plain, name
+@pytest.mark.parametrize(
+    ("more", "others"),
+    [
+        ({"temperature": 1.9}, DRAWN),
+        ({"top_p": 0.2}, DRAWN),
+        ({"top_k": 3}, DRAWN),
+        ({"presence_penalty": 2.0}, {"temperature": 0}),
+        ({"frequency_penalty": 2.0}, {"temperature": 0}),
+        ({"repetition_penalty": 3.0}, {"temperature": 0}),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_option_of_sampling_is_that_of_the_batcher(chat, batcher, more, others):
+    def answered(**options):
+        return chat(model="tiny", messages=QUESTION, extra_body=options).choices[0].message.content
+
+    expected = batcher.submit(QUESTION, **{**others, **more}).result(60).text
+    assert answered(**{**others, **more}) == expected != answered(**others)
 
 
 def test_stop_texts_end_an_answer_and_are_left_out(chat, lm):
