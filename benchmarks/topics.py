@@ -281,6 +281,20 @@ TOPICS = (
         "Small-Small with 32,000 pieces; options of one to six words. Both in one process, in turn.",
     ),
     Topic(
+        "serve",
+        "Requests over HTTP",
+        texts("backend", "size", "slots", "requests", "rate"),
+        (
+            Column("tokens_per_s", "tokens/s", ",.1f", " tokens/s"),
+            Column("first_p50_s", "first token p50, s", ".2f", " s"),
+            Column("first_p99_s", "p99, s", ".2f", " s"),
+            Column("token_p50_ms", "per token p50, ms", ",.1f", " ms"),
+            Column("token_p99_ms", "p99, ms", ",.1f", " ms"),
+        ),
+        about="Continuous batching beside batches of waiting requests by `generate` (dynamic) and one by one (single). "
+        "The rate is in requests per second. The time per token includes waiting.",
+    ),
+    Topic(
         "by_hand",
         "Programs kept between processes",
         texts("backend", "kept"),

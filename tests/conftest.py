@@ -74,6 +74,7 @@ _DEALT = (
     "serving/",
     "test_cli.py",
     "test_cli_generate.py",
+    "test_cli_serve.py",
     "test_notebook.py",
     "test_pages.py",
     "test_registration.py",

@@ -50,13 +50,16 @@ class Generating:
             # "a" is one token.
             prompt = " ".join(["a"] * (length - 1))
             for size in sizes:
-                self._lm.generate([prompt] * size, max_new_tokens=[2] * size, truncate="right")
+                self._answer([prompt] * size, [2] * size)
 
     def close(self, timeout=None):
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
         self._thread.join(timeout)
+
+    def _answer(self, prompts, limits):
+        return self._lm.generate(prompts, max_new_tokens=limits, strip_prompt=True, return_log_probs=True)
 
     def _run(self):
         while True:
@@ -71,9 +74,7 @@ class Generating:
                 self._running = count
             prompts, limits, handles = zip(*requests, strict=True)
             try:
-                found = self._lm.generate(
-                    list(prompts), max_new_tokens=list(limits), strip_prompt=True, return_log_probs=True
-                )
+                found = self._answer(list(prompts), list(limits))
             except Exception as error:
                 for handle in handles:
                     handle.fail(error)

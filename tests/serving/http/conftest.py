@@ -38,6 +38,19 @@ def batcher(server):
     return server._service.batcher
 
 
+@pytest.fixture
+def quick_server(new_server, server, batcher):
+    """Makes a server of the same sizes, which finds the programs compiled."""
+
+    def new():
+        other = new_server()
+        other._service.batcher._thread._programs = batcher._thread._programs
+        other._service.vectors._program = server._service.vectors._program
+        return other
+
+    return new
+
+
 @pytest.fixture(scope="package")
 def client(server):
     return new_client(server)

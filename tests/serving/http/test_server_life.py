@@ -46,7 +46,7 @@ def metrics(server):
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
 
 
-def test_server_is_ready_when_its_programs_are_compiled(new_server, clients, monkeypatch):
+def test_server_is_ready_when_its_programs_are_compiled(quick_server, clients, monkeypatch):
     go_on, warm = threading.Event(), kt.Batcher.warm
 
     def slow(batcher):
@@ -54,7 +54,7 @@ def test_server_is_ready_when_its_programs_are_compiled(new_server, clients, mon
         warm(batcher)
 
     monkeypatch.setattr(kt.Batcher, "warm", slow)
-    server = new_server(buckets=(48,))
+    server = quick_server()
     with pytest.raises(RuntimeError, match="call `start`"):
         _ = server.url
     server.start()
@@ -194,8 +194,8 @@ def test_slow_embeddings_do_not_hold_up_others_and_too_many_are_refused(server, 
     assert server._service.open_embeddings == 0
 
 
-def test_close_answers_what_is_open(new_server, clients, monkeypatch):
-    server = new_server(buckets=(48,))
+def test_close_answers_what_is_open(quick_server, clients, monkeypatch):
+    server = quick_server()
     with server, ThreadPoolExecutor(8) as pool:
         batcher, client = server._service.batcher, clients(server, "none")
         expected = client.chat.completions.create(**CHAT).choices[0].message.content
@@ -217,8 +217,8 @@ def test_close_answers_what_is_open(new_server, clients, monkeypatch):
         get(server, "/health")
 
 
-def test_close_fails_what_is_left_within_its_time(new_server, clients, monkeypatch):
-    with new_server(buckets=(48,)) as server, ThreadPoolExecutor(8) as pool:
+def test_close_fails_what_is_left_within_its_time(quick_server, clients, monkeypatch):
+    with quick_server() as server, ThreadPoolExecutor(8) as pool:
         batcher, client = server._service.batcher, clients(server, "none")
         with held(batcher, monkeypatch, after=3) as wait:
             stream = client.chat.completions.create(stream=True, **CHAT)
@@ -238,8 +238,8 @@ def test_close_fails_what_is_left_within_its_time(new_server, clients, monkeypat
                 list(stream)
 
 
-def test_reader_that_never_reads_does_not_hold_up_close(new_server, until):
-    with new_server(buckets=(48,)) as server:
+def test_reader_that_never_reads_does_not_hold_up_close(quick_server, until):
+    with quick_server() as server:
         body = json.dumps(CHAT | {"stream": True, "logprobs": True, "n": 36}).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         server._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # its connections have it too
