@@ -1,5 +1,6 @@
 """The JSON body of a request: its fields, checked before anything is computed."""
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -117,7 +118,10 @@ async def read_object(request: Request) -> dict[str, Any]:
             raise RequestError(413, f"The body may have {MOST_BYTES} bytes. This one has more.", code="too_large")
         parts.append(part)
     try:
-        return parse_object(b"".join(parts), "The body")
+        fields = parse_object(b"".join(parts), "The body")
+        # JSON can hold halves of surrogate pairs, of which no tokenizer makes tokens, and no encoding an answer.
+        json.dumps(fields, ensure_ascii=False).encode()
+        return fields
     except ValueError as error:
         raise RequestError(400, str(error), code="invalid_json") from error
 

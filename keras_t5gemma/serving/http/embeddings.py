@@ -1,6 +1,8 @@
 """`POST /v1/embeddings`."""
 
 import base64
+import threading
+from functools import partial
 
 import anyio
 import numpy as np
@@ -49,14 +51,17 @@ async def embeddings(request: Request, service: Service) -> Response:
 
 
 async def _embedded(service: Service, texts: list[str], dimensions: int | None) -> tuple[list, np.ndarray]:
+    left = threading.Event()
     try:
         rows = await run_in_threadpool(service.vectors.rows, texts)
         async with service.embeds:
-            # A client that leaves, or a server that stops, does not wait for the model.
-            vectors = await anyio.to_thread.run_sync(service.vectors.embed, rows, dimensions, abandon_on_cancel=True)
-        return rows, vectors
+            # A client that leaves, or a server that stops, does not wait for the model, whose thread then ends early.
+            embed = partial(service.vectors.embed, rows, dimensions, left)
+            return rows, await anyio.to_thread.run_sync(embed, abandon_on_cancel=True)
     except Exception as error:
         raise error_of(error, "input") from error
+    finally:
+        left.set()
 
 
 def _texts(body: Body) -> list[str]:

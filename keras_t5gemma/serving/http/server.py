@@ -148,12 +148,12 @@ class Server:
 
         Raises:
             TimeoutError: if the time is up; the server goes on.
+            BatcherClosed: if the server was closed before.
             Exception: the error that ended the preparations, such as a `MemoryError`.
         """
         if not self._service.wait(timeout):
             raise TimeoutError(f"The model was not compiled within {timeout} seconds. The server goes on.")
-        if self._service.error is not None:
-            raise self._service.error
+        self._service.check_prepared()
 
     def serve(self, timeout: float | None = 30, on_ready=None) -> None:
         """Answers until SIGINT (Ctrl+C) or SIGTERM arrives, then closes the server. To be called in the main thread.
@@ -166,6 +166,7 @@ class Server:
 
         Raises:
             OSError: as for `start`.
+            RuntimeError: if the server ended by itself.
             Exception: as for `wait_until_ready`.
         """
         received = []
@@ -174,7 +175,9 @@ class Server:
         try:
             self.start()
             is_told = False
-            while not received and self._thread is not None and self._thread.is_alive():
+            while not received:
+                if self._thread is None or not self._thread.is_alive():
+                    raise RuntimeError("The server ended by itself. What it printed says why.")
                 if not is_told and self._service.wait(0):
                     self.wait_until_ready()
                     is_told = True

@@ -6,6 +6,7 @@ import threading
 import time
 
 from keras_t5gemma.serving.batcher import Batcher
+from keras_t5gemma.serving.handles import BatcherClosed
 from keras_t5gemma.serving.http.errors import unavailable
 from keras_t5gemma.serving.http.metrics import Metrics
 from keras_t5gemma.serving.http.vectors import Vectors
@@ -93,6 +94,13 @@ class Service:
         """Waits until the service no longer warms up; returns False if the time is up."""
         with self._changed:
             return self._changed.wait_for(lambda: self._state is not State.warming, timeout)
+
+    def check_prepared(self) -> None:
+        """Raises the error that ended the preparations, or `BatcherClosed` if the service was closed before."""
+        if self.error is not None:
+            raise self.error
+        if self._state is State.closing:
+            raise BatcherClosed(State.closing.value)
 
     def close(self, timeout: float | None) -> None:
         """Refuses new requests, answers the open ones for `timeout` seconds, and fails the rest."""

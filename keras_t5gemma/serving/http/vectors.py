@@ -55,12 +55,15 @@ class Vectors:
                 )
         return rows
 
-    def embed(self, rows: Sequence[Sequence[int]], dimensions: int | None = None) -> np.ndarray:
+    def embed(
+        self, rows: Sequence[Sequence[int]], dimensions: int | None = None, left: threading.Event | None = None
+    ) -> np.ndarray:
         """The vectors of rows of token ids.
 
         Args:
             rows: N rows of `rows`.
             dimensions: the first numbers of each vector that are kept; all if None.
+            left: is set when nobody waits for the vectors any more; the rest of them is zeros then.
 
         Returns:
             float32 [N, `dimensions`], each of length 1.
@@ -70,6 +73,8 @@ class Vectors:
         for start in range(0, len(order), _ROWS[-1]):
             chosen = order[start : start + _ROWS[-1]]
             with self._lock:
+                if left is not None and left.is_set():
+                    break
                 vectors[chosen] = self._batch([rows[i] for i in chosen])
         vectors = vectors[:, :dimensions]
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.finfo("float32").tiny)

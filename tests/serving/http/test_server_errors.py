@@ -152,8 +152,29 @@ def test_unknown_model_path_and_method_are_told(client, post, server):
     assert (status, body["error"]["type"]) == (405, "invalid_request_error")
 
 
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"1e999", b"-Infinity"])
+def test_number_that_is_not_finite_is_refused(post, number):
+    for field in ("temperature", "presence_penalty", "top_p"):
+        body = b'{"model": "tiny", "prompt": "a", "%s": %s}' % (field.encode(), number)
+        status, answer = post("/v1/completions", body)
+        assert (status, answer["error"]["param"]) == (400, field)
+
+
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'{"model": "tiny", "model": "tiny"}', b"\xff", b"[" * 100_000, b'{"n": 1' + b"0" * 99]
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"n": 1' + b"0" * 99,
+        b'{"model": "tiny", "model": "tiny"}',
+        # Halves of surrogate pairs.
+        b'{"model": "tiny", "prompt": "a\\ud800"}',
+        b'{"\\ud800": 1}',
+        b'{"a": "\xed\xa0\x80"}',
+    ],
 )
 def test_body_that_is_no_json_object_is_refused(post, body):
     status, answer = post("/v1/chat/completions", body)
