@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -72,7 +73,9 @@ class Form(abc.ABC):
             if not sampling.is_stream:
                 answers = await unless_left(request.receive, choices.answers)
                 counted = _counted(answers, sampling, service)
-                return JSONResponse({**head, "choices": self._whole(answers, sampling, service), "usage": counted})
+                # In a thread, as below: texts of many tokens' log-probabilities take a while.
+                whole = await run_in_threadpool(self._whole, answers, sampling, service)
+                return JSONResponse({**head, "choices": whole, "usage": counted})
             if self.kind == "chat.completion":
                 head["object"] = "chat.completion.chunk"
             events = self._events(choices, sampling, service, head)
@@ -106,7 +109,8 @@ class Form(abc.ABC):
                     yield event(index, self.piece(text))
                 if answer is not None:
                     answers[index] = answer
-                    yield event(index, self.last(answer, service, sampling.has_log_probs), answer.finish_reason)
+                    last = await run_in_threadpool(self.last, answer, service, sampling.has_log_probs)
+                    yield event(index, last, answer.finish_reason)
             counted = _counted([answers[index] for index in sorted(answers)], sampling, service)
             if sampling.has_usage:
                 yield {**head, "choices": [], "usage": counted}

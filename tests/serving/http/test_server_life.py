@@ -333,7 +333,8 @@ def test_hundreds_of_requests_from_eight_threads_lose_nothing(server, client, ba
         assert text == expected[i % 4]
 
     def leave(i):
-        connection = open_post(server, "/v1/chat/completions", CHAT | {"stream": i % 2 == 0, "n": 1 + i % 3, "max_tokens": 4})
+        more = {"stream": i % 2 == 0, "n": 1 + i % 3, "max_tokens": 4}
+        connection = open_post(server, "/v1/chat/completions", CHAT | more)
         time.sleep(random.random() / 20)
         connection.close()
 
