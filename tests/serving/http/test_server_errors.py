@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -266,16 +267,18 @@ def test_lack_of_memory_of_embeddings_is_told(server, client, monkeypatch):
 
 
 def test_error_after_the_first_piece_ends_the_stream(client, batcher, monkeypatch):
-    advance, count = batcher._thread._programs.advance, iter(range(9))
+    advance, count, is_read = batcher._thread._programs.advance, iter(range(99)), threading.Event()
 
     def broken(*arguments, **options):
         if next(count) == 3:
+            assert is_read.wait(60)
             raise ZeroDivisionError("a secret")
         return advance(*arguments, **options)
 
-    pieces = []
     with monkeypatch.context() as patch:
         patch.setattr(batcher._thread._programs, "advance", broken)
+        stream = client.chat.completions.create(model="tiny", messages=QUESTION, temperature=0, stream=True)
+        assert next(stream).choices
+        is_read.set()
         with pytest.raises(openai.APIError, match="failed to answer"):
-            pieces.extend(client.chat.completions.create(model="tiny", messages=QUESTION, stream=True))
-    assert len(pieces) > 1
+            list(stream)
