@@ -127,6 +127,7 @@ _ONCE = (
     "data/test_sources.py",
     "data/test_span_corruption.py",
     "data/test_ul2.py",
+    "exports/test_fast_tokenizer.py",
     "test_docs_site.py",
     "test_house.py",
     "test_imports.py",

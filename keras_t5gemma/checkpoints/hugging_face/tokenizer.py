@@ -1,11 +1,14 @@
-"""The tokenizer's files: Gemma's SentencePiece model, and the config that `transformers` needs beside it."""
+"""The tokenizer's files: Gemma's SentencePiece model, and what `transformers` needs beside it."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
+from keras_t5gemma.caller_warnings import warn_caller
+from keras_t5gemma.checkpoints.hugging_face.fast_tokenizer import fast_tokenizer
 from keras_t5gemma.checkpoints.hugging_face.writer import write_json
 from keras_t5gemma.checkpoints.tensor_source import CheckpointError
 from keras_t5gemma.config import BOS_ID, EOS_ID, PAD_ID, UNKNOWN_ID
@@ -45,7 +48,9 @@ def stop_ids(proto: bytes | None, chat: bool) -> tuple[int, ...]:
 
 
 def write_tokenizer(folder: Path, proto: bytes, chat: bool, vocabulary_size: int) -> None:
-    """Writes the SentencePiece model and the config that makes `transformers` give the same ids.
+    """Writes the SentencePiece model, and the files by which `transformers` and `tokenizers` give the same ids.
+
+    A vocabulary that `tokenizers` cannot express, unlike Gemma's, gets no `tokenizer.json`, with a warning.
 
     Args:
         folder: an existing folder.
@@ -63,6 +68,11 @@ def write_tokenizer(folder: Path, proto: bytes, chat: bool, vocabulary_size: int
             f"belongs to another model."
         )
     (folder / _FILES[0]).write_bytes(proto)
+    content, obstacle = fast_tokenizer(proto)
+    if content is None:
+        warn_caller(f"No `tokenizer.json` is written for this tokenizer: {obstacle}. `tokenizer.model` is.")
+    else:
+        (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     names = {"bos_token": BOS_ID, "eos_token": EOS_ID, "pad_token": PAD_ID, "unk_token": UNKNOWN_ID}
     config: dict[str, Any] = {
         "tokenizer_class": "GemmaTokenizer",
