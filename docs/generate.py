@@ -29,6 +29,7 @@ ROOMS = {
     "evaluation": "Evaluation",
     "reinforcement": "Reinforcement",
     "serving": "Serving",
+    "exports": "Exports",
     "recipes": "Recipes",
 }
 # Sections of README.md that have a page of their own, or that the site's navigation takes the place of.

@@ -45,6 +45,9 @@ if TYPE_CHECKING:
     from keras_t5gemma.evaluation.generation_metrics import GenerationMetrics as GenerationMetrics
     from keras_t5gemma.evaluation.harness import HarnessLM as HarnessLM
 
+    # Exports to other runtimes
+    from keras_t5gemma.exports.ctranslate2_export import export_ctranslate2 as export_ctranslate2
+
     # Heads: classifiers of texts and of words, embedders
     from keras_t5gemma.heads.text_classifier import T5GemmaTextClassifier as T5GemmaTextClassifier
     from keras_t5gemma.heads.text_embedder import T5GemmaTextEmbedder as T5GemmaTextEmbedder
@@ -142,6 +145,8 @@ _MODULES = {
     "GenerationMetrics": "evaluation.generation_metrics",
     "evaluate": "evaluation.benchmarks",
     "HarnessLM": "evaluation.harness",
+    # Exports to other runtimes
+    "export_ctranslate2": "exports.ctranslate2_export",
     # Heads: classifiers of texts and of words, embedders
     "T5GemmaTextClassifier": "heads.text_classifier",
     "T5GemmaTextClassifierPreprocessor": "heads.text_inputs",

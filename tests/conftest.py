@@ -49,6 +49,7 @@ _DEALT = (
     "data/test_dataset.py",
     "data/test_supervised.py",
     "evaluation/",
+    "exports/test_ctranslate2.py",
     "heads/",
     "inference/test_buckets.py",
     "inference/test_control.py",
