@@ -48,6 +48,8 @@ HOMES = (
     "checkpoints.processes",
     "recipes.devices",
     "demo.run",
+    "exports.saved_model",
+    "exports.tensorflow_",
     "evaluation.model_info",
     "reinforcement.run_folder",
     "cli",

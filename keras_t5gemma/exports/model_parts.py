@@ -65,6 +65,23 @@ class Weights:
         return self._specs[path].from_stored(self.stored(path))
 
 
+def check_language_model(lm: Any, function: str) -> None:
+    """Checks that a model is a language model with both stacks.
+
+    Args:
+        lm: what the user passed.
+        function: the name of the export, for errors.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    config = getattr(getattr(lm, "backbone", None), "config", None)
+    if not isinstance(config, T5GemmaConfig) or not hasattr(lm, "generate"):
+        raise TypeError(
+            f"`lm` must be a T5GemmaSeq2SeqLM, and comes before the folder: {function}(lm, folder). Received: {lm!r}."
+        )
+
+
 def language_model_parts(lm: Any, function: str) -> LanguageModelParts:
     """Checks a language model and its preprocessor.
 
@@ -76,18 +93,14 @@ def language_model_parts(lm: Any, function: str) -> LanguageModelParts:
         TypeError: if it is not a language model.
         ValueError: if it has no preprocessor, or its tokenizer has no SentencePiece model.
     """
-    config = getattr(getattr(lm, "backbone", None), "config", None)
-    if not isinstance(config, T5GemmaConfig) or not hasattr(lm, "generate"):
-        raise TypeError(
-            f"`lm` must be a T5GemmaSeq2SeqLM, and comes before the folder: {function}(lm, folder). Received: {lm!r}."
-        )
+    check_language_model(lm, function)
     proto = getattr(getattr(lm.preprocessor, "tokenizer", None), "proto", None)
     if not isinstance(proto, bytes):
         raise ValueError(
             f"{function} writes the vocabulary, and `lm` has no preprocessor with a tokenizer. Build the model as "
             f"T5GemmaSeq2SeqLM(backbone, preprocessor). Received: preprocessor={lm.preprocessor!r}."
         )
-    return LanguageModelParts(config, proto, bool(lm.preprocessor.chat))
+    return LanguageModelParts(lm.backbone.config, proto, bool(lm.preprocessor.chat))
 
 
 def write_from_weights(model: Any, function: str, write: Callable[[TensorSource], None]) -> None:

@@ -1,9 +1,28 @@
 """Rematerialization: recomputes activations in the backward pass instead of storing them."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import keras
 from keras import ops
 
 from keras_t5gemma.kernels.barriers import with_gradients_materialized
+
+_HAS_BACKWARD_PASS = contextvars.ContextVar("has_backward_pass", default=True)
+
+
+@contextlib.contextmanager
+def forward_only() -> Iterator[None]:
+    """A context in which programs are traced that never have a backward pass: exported ones, on TensorFlow.
+
+    Otherwise each use of `recomputed` is a function of its own in the program, with a gradient that cannot be saved.
+    """
+    token = _HAS_BACKWARD_PASS.set(False)
+    try:
+        yield
+    finally:
+        _HAS_BACKWARD_PASS.reset(token)
 
 
 def rematerialized(call, layer, *tensors):
@@ -52,7 +71,7 @@ def recomputed(call, *tensors):
     Returns:
         The result of `call`.
     """
-    if keras.config.backend() != "tensorflow":
+    if keras.config.backend() != "tensorflow" or not _HAS_BACKWARD_PASS.get():
         return call(*tensors)
     import tensorflow as tf
 

@@ -1,11 +1,11 @@
-"""Scripts in a process that has neither this package nor Keras or PyTorch: what a user of an exported folder runs."""
+"""Scripts in a process that has neither this package nor PyTorch: what a user of an exported folder runs."""
 
 import json
 import os
 import subprocess
 import sys
 
-_BLOCKED = ("keras_t5gemma", "keras", "keras_hub", "torch", "transformers", "jax")
+_BLOCKED = ("keras_t5gemma", "keras_hub", "torch", "transformers", "jax")
 _START = f"""
 import sys
 

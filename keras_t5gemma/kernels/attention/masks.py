@@ -145,7 +145,9 @@ def visible_keys(heads: int, query_segments, key_segments, *, fused: bool = Fals
     if queries is None or keys is None:
         block = _dynamic_block_length(size // (4 * heads), query_segments, key_segments)
         return BlockMask(block, query_segments, key_segments, **kind)
-    # An unknown batch counts as one example: its activations need memory per example too.
+    # An unknown batch, which JAX has in exported programs too, counts as one example: its activations need memory per
+    # example too.
+    batch = batch if isinstance(batch, int) else 1
     longest = max(SHORTEST_BLOCK, size // (4 * (batch or 1) * heads * keys))
     if longest < queries or (fused and queries >= SHORTEST_BLOCK):
         blocks = -(-queries // longest)

@@ -50,7 +50,7 @@ def table_product(x, table):
     if has_quick_kernel(x):
         logits = _float32_logits(rows, table)
         return ops.reshape(ops.cast(logits, x.dtype), (*ops.shape(x)[:2], -1))
-    count = math.inf if None in x.shape[:2] else x.shape[0] * x.shape[1]
+    count = math.prod(x.shape[:2]) if all(isinstance(size, int) for size in x.shape[:2]) else math.inf
     if count > _FEW_ROWS or not on_cpu(x):
         return reference.table_product(x, table)
     # Without the barrier, XLA would swap the operands of a transposed product back.
