@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
     # Exports to other runtimes
     from keras_t5gemma.exports.ctranslate2_export import export_ctranslate2 as export_ctranslate2
+    from keras_t5gemma.exports.onnx_export import export_onnx as export_onnx
     from keras_t5gemma.exports.saved_model import export_saved_model as export_saved_model
 
     # Heads: classifiers of texts and of words, embedders
@@ -148,6 +149,7 @@ _MODULES = {
     "HarnessLM": "evaluation.harness",
     # Exports to other runtimes
     "export_ctranslate2": "exports.ctranslate2_export",
+    "export_onnx": "exports.onnx_export",
     "export_saved_model": "exports.saved_model",
     # Heads: classifiers of texts and of words, embedders
     "T5GemmaTextClassifier": "heads.text_classifier",

@@ -50,6 +50,7 @@ _DEALT = (
     "data/test_supervised.py",
     "evaluation/",
     "exports/test_ctranslate2.py",
+    "exports/test_onnx.py",
     "exports/test_saved_model.py",
     "heads/",
     "inference/test_buckets.py",
