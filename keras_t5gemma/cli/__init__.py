@@ -7,6 +7,7 @@ generation        The verb generate
 inspection        The tables that `inspect` prints
 options           Arguments and options that several verbs share
 prompts           Prompts from arguments, stdin and files, and one line per answer
+runtime_formats   `export` in the formats of other runtimes
 session           Shared steps of the verbs: the backend, readable errors, loading and saving models
 serving           The verb serve
 superglue         The verb superglue

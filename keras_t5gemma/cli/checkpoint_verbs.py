@@ -17,6 +17,7 @@ from keras_t5gemma.cli.options import (
     PartOption,
     ShardOption,
 )
+from keras_t5gemma.cli.runtime_formats import check_options, check_runtime, export_to_runtime
 from keras_t5gemma.cli.session import (
     check_free,
     load_model,
@@ -100,12 +101,41 @@ def export(
     ] = None,
     max_shard_size: ShardOption = "5GB",
     allow_non_finite: NonFiniteOption = False,
+    quantization: Annotated[
+        str | None, typer.Option(help="Of --format ctranslate2: int8, int8_float16, int16, float16, bfloat16, ...")
+    ] = None,
+    input_length: Annotated[
+        int | None, typer.Option(min=1, help="Of --format saved_model: the most tokens of a prompt. Default: 512.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Of --format saved_model: the most tokens of an answer. Default: 128.")
+    ] = None,
+    no_strings: Annotated[
+        bool, typer.Option("--no-strings", help="Of --format saved_model: ids in and out, without the tokenizer.")
+    ] = False,
     backend: BackendOption = None,
 ) -> None:
     """Write a checkpoint in another format, or in another dtype."""
     with one_line_errors():
         check_free(out)
         _check_size(max_shard_size)
+        given = {
+            "--part": None if part == Part.all else part,
+            "--dtype": dtype,
+            "--max-shard-size": None if max_shard_size == "5GB" else max_shard_size,
+            "--allow-non-finite": allow_non_finite,
+            "--quantization": quantization,
+            "--input-length": input_length,
+            "--max-length": max_length,
+            "--no-strings": no_strings,
+        }
+        check_options(format, given)
+        if format not in (Format.hf, Format.keras):
+            check_runtime(format, backend, quantization)
+            options = {"quantization": quantization, "input_length": input_length, "max_length": max_length}
+            options["strings"] = False if no_strings else None
+            export_to_runtime(format, model, out, dtype=dtype, backend=backend, options=options)
+            return
         if format == Format.keras:
             if part != Part.all:
                 kind = "T5GemmaEncoder" if part == Part.encoder else "T5GemmaTextEmbedder"

@@ -39,6 +39,9 @@ class Format(enum.StrEnum):
 
     hf = "hf"
     keras = "keras"
+    onnx = "onnx"
+    ctranslate2 = "ctranslate2"
+    saved_model = "saved_model"
 
 
 class Part(enum.StrEnum):
@@ -59,7 +62,13 @@ DtypeOption = Annotated[
         help="Dtype of the weights that are written, rounded to the nearest. Default: the source's, bit for bit."
     ),
 ]
-FormatOption = Annotated[Format, typer.Option(help="hf: safetensors for `transformers`; keras: a Keras preset.")]
+FormatOption = Annotated[
+    Format,
+    typer.Option(
+        help="hf: safetensors for `transformers`; keras: a Keras preset; onnx: for ONNX Runtime; ctranslate2; "
+        "saved_model: for TensorFlow."
+    ),
+]
 PartOption = Annotated[
     Part,
     typer.Option(

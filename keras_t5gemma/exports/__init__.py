@@ -3,6 +3,7 @@
 array_endpoints     What a SavedModel computes, as functions of arrays: generate, score, embed
 ctranslate2_export  `export_ctranslate2`: a folder of CTranslate2, written from the model's tensors
 ctranslate2_specs   The model's tensors in the layout of CTranslate2
+libraries           The optional libraries of exports, and the names of quantizations
 model_parts         What every export reads of a model: config, tensors, tokenizer
 onnx_export         `export_onnx`: models for ONNX Runtime, written from their tensors
 onnx_graph          ONNX graphs, written node by node, and the one file of weights that they share

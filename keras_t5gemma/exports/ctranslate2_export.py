@@ -14,24 +14,14 @@ from keras_t5gemma.checkpoints.tensor_source import TensorSource
 from keras_t5gemma.checkpoints.transforms import cast_tensors
 from keras_t5gemma.config import BOS_ID, EOS_ID, UNKNOWN_ID, T5GemmaConfig
 from keras_t5gemma.exports.ctranslate2_specs import transformer_spec
-from keras_t5gemma.exports.model_parts import Weights, imported, language_model_parts, write_from_weights
+from keras_t5gemma.exports.libraries import QUANTIZATIONS, imported
+from keras_t5gemma.exports.model_parts import Weights, language_model_parts, write_from_weights
 from keras_t5gemma.suggestions import check_choice
 
 if TYPE_CHECKING:
     from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 
 FUNCTION = "export_ctranslate2"
-# CTranslate2's names, and the bytes per weight.
-QUANTIZATIONS = {
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int16": 2,
-    "int8": 1,
-    "int8_float32": 1,
-    "int8_float16": 1,
-    "int8_bfloat16": 1,
-}
 
 
 def export_ctranslate2(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -113,18 +111,3 @@ def write_from_weights(model: Any, function: str, write: Callable[[TensorSource]
     backbone = getattr(model, "backbone", model)
     with reading(model, function):
         write_on_first(ModelTensors(backbone), backbone.weights, write)
-
-
-def imported(module: str, function: str, extra: str) -> ModuleType:
-    """Imports an optional library.
-
-    Raises:
-        ImportError: if it is missing; the message names the extra to install.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"`{function}` needs the extra `{extra}`: `pip install 'keras-t5gemma[{extra}]'`. Importing {module} "
-            f"failed: {error}"
-        ) from error

@@ -13,7 +13,8 @@ from keras_t5gemma.checkpoints.hugging_face.writer import write_json
 from keras_t5gemma.checkpoints.tensor_source import TensorSource
 from keras_t5gemma.config import BOS_ID, T5GemmaConfig, T5GemmaEncoderConfig
 from keras_t5gemma.exports import onnx_stacks
-from keras_t5gemma.exports.model_parts import Weights, imported, write_from_weights
+from keras_t5gemma.exports.libraries import imported
+from keras_t5gemma.exports.model_parts import Weights, write_from_weights
 from keras_t5gemma.exports.onnx_graph import DATA_FILE, Graph, SharedWeights
 from keras_t5gemma.exports.onnx_heads import check_head, head_graph
 

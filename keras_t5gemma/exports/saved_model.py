@@ -17,7 +17,8 @@ from keras_t5gemma.checks import integer
 from keras_t5gemma.concurrency import reading
 from keras_t5gemma.config import EOS_ID
 from keras_t5gemma.exports.array_endpoints import array_endpoints
-from keras_t5gemma.exports.model_parts import check_language_model, imported
+from keras_t5gemma.exports.libraries import imported
+from keras_t5gemma.exports.model_parts import check_language_model
 from keras_t5gemma.exports.tensorflow_functions import BACKENDS, as_tensorflow
 from keras_t5gemma.exports.tensorflow_text import TextOperations
 from keras_t5gemma.kernels.rematerialization import forward_only

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from keras_t5gemma.exports.model_parts import imported
+from keras_t5gemma.exports.libraries import imported
 from keras_t5gemma.text.chat import ANSWER_FOOTER, END_OF_TURN, START_OF_TURN, USER_HEADER
 
 # The characters that Python's `str.strip` removes, as a class of RE2.
