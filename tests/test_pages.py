@@ -31,6 +31,8 @@ def histories(stand_ins, tmp_path, monkeypatch):
 
 # Eight devices take a process of their own, as `test_data_parallel` has.
 MESH = "DeviceMesh"
+# Not on PyTorch, beside which the guides run: tests/exports runs it.
+SAVED_MODEL = "kt.export_saved_model"
 ON_EIGHT_DEVICES = """
 import keras_t5gemma as kt
 {}
@@ -47,7 +49,7 @@ assert shard.size * 8 == largest.value.size, (largest.path, largest.shape, shard
     "page", [page if page == "README.md" else pytest.param(page, marks=pytest.mark.once) for page in pages.pages()]
 )
 def test_page_runs_as_printed_and_each_block_comes_to_what_it_says(page, histories):
-    pages.run(page, OUTCOMES[page](histories), elsewhere=[MESH, "torch.distributed"])
+    pages.run(page, OUTCOMES[page](histories), elsewhere=[MESH, "torch.distributed", SAVED_MODEL])
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="keras.distribution is for JAX alone")

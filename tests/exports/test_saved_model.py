@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from helpers import pages
 from helpers.peers import tiny_config
 from helpers.tiny import loud_backbone
 from helpers.tiny_tokenizer import train_tiny_tokenizer
@@ -100,10 +101,10 @@ def loaded(models, tmp_path_factory):
 @can_export
 def test_tokens_equal_generate_for_each_batch_size_and_length(models, loaded):
     lm = models["plain"]
+    expected = lm.generate(PROMPTS, max_length=MAX_LENGTH, return_log_probs=True)
     for size, found in zip((1, 2, 3), loaded["generated"], strict=True):
-        expected = lm.generate(PROMPTS[:size], max_length=MAX_LENGTH, return_log_probs=True)
         for name in ("decoder_token_ids", "decoder_padding_mask"):
-            np.testing.assert_array_equal(found[name], expected[name])
+            np.testing.assert_array_equal(found[name], expected[name][:size])
     assert len(set(map(tuple, found["decoder_token_ids"]))) == len(PROMPTS)
 
 
@@ -179,6 +180,39 @@ def test_without_strings_no_preprocessor_is_needed(proto, tmp_path):
     found = generate(encoder_token_ids=tf.constant(ids), encoder_padding_mask=tf.constant(ones))
     expected = lm.generate({"encoder_token_ids": ids}, max_length=12, stop_token_ids=[1])
     np.testing.assert_array_equal(found["decoder_token_ids"], expected["decoder_token_ids"])
+
+
+@can_export
+@pytest.mark.parametrize("kind", ["int8", "lora", "bfloat16"])
+def test_quantized_weights_lora_and_bfloat16_are_exported_as_they_are(kind, tmp_path):
+    import tensorflow as tf
+
+    config = tiny_config(vocabulary_size=515, num_layers=1, tie_embeddings=False)
+    backbone = loud_backbone(config, dtype="bfloat16" if kind == "bfloat16" else "float32")
+    lm = kt.T5GemmaSeq2SeqLM(backbone)
+    if kind == "int8":
+        lm.quantize("int8")
+    if kind == "lora":
+        backbone.enable_lora(2)
+        for weight in lm.trainable_variables:
+            weight.assign(0.3 * np.random.default_rng(0).standard_normal(weight.shape))
+    kt.export_saved_model(lm, tmp_path / "model", input_length=6, max_length=8, strings=False)
+    generate = tf.saved_model.load(str(tmp_path / "model")).signatures["generate"]
+    ids = np.array([[5, 300, 20, 77]], "int32")
+    found = generate(encoder_token_ids=tf.constant(ids), encoder_padding_mask=tf.constant(np.ones_like(ids)))
+    expected = lm.generate({"encoder_token_ids": ids}, max_length=8, stop_token_ids=[1])["decoder_token_ids"]
+    np.testing.assert_array_equal(found["decoder_token_ids"], expected)
+    assert len(set(expected[0].tolist())) > 2
+
+
+@can_export
+def test_block_of_the_guide_runs_as_printed(proto, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = [text for _, text in pages.blocks("docs/exports.md") if "kt.export_saved_model" in text]
+    names = {"kt": kt, "lm": language_model(proto, layers=1)}
+    exec(block, names)
+    answers = [text.decode() for text in names["answers"].numpy()]
+    assert answers == names["lm"].generate(["Why is the sky blue?", "Name three rivers."], max_length=64)
 
 
 @can_export

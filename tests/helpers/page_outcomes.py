@@ -302,6 +302,29 @@ def serving(_):
     return {**blocks, "server.start()": served, "import openai": asked}
 
 
+def exports(_):
+    def written(_):
+        assert Path("t5gemma_onnx/model.onnx_data").is_file()
+
+    def decoded(names):
+        assert names["text"] == names["lm"].generate("Why is the sky blue?", max_length=64)
+
+    def one_graph(names):
+        expected = names["embedder"].embed(["Why is the sky blue?"])
+        np.testing.assert_allclose(names["vectors"], expected, atol=1e-4)
+
+    def translated(names):
+        assert is_text(names["translated"])
+        assert Path("t5gemma_ct2/shared_vocabulary.json").is_file()
+
+    return {
+        'kt.export_onnx(lm, "t5gemma_onnx")': written,
+        "session, answer": decoded,
+        "embedder_onnx": one_graph,
+        "ctranslate2.Translator": translated,
+    }
+
+
 def embed(_):
     def embedded(names):
         assert names["vectors"].shape == (2, names["embedder"].dimensions)
@@ -419,6 +442,7 @@ OUTCOMES = {
     "docs/classify.md": classify,
     "docs/evaluate.md": evaluation,
     "docs/embed.md": embed,
+    "docs/exports.md": exports,
     "docs/generation.md": generation,
     "docs/preferences.md": preferences,
     "docs/rewards.md": rewards,
