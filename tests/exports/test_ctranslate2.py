@@ -1,5 +1,6 @@
 """`export_ctranslate2`: tokens and log-probabilities of CTranslate2, in a process without this package, equal ours."""
 
+import sys
 import warnings
 
 import ctranslate2
@@ -187,6 +188,6 @@ def test_wrong_arguments_are_refused(proto, tmp_path):
 
 
 def test_missing_library_names_the_extra(proto, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ctranslate2", None)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
     with pytest.raises(ImportError, match=r"pip install 'keras-t5gemma\[ctranslate2\]'"):
         kt.export_ctranslate2(language_model(proto), tmp_path / "model")
