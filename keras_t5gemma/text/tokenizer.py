@@ -113,7 +113,11 @@ class T5GemmaTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         tf = loaded_tensorflow()
         if tf is None or self.sequence_length or not tf.is_symbolic_tensor(inputs):
             self._warn_of_special_tokens(inputs)
-            return super().tokenize(inputs)
+            try:
+                return super().tokenize(inputs)
+            except (TypeError, UnicodeEncodeError):  # SentencePiece says "not a string"
+                _check_characters(inputs)
+                raise
         # keras-hub's operation fails after `keras.utils.set_random_seed`, which empties the TensorFlow cache that holds
         # the vocabulary. So a pipeline runs the same Python code as the rest.
         texts = tf.reshape(inputs, [-1])
@@ -226,3 +230,22 @@ def _read_model(folder: PresetFolder, name: str) -> bytes:
 
 def _list(folder: PresetFolder) -> str:
     return ", ".join(sorted(path.name for path in Path(folder).iterdir())) or "nothing"
+
+
+def _check_characters(texts) -> None:
+    """Refuses texts that are no Unicode, such as a JSON file may hold.
+
+    Raises:
+        ValueError: if a text holds half of a surrogate pair; the message shows where.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    for i, text in enumerate(texts if isinstance(texts, (list, tuple)) else ()):
+        if not isinstance(text, str):
+            continue
+        halves = [k for k, character in enumerate(text) if "\ud800" <= character <= "\udfff"]
+        if halves:
+            shown = text[max(0, halves[0] - 20) : halves[0] + 20]
+            raise ValueError(
+                f"Text {i} holds half of a surrogate pair, which is no character: {shown!a}. Replace it, e.g. by "
+                f'text.encode("utf-8", "replace").decode("utf-8").'
+            )

@@ -130,6 +130,13 @@ def test_from_preset_of_an_unknown_name_is_refused():
         T5GemmaTokenizer.from_preset("t5gemma_3b_3b_ul2")
 
 
+def test_half_of_a_surrogate_pair_is_refused_and_shown(tokenizer):
+    for texts in ("a\ud83d", ["whole \U0001f600", "a\ud83d"]):
+        with pytest.raises(ValueError, match=r"Text [01] holds half of a surrogate pair.*'a\\ud83d'.*replace"):
+            tokenizer(texts)
+    assert list(tokenizer("a\ud83d".encode("utf-8", "replace").decode())) == list(tokenizer("a?"))
+
+
 def test_detokenize_takes_any_integers(tokenizer):
     ids = [int(i) for i in tokenizer("the sky")]
     for form in (ids, tuple(ids), [np.int32(i) for i in ids], [np.int64(i) for i in ids], np.array(ids)):
