@@ -79,6 +79,9 @@ def read_recipe(recipe: str | os.PathLike[str], **overrides: Mapping[str, Any]) 
         table = values.setdefault(section, {})
         if isinstance(table, dict):
             table.update(keys)
+    hardware = values.get("hardware")
+    if isinstance(hardware, dict) and hardware.get("processes") == "auto":
+        hardware["processes"] = _started_processes(path)
     parsed: Recipe = _table(Recipe, values, path, "")
     if parsed.optimizer.decay_steps is None:
         optimizer = dataclasses.replace(parsed.optimizer, decay_steps=parsed.training.steps)
@@ -114,6 +117,25 @@ def _values(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} is not UTF-8 text: {error}") from error
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{path} is not TOML: {error}") from error
+
+
+def _started_processes(path: Path) -> int:
+    """The number of processes that were started, for `processes = "auto"`.
+
+    It is in Keras's own variable, or is the number of hosts that Kubernetes on Google Cloud tells each host of a slice.
+
+    Raises:
+        RecipeError: if neither says it.
+    """
+    number, hosts = os.environ.get("KERAS_DISTRIBUTION_NUM_PROCESSES", ""), os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if number.isdecimal() and int(number):
+        return int(number)
+    if number or not hosts:
+        raise RecipeError(
+            f'{path}, [hardware] processes: "auto" reads KERAS_DISTRIBUTION_NUM_PROCESSES, or else counts '
+            f"TPU_WORKER_HOSTNAMES. Set one of them, or state the number. Received: {number!r} and {hosts!r}."
+        )
+    return len(hosts.split(","))
 
 
 def _toml(value: Any) -> str:

@@ -325,7 +325,8 @@ class HardwareSection:
         mesh: number of devices along the batch and, optionally, along each layer; empty for one device.
         fully_sharded: whether weights are also sharded over the devices along the batch.
         processes: number of processes, of which the devices along the batch are a multiple. Each runs the same command;
-            `keras.distribution.initialize` finds the others through environment variables.
+            `keras.distribution.initialize` finds the others through environment variables. "auto" for as many as
+            KERAS_DISTRIBUTION_NUM_PROCESSES says, or as TPU_WORKER_HOSTNAMES has.
     """
 
     mesh: tuple[int, ...] = _key((), least=1, most_items=2)
