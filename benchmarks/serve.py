@@ -1,4 +1,4 @@
-"""Requests over HTTP that arrive at random times: continuous batching, batches by `generate`, and one by one.
+"""Requests over HTTP at random times: continuous batching, batches by `generate` and by CTranslate2, one by one.
 
     python benchmarks/serve.py                                             # Small-Small, 200 requests
     python benchmarks/serve.py --size tiny --requests 40 --rate 20         # seconds on two cores
@@ -11,6 +11,9 @@ reads the answers as streams. They arrive as a Poisson process of `--rate` reque
 sizes. "single" answers one after the other. Both compile all their programs before, as the batcher does. They have no
 text before the end of an answer. "First token" is the time from sending a request to its first text. "Per token" is the
 whole time of a request divided by the tokens of its answer, which includes waiting.
+
+"ctranslate2" is the same as "dynamic", by CTranslate2's `translate_batch`, which runs no Python and computes another
+model in the same time (docs/exports.md).
 """
 
 import argparse
@@ -24,7 +27,7 @@ import record
 from rich.console import Console
 from rich.table import Table
 
-WAYS = ("continuous", "dynamic", "single")
+WAYS = ("continuous", "dynamic", "single", "ctranslate2")
 FIELDS = ("tokens_per_s", "first_p50_s", "first_p99_s", "token_p50_ms", "token_p99_ms")
 
 

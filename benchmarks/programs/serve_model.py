@@ -1,10 +1,16 @@
 """A server of a random model: `serve_model.py WAY SIZE SLOTS`. Prints its URL when it is ready; ends with its stdin."""
 
 import collections
+import os
+import shutil
 import sys
+import tempfile
 import threading
+import warnings
+from pathlib import Path
 
 import numpy as np
+import sentencepiece
 
 import keras_t5gemma as kt
 from keras_t5gemma.serving.handles import Answer, BatcherClosed, Handle
@@ -87,6 +93,45 @@ class Generating:
             self._running = 0
 
 
+class Translating(Generating):
+    """The same by CTranslate2, in float32. A call has one limit, so shorter answers are cut from longer ones.
+
+    Args:
+        lm: the model.
+        most: rows per call.
+    """
+
+    def __init__(self, lm, most):
+        import ctranslate2
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its model is another one, which takes as long
+            folder = Path(tempfile.mkdtemp()) / "model"
+            kt.export_ctranslate2(lm, folder)
+        self._translator = ctranslate2.Translator(str(folder), intra_threads=os.cpu_count())
+        self._pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        shutil.rmtree(folder.parent)
+        super().__init__(lm, most)
+
+    def warm(self):
+        self._answer(["a"], [2])
+
+    def _answer(self, prompts, limits):
+        found = self._translator.translate_batch(
+            [self._pieces.encode(prompt, out_type=str) for prompt in prompts],
+            beam_size=1,
+            max_decoding_length=max(limits),
+            min_decoding_length=0,
+            max_input_length=BUCKETS[-1],
+        )
+        rows = [result.hypotheses[0][:limit] for result, limit in zip(found, limits, strict=True)]
+        ids, mask = np.zeros((2, len(rows), max(limits)), int)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)], mask[i, : len(row)] = self._pieces.piece_to_id(row), 1
+        texts = [self._pieces.decode_pieces(row) for row in rows]
+        return {"decoder_token_ids": ids, "decoder_padding_mask": mask, "text": texts}
+
+
 def main():
     way, size, slots = sys.argv[1], sys.argv[2], int(sys.argv[3])
     from pydoc_data.topics import topics
@@ -100,7 +145,9 @@ def main():
     lm.compile(sampler="greedy")
     np.random.seed(0)
     server = kt.Server(lm, port=0, slots=slots, buckets=BUCKETS, max_length=LONGEST, most_waiting=10_000)
-    if way != "continuous":
+    if way == "ctranslate2":
+        server._service.batcher = Translating(lm, slots)
+    elif way != "continuous":
         server._service.batcher = Generating(lm, slots if way == "dynamic" else 1)
     server._service.vectors.warm = lambda: None  # nobody asks for vectors
     with server:
