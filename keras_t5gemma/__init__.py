@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from keras_t5gemma.data.objectives.span_corruption import SpanCorruption as SpanCorruption
     from keras_t5gemma.data.objectives.ul2 import UL2 as UL2
     from keras_t5gemma.data.pipelines.dataset import pretraining_dataset as pretraining_dataset
+    from keras_t5gemma.data.pipelines.mixed_sources import mix_sources as mix_sources
     from keras_t5gemma.data.pipelines.packing import packed_arrays as packed_arrays
     from keras_t5gemma.data.pipelines.preferences import preference_dataset as preference_dataset
     from keras_t5gemma.data.pipelines.supervised import supervised_dataset as supervised_dataset
@@ -143,6 +144,7 @@ _MODULES = {
     "supervised_dataset": "data.pipelines.supervised",
     "distillation_dataset": "data.pipelines.teacher_view",
     "text_source": "data.sources.open",
+    "mix_sources": "data.pipelines.mixed_sources",
     # Evaluation
     "GenerationMetrics": "evaluation.generation_metrics",
     "evaluate": "evaluation.benchmarks",

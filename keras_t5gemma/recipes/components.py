@@ -12,6 +12,7 @@ import keras_hub
 
 from keras_t5gemma.data.objectives.example import Objective
 from keras_t5gemma.data.pipelines.dataset import pretraining_dataset
+from keras_t5gemma.data.pipelines.mixed_sources import mix_sources
 from keras_t5gemma.data.pipelines.preferences import preference_dataset
 from keras_t5gemma.data.pipelines.supervised import supervised_dataset
 from keras_t5gemma.data.pipelines.teacher_view import distillation_dataset
@@ -196,18 +197,28 @@ def open_source(recipe: Recipe, paths: Sequence[str], index: int) -> grain.MapDa
         ValueError: as for `text_source`; the message names the key.
     """
     data = recipe.data
+    open_paths = partial(
+        text_source,
+        field=data.field if recipe.objective.name != SUPERVISED and not recipe.task.head else None,
+        format=data.format,
+        sample_by=data.sample_by,
+        shard_index=index,
+        shard_count=recipe.hardware.processes,
+    )
     try:
-        return text_source(
-            list(paths),
-            field=data.field if recipe.objective.name != SUPERVISED and not recipe.task.head else None,
-            format=data.format,
-            sample_by=data.sample_by,
-            shard_index=index,
-            shard_count=recipe.hardware.processes,
-        )
+        if _is_mixed(recipe, paths):
+            sources = [open_paths([path]) for path in paths]
+            seed = recipe.training.seed
+            return mix_sources(sources, data.weights, seed=seed, shuffle_buffer=data.shuffle_buffer)
+        return open_paths(list(paths))
     except (ValueError, OSError) as error:
         key = "sources" if paths is data.sources else "validation"
         raise ValueError(f"[data] {key}: {error}") from error
+
+
+def _is_mixed(recipe: Recipe, paths: Sequence[str]) -> bool:
+    """Whether paths are mixed by weight, and so come shuffled."""
+    return bool(recipe.data.weights) and paths is recipe.data.sources
 
 
 def _dataset(
@@ -239,6 +250,7 @@ def _dataset(
         "num_workers": data.num_workers,
         "shuffle_buffer": data.shuffle_buffer,
         "drop_remainder": True,  # processes and devices take batches of one shape
+        "shuffle": not _is_mixed(recipe, paths),
         **options,
     }
     lengths = dict(zip(("encoder_length", "decoder_length"), recipe.objective.lengths, strict=True))

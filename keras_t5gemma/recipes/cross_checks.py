@@ -64,6 +64,18 @@ RULES = (
         'adapters alone are written in PEFT\'s format. Set it to "hf".',
     ),
     Rule(
+        "[data] weights:",
+        lambda r: not r.data.weights or len(r.data.weights) == len(r.data.sources) > 1,
+        "expected a number for each of the sources, of which there are two or more. Received: {data.weights} for "
+        "sources={data.sources}.",
+    ),
+    Rule(
+        "[data] weights:",
+        lambda r: not r.data.weights or not (r.preference.loss or r.task.head),
+        "sources are mixed for texts and for pairs, not for [preference] or [task]. Leave them out. Received: "
+        "{data.weights}.",
+    ),
+    Rule(
         "[training] batch_size:",
         lambda r: r.training.batch_size % _row_multiple(r) == 0,
         "expected a multiple of {rows}, for {devices} devices along the batch, processes={hardware.processes} and "

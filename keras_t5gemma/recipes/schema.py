@@ -49,6 +49,8 @@ class DataSection:
 
     Attributes:
         sources: files or patterns, relative to the working directory of the command, all of one format.
+        weights: a number per source, to mix them: 3 and 1 for three texts of the first to one of the second. Each
+            begins again when it has been read. Left out, all texts are read equally often.
         validation: files or patterns of held-out texts to evaluate on; empty for no evaluation.
         format: format of `sources` and `validation`; inferred from the files' names if left out.
         field: the field or column that holds the text.
@@ -63,6 +65,7 @@ class DataSection:
     """
 
     sources: tuple[str, ...] = _key(least_items=1)
+    weights: tuple[float, ...] = _key((), above=0)
     validation: tuple[str, ...] = ()
     format: str | None = _key(None, choices=("text", "jsonl", "parquet", "array_record"))
     field: str = "text"

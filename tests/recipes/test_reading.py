@@ -49,6 +49,13 @@ FAULTS = {
     "two objectives": ('name = "ul2"', 'name = "ul2"\nmixture = [{ name = "ul2" }]', ("`mixture`", "name, mixture")),
     "fault in a list": ('name = "ul2"', 'mixture = [{ name = "ul2", weight = 0 }]', ("mixture[0] weight", "1", "0")),
     "no source": ('"corpus.txt"', "[]", ("[data] sources", "at least one")),
+    "weights of another number": (
+        '"corpus.txt"',
+        '["a", "b"]\nweights = [1]',
+        ("[data] weights", "each of the", "(1.0,)"),
+    ),
+    "weight of a single source": ('"corpus.txt"', '"a"\nweights = [1]', ("[data] weights", "two or more", "(1.0,)")),
+    "weight of nothing": ('"corpus.txt"', '["a", "b"]\nweights = [1, 0]', ("weights[1]", "above 0", "0")),
     "number among sources": ('"corpus.txt"', '["a", 3]', ("sources[1]", "a text in quotes", "3")),
     "preset and adapt": ("[model]", '[model]\nadapt = "gemma2_2b_en"', ("[model]", "`preset` or `adapt`")),
     "steps that rows do not divide": ("steps = 100", "steps = 105", ("steps", "multiple of log_every=10", "105")),
