@@ -33,7 +33,7 @@ atexit.register(shutil.rmtree, _HF_HOME, ignore_errors=True)
 os.environ.setdefault("MPLBACKEND", "agg")
 
 # Asserts outside tests show their values, too.
-pytest.register_assert_rewrite("helpers.page_outcomes")
+pytest.register_assert_rewrite("helpers.page_outcomes", "helpers.page_outcomes_of_runtimes")
 
 # Files that take long, or folders, which end with a slash. Their tests are marked slow and come first: last, they would
 # leave one of two processes without work. `nox -s tests` runs each slow test on one backend, and on the two others it

@@ -64,9 +64,9 @@ def export_saved_model(
 
     Raises:
         ImportError: if TensorFlow, or TensorFlow Text with `strings`, is not installed.
-        NotImplementedError: on PyTorch.
         TypeError: if `lm` is not a `T5GemmaSeq2SeqLM`.
-        ValueError: if a length is not a positive integer, `strings` needs a preprocessor, or the sampler is not greedy.
+        ValueError: on PyTorch; if a length is not a positive integer, `strings` needs a preprocessor, or the sampler is
+            not greedy.
         CheckpointError: if the folder exists, or the disk is full.
         RuntimeError: if another thread trains the model.
     """
@@ -117,11 +117,11 @@ def _check_backend() -> None:
     """Refuses PyTorch.
 
     Raises:
-        NotImplementedError: on another backend than those of `BACKENDS`.
+        ValueError: on another backend than those of `BACKENDS`.
     """
     backend = keras.config.backend()
     if backend not in BACKENDS:
-        raise NotImplementedError(
+        raise ValueError(
             f"`{FUNCTION}` needs the JAX or the TensorFlow backend. Received: {backend}. Save the model with "
             f"`lm.save_to_preset(folder)`, and run `keras-t5gemma export folder OUT --format saved_model --backend "
             f"tensorflow`, or the same call in a process with KERAS_BACKEND=jax or tensorflow. `export_onnx` works on "

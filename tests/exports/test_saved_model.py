@@ -235,6 +235,6 @@ def test_wrong_arguments_are_refused(proto, tmp_path):
 
 @pytest.mark.skipif(not ON_TORCH, reason="the others can export")
 def test_pytorch_is_refused_with_what_works_instead(proto, tmp_path):
-    with pytest.raises(NotImplementedError, match=r"Received: torch.*save_to_preset.*KERAS_BACKEND=jax or tensorflow"):
+    with pytest.raises(ValueError, match=r"Received: torch.*save_to_preset.*KERAS_BACKEND=jax or tensorflow"):
         kt.export_saved_model(language_model(proto), tmp_path / "model")
     assert not list(tmp_path.iterdir())

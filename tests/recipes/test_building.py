@@ -12,7 +12,7 @@ from keras_t5gemma.models.seq2seq_lm import T5GemmaSeq2SeqLM
 from keras_t5gemma.recipes.components import compiled_model, held_out_batches, training_data
 from keras_t5gemma.recipes.devices import distribution
 from keras_t5gemma.recipes.objective_section import make_objective
-from keras_t5gemma.recipes.reading import read_recipe
+from keras_t5gemma.recipes.reading import RecipeError, read_recipe, recipe_path, to_toml
 from keras_t5gemma.training.losses.distillation import Distillation
 
 
@@ -95,3 +95,23 @@ def test_preset_without_a_tokenizer_is_refused_with_how_to_save_one(here):
     recipe = changed(model={"preset": "bare", "adapt": []})
     with pytest.raises(ValueError, match=r"\[model\] preset: expected a preset with a tokenizer.*preset='bare'"):
         compiled_model(recipe)
+
+
+def test_number_of_processes_is_what_the_environment_says_if_asked(tmp_path, monkeypatch):
+    path = tmp_path / "recipe.toml"
+    hardware = '\n[hardware]\nmesh = [4]\nprocesses = "auto"\n'
+    path.write_text(recipe_path("tiny").read_text(encoding="utf-8") + hardware, encoding="utf-8")
+    monkeypatch.delenv("KERAS_DISTRIBUTION_NUM_PROCESSES", raising=False)
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
+    with pytest.raises(
+        RecipeError, match=r"\[hardware\] processes: .*KERAS_DISTRIBUTION_NUM_PROCESSES.* state the number"
+    ):
+        read_recipe(path)
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t5gemma-0.t5gemma,t5gemma-1.t5gemma")
+    assert read_recipe(path).hardware.processes == 2
+    monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "4")
+    assert read_recipe(path).hardware.processes == 4
+    assert "processes = 4" in to_toml(read_recipe(path))
+    monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "three")
+    with pytest.raises(RecipeError, match="Received: 'three'"):
+        read_recipe(path)

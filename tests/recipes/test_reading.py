@@ -279,26 +279,6 @@ def test_overrides_take_the_place_of_the_file_before_it_is_checked(tmp_path):
         read_recipe(written(tmp_path), training={"steps": 401})
 
 
-def test_number_of_processes_is_what_the_environment_says_if_asked(tmp_path, monkeypatch):
-    hardware = '[hardware]\nmesh = [4]\nprocesses = "auto"\n[output]'
-    path = tmp_path / "recipe.toml"
-    path.write_text(MINIMAL.replace("[output]", hardware), encoding="utf-8")
-    monkeypatch.delenv("KERAS_DISTRIBUTION_NUM_PROCESSES", raising=False)
-    monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
-    with pytest.raises(
-        RecipeError, match=r"\[hardware\] processes: .*KERAS_DISTRIBUTION_NUM_PROCESSES.* state the number"
-    ):
-        read_recipe(path)
-    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "t5gemma-0.t5gemma,t5gemma-1.t5gemma")
-    assert read_recipe(path).hardware.processes == 2
-    monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "4")
-    assert read_recipe(path).hardware.processes == 4
-    assert "processes = 4" in to_toml(read_recipe(path))
-    monkeypatch.setenv("KERAS_DISTRIBUTION_NUM_PROCESSES", "three")
-    with pytest.raises(RecipeError, match="Received: 'three'"):
-        read_recipe(path)
-
-
 def test_every_key_is_described():
     for section in typing.get_type_hints(Recipe).values():
         for field in dataclasses.fields(section):
